@@ -1,0 +1,244 @@
+"""Every setting of training and evaluation, its help, its allowed range, and the presets.
+
+Edit the defaults here, or pass a flag of the same name: `python train.py --lr 1e-5`. Nothing else in the
+project names a flag. This file needs no torch, so that a wrong flag is refused at once.
+"""
+
+import math
+import sys
+import typing
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NoReturn, TypeVar
+
+from transformers.hf_argparser import HfArgumentParser
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Wrong input: one line that names the setting or file and the remedy; ends the program with exit code 2."""
+
+
+def opt(default: T, help: str) -> T:
+    """A dataclass field whose help text is also that of its flag."""
+    return typing.cast(T, field(default=default, metadata={"help": help}))
+
+
+# What a number may be: the words for the error message, and the test. NaN fails every one of them.
+Range = tuple[str, Callable[[float], bool]]
+AT_LEAST_0: Range = ("at least 0", lambda x: 0 <= x < math.inf)
+AT_LEAST_1: Range = ("at least 1", lambda x: 1 <= x < math.inf)
+POSITIVE: Range = ("more than 0", lambda x: 0 < x < math.inf)
+UNIT: Range = ("between 0 and 1", lambda x: 0 <= x <= 1)
+UNIT_OPEN: Range = ("more than 0 and at most 1", lambda x: 0 < x <= 1)
+
+RANGES: dict[str, Range] = {
+    "seed": ("between 0 and 4294967295", lambda x: 0 <= x < 2**32),
+    "total_steps": AT_LEAST_1, "batch_size": AT_LEAST_1, "ppo_epochs": AT_LEAST_1, "minibatch_size": AT_LEAST_1,
+    "micro_batch_size": AT_LEAST_0, "max_prompt_len": AT_LEAST_1, "min_prompt_len": AT_LEAST_1,
+    "max_new_tokens": AT_LEAST_1, "temperature": POSITIVE, "top_k": AT_LEAST_0, "top_p": UNIT_OPEN,
+    "lr": AT_LEAST_0, "warmup_steps": AT_LEAST_0, "kl_coef": AT_LEAST_0, "adaptive_kl_target": POSITIVE,
+    "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
+    "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
+    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `python train.py`."""
+
+    preset: str = opt("default", "Named set of values to start from: default, or tiny (offline, CPU, minutes).")
+
+    # What is trained, against what, on what
+    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.")
+    ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
+    rm_name: str = opt("lvwerra/distilbert-imdb", "Reward: any sequence classifier, a hub name or a folder.")
+    target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
+    reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
+    dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
+    split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
+    text_column: str = opt("text", "Column that holds the text.")
+
+    # Where and how it runs
+    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
+    overwrite: bool = opt(False, "Replace a finished run in ckpt_dir.")
+    check: bool = opt(False, "Only check, on the real models, the facts that PPO relies on; train nothing.")
+    seed: int = opt(0, "Every random choice is a function of this seed and the step.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "Precision of matrix products; auto takes bfloat16 where the hardware multiplies it fast."
+    )
+
+    # How much
+    total_steps: int = opt(200, "PPO steps; each answers batch_size prompts once.")
+    batch_size: int = opt(64, "Prompts per step.")
+    ppo_epochs: int = opt(4, "Passes over each step's responses.")
+    minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
+    micro_batch_size: int = opt(0, "Responses per forward and backward pass (0: a whole minibatch); saves memory only.")
+    reward_batch_size: int = opt(64, "Texts per forward pass of the reward model.")
+    max_prompt_len: int = opt(128, "Tokens kept of each review as its prompt.")
+    min_prompt_len: int = opt(8, "Reviews with fewer tokens than this are left out.")
+    max_new_tokens: int = opt(64, "Longest response, in tokens.")
+
+    # The sampling distribution, which is also the one that is scored
+    temperature: float = opt(1.0, "Divides the logits, in sampling and scoring alike.")
+    top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
+    top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
+
+    # PPO
+    lr: float = opt(1e-5, "AdamW step size.")
+    lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls to 0 over total_steps.")
+    warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
+    kl_coef: float = opt(0.05, "beta: price of one nat of log-probability ratio to the reference.")
+    adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
+    gamma: float = opt(1.0, "Discount per token.")
+    gae_lambda: float = opt(0.95, "GAE's lambda.")
+    clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.")
+    value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.")
+    value_coef: float = opt(0.1, "Weight of the value loss.")
+    ent_coef: float = opt(0.0, "Weight of the entropy bonus.")
+    max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.")
+    target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
+
+    # What is kept
+    save_every: int = opt(50, "Steps between checkpoints.")
+    sample_every: int = opt(10, "Steps between rows of samples.csv.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.minibatch_size > self.batch_size or self.batch_size % self.minibatch_size:
+            raise UserError(
+                f"minibatch_size={self.minibatch_size} must divide batch_size={self.batch_size}: change one of them"
+            )
+        if self.micro_batch_size > self.minibatch_size:
+            raise UserError(
+                f"micro_batch_size={self.micro_batch_size} is larger than minibatch_size={self.minibatch_size}: "
+                "lower it, or 0 for a whole minibatch"
+            )
+        if self.warmup_steps >= self.total_steps and self.warmup_steps:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps} must be less than total_steps={self.total_steps}: lower it"
+            )
+        check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of `python eval.py`; what is left unset is taken from the run that made the policy."""
+
+    preset: str = opt("default", "Named set of values to start from: default or tiny.")
+    policy_path: str = opt("ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.")
+    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
+    rm_name: str | None = opt(None, "Reward model (default: the run's).")
+    target_label: str | None = opt(None, "Label to score (default: the run's).")
+    reward_on_prompt: bool | None = opt(None, "Score prompt + response (default: the run's).")
+    dataset: str | None = opt(None, "Prompts (default: the run's).")
+    split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
+    text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
+    n_samples: int = opt(500, "Prompts to compare on.")
+    batch_size: int = opt(50, "Prompts per forward pass.")
+    max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
+    min_prompt_len: int | None = opt(None, "Reviews with fewer tokens are left out (default: the run's).")
+    max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
+    temperature: float | None = opt(None, "Sampling temperature (default: the run's).")
+    top_k: int | None = opt(None, "Sample among the k likeliest tokens only (default: the run's).")
+    top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
+    seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    out_csv: str = opt("eval_results.csv", "One row per prompt; eval_summary.json is written beside it.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.min_prompt_len is not None and self.max_prompt_len is not None:
+            check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
+
+
+def check_prompt_lengths(min_prompt_len: int, max_prompt_len: int) -> None:
+    """Refuse a shortest prompt that is longer than the longest."""
+    if min_prompt_len > max_prompt_len:
+        raise UserError(
+            f"min_prompt_len={min_prompt_len} is larger than max_prompt_len={max_prompt_len}: lower it"
+        )
+
+
+def check_values(cfg: TrainConfig | EvalConfig) -> None:
+    """Refuse the first value that has the wrong type or lies outside its range."""
+    for name, hint in typing.get_type_hints(type(cfg)).items():
+        value = getattr(cfg, name)
+        _check_type(name, value, hint)
+        if name in RANGES and value is not None and not RANGES[name][1](value):
+            raise UserError(f"{name}={value} must be {RANGES[name][0]}")
+        if isinstance(value, str) and not value:
+            raise UserError(f"{name} is empty: give it a value or leave it out")
+    if cfg.preset not in PRESETS.get(type(cfg), {cfg.preset: cfg}):
+        raise UserError(f"preset={cfg.preset!r} is unknown: choose {' or '.join(PRESETS[type(cfg)])}")
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{name}={value!r} is unknown: choose {', '.join(typing.get_args(hint))}")
+        return
+    kinds = typing.get_args(hint) or (hint,)
+    number_fits = float in kinds and isinstance(value, int) and not isinstance(value, bool)
+    if type(value) not in kinds and not number_fits:
+        raise UserError(f"{name}={value!r} must be of type {' or '.join(k.__name__ for k in kinds if k is not type(None))}")
+
+
+PRESETS: dict[type, dict[str, Any]] = {}
+PRESETS[TrainConfig] = {
+    "default": TrainConfig(),
+    "tiny": TrainConfig(
+        preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews/train", device="cpu",
+        max_prompt_len=10, min_prompt_len=10, max_new_tokens=48, total_steps=40, lr=3e-4, kl_coef=0.1,
+        save_every=20, sample_every=5,
+    ),
+}  # fmt: skip
+PRESETS[EvalConfig] = {
+    "default": EvalConfig(),
+    "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews/test", device="cpu"),
+}
+
+
+class _OneLineParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+
+
+Config = TypeVar("Config", TrainConfig, EvalConfig)
+
+
+def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Command line -> settings: the preset's values first, then every flag given (raises UserError)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    preset_parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    preset_parser.add_argument("--preset", nargs="?", default="default")
+    name = preset_parser.parse_known_args(argv)[0].preset or ""
+    if name not in PRESETS[cls]:
+        raise UserError(f"preset={name!r} is unknown: choose {' or '.join(PRESETS[cls])}")
+    parser = _OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
+    parser.set_defaults(**asdict(PRESETS[cls][name]))
+    values = vars(parser.parse_args(argv))
+    return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
+    """Run `main` on the settings of the command line; wrong input is one line on stderr and exit code 2."""
+    try:
+        main(parse_config(cls))
+    except UserError as error:
+        sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def with_changes(cfg: Config, **changes: Any) -> Config:
+    """A validated copy of `cfg` with some settings changed."""
+    return replace(cfg, **changes)

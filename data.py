@@ -1,0 +1,160 @@
+"""Prompts: labelled or plain text from the hub, a folder or a file, cut to token prompts and dealt out in batches.
+
+Owns what is read from disk and in which order prompts come. It knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from config import UserError
+from utils import loading, require_hub
+
+FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def load_examples(
+    dataset: str, split: str, text_column: str, label_column: str | None = None
+) -> tuple[list[str], list[str | int | None] | None]:
+    """Read the texts of a data set, and its labels where a column is named.
+
+    `<br />` becomes a space and empty rows are left out. Class ids with known names become the names; a missing
+    label (-1 in Hugging Face data sets) becomes None. Raises UserError where the data set, split or column is missing.
+    """
+    table = _read_file(dataset, text_column) if Path(dataset).suffix in FILE_KINDS else _read_dataset(dataset, split)
+    for setting, column in (("text_column", text_column), ("label_column", label_column)):
+        if column is not None and column not in table:
+            raise UserError(f"{setting}={column!r} is not in {dataset}: its columns are {', '.join(map(str, table))}")
+    table = table[table[text_column].map(lambda text: isinstance(text, str) and bool(text.strip()))]
+    if table.empty:
+        raise UserError(f"dataset {dataset} holds no text in column {text_column!r}: choose another with --dataset")
+    texts = table[text_column].str.replace("<br />", " ", regex=False).tolist()
+    return texts, None if label_column is None else [_label(x) for x in table[label_column]]
+
+
+def is_file(dataset: str) -> bool:
+    """Whether `dataset` is a single file, which has no splits."""
+    return Path(dataset).suffix in FILE_KINDS
+
+
+def _label(value: Any) -> str | int | None:
+    if isinstance(value, str):
+        return value
+    return None if pd.isna(value) or value == -1 else int(value)
+
+
+def _read_file(name: str, text_column: str) -> pd.DataFrame:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                return pd.read_json(file, lines=True, dtype={text_column: str})
+        if path.suffix == ".txt":
+            return pd.DataFrame({text_column: path.read_text(encoding="utf-8").splitlines()})
+        return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8", dtype={text_column: str})
+    except UnicodeDecodeError as error:
+        raise UserError(f"dataset {name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except pd.errors.EmptyDataError:
+        raise UserError(f"dataset {name} is empty: choose another with --dataset") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"dataset {name} cannot be read as {path.suffix}: {error}") from None
+
+
+def _read_dataset(name: str, split: str) -> pd.DataFrame:
+    import datasets  # 1 s to import, and not needed for files
+
+    require_hub("dataset", name)
+    datasets.disable_progress_bars()
+    try:
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            found = datasets.load_from_disk(name)
+            table = found[split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            table = datasets.load_dataset(name, split=split)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"split={split!r} of dataset {name} cannot be loaded: {error}") from None
+    except (OSError, datasets.exceptions.DatasetsError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise UserError(f"dataset {name} cannot be loaded: {error}") from None
+    frame = table.to_pandas()
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            frame[column] = [feature.names[i] if i >= 0 else None for i in frame[column]]
+    return frame
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model (raises UserError)."""
+    with loading(setting, name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_prompt_len: int, max_prompt_len: int
+) -> list[list[int]]:
+    """Cut every text to its first max_prompt_len tokens; texts with fewer than min_prompt_len are left out.
+
+    Raises UserError where none remains.
+    """
+    window = 20 * max_prompt_len  # characters that nearly always hold the tokens wanted, so that long texts cost little
+    heads = _tokenize(tokenizer, [text[:window] for text in texts])
+    prompts = [
+        _tokenize(tokenizer, [text])[0] if len(text) > window and len(ids) <= max_prompt_len else ids
+        for text, ids in zip(texts, heads, strict=True)
+    ]
+    prompts = [ids[:max_prompt_len] for ids in prompts if len(ids) >= min_prompt_len]
+    if not prompts:
+        raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
+    return prompts
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists -> ids (B, P) int64 and mask (B, P) bool, padded on the left with 0, which the mask hides."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return ids, mask
+
+
+class PromptStream:
+    """Prompts without end: each epoch a new permutation, each step its own stretch of it.
+
+    The batch of a step is a function of (seed, step) alone, so a resumed run needs no cursor.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
+        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
+
+    def indices(self, step: int) -> list[int]:
+        """Which prompts step (1, 2, …) answers: batch_size indices."""
+        first = (step - 1) * self.batch_size
+        return [self._at(k) for k in range(first, first + self.batch_size)]
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The left-padded prompts of a step: ids and mask, both (B, P)."""
+        return pad_left([self.prompts[i] for i in self.indices(step)])
+
+    def _at(self, k: int) -> int:
+        epoch, place = divmod(k, len(self.prompts))
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        return int(self._order[place])

@@ -1,0 +1,240 @@
+"""Proximal policy optimisation, written out: the rollout, the clipped loss, the update, the KL controller.
+
+References: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
+(KL in the per-token reward, adaptive beta, 1909.08593). Tensors are float32 (B, R) unless said otherwise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from config import TrainConfig
+from model import GPT2WithValueHead, Sequences, score_responses
+from utils import compute_gae, explained_variance, masked_mean, permutation, shape_rewards, whiten
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """What was observed when each prompt was answered once; advantages and returns are derived from it.
+
+    logprobs, ref_logprobs, values, rewards, kl, exact_kl and entropy are (B, R), in nats; scores (B,) in [-1, 1].
+    """
+
+    sequences: Sequences
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    kl: Tensor
+    exact_kl: Tensor
+    entropy: Tensor
+    scores: Tensor
+
+    def __post_init__(self) -> None:
+        for x in (self.logprobs, self.ref_logprobs, self.values, self.rewards, self.kl, self.exact_kl, self.entropy):
+            assert x.shape == self.mask.shape
+        assert self.scores.shape == self.mask.shape[:1]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.sequences.response_mask
+
+    def metrics(self) -> dict[str, float]:
+        """Averages over responses (sentiment_mean to kl_seq_exact, reward_mean, response_len) or over real tokens."""
+        means = {
+            "sentiment_mean": self.scores.mean(),
+            "positive_rate": (self.scores > 0).float().mean(),
+            "kl_seq": self.kl.sum(1).mean(),
+            "kl_seq_exact": self.exact_kl.sum(1).mean(),
+            "kl_token": masked_mean(self.kl, self.mask),
+            "reward_mean": self.rewards.sum(1).mean(),
+            "entropy": masked_mean(self.entropy, self.mask),
+            "response_len": self.mask.sum(1).float().mean(),
+        }
+        return {name: value.item() for name, value in means.items()}
+
+
+def make_rollout(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float
+) -> Rollout:
+    """Record what policy, critic and reference think of the responses, and shape the scores (B,) into rewards."""
+    logprobs, ref_logprobs, values, entropy, exact_kl = score_responses(policy, reference, seqs)
+    rewards, kl = shape_rewards(scores, logprobs, ref_logprobs, seqs.response_mask, kl_coef)
+    return Rollout(seqs, logprobs, ref_logprobs, values, rewards, kl, exact_kl, entropy, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What the loss compares the new policy with: everything (B, R)."""
+
+    sequences: Sequences
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, rows: Tensor) -> "Batch":
+        """The same for some responses only."""
+        parts = (self.logprobs, self.values, self.advantages, self.returns)
+        return Batch(self.sequences.select(rows), *(x[rows] for x in parts))
+
+
+def ppo_loss(
+    new_logprobs: Tensor, new_values: Tensor, entropy: Tensor, batch: Batch, cfg: TrainConfig, token_count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate, clipped value loss and entropy bonus, summed over real tokens / token_count.
+
+    token_count is that of the whole minibatch, so that the losses of its micro-batches add up to its mean. Returns the
+    loss (scalar) and, for the report, sums over real tokens (Schulman et al. 2017, eq. 7 and 9).
+    """
+    mask = batch.sequences.response_mask
+    log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
+    policy_loss = torch.maximum(-batch.advantages * ratio, -batch.advantages * clipped_ratio)
+
+    clipped_values = batch.values + (new_values - batch.values).clamp(-cfg.value_clip_range, cfg.value_clip_range)
+    value_loss = 0.5 * torch.maximum((new_values - batch.returns) ** 2, (clipped_values - batch.returns) ** 2)
+
+    def total(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0).sum()
+
+    loss = total(policy_loss) + cfg.value_coef * total(value_loss) - cfg.ent_coef * total(entropy)
+    with torch.no_grad():
+        sums = {
+            "policy_loss": total(policy_loss),
+            "value_loss": total(value_loss),
+            "approx_kl": total(ratio - 1 - log_ratio),  # k3 of Schulman 2020: unbiased and never negative
+            "clip_frac": total(((ratio - 1).abs() > cfg.clip_range).float()),
+            "ratio_max": ratio.max(),
+        }
+    return loss / token_count, sums
+
+
+def ppo_update(
+    policy: GPT2WithValueHead, optimizer: Optimizer, rollout: Rollout, cfg: TrainConfig, step: int
+) -> dict[str, float]:
+    """Improve the policy on one rollout: ppo_epochs passes in fresh random order, one optimiser step per minibatch.
+
+    Changes policy and optimizer in place. A minibatch whose loss or gradient is not finite changes nothing and is
+    counted as skipped. Returns averages over all real tokens of all minibatches.
+    """
+    advantages, returns = compute_gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.gae_lambda)
+    data = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, rollout.mask), returns)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+
+    report = Report()
+    for epoch in range(cfg.ppo_epochs):
+        order = permutation(cfg.seed, step, epoch, len(rollout.mask)).to(rollout.mask.device)
+        epoch_report = Report()
+        for rows in order.split(cfg.minibatch_size):
+            _learn(policy, optimizer, data.select(rows), cfg, epoch_report)
+        report.add(epoch_report)
+        if cfg.target_kl is not None and epoch_report.mean("approx_kl") > cfg.target_kl:
+            break
+    return {
+        **report.metrics(),
+        "explained_var": explained_variance(returns, rollout.values, rollout.mask),
+        "epochs": epoch + 1,
+        "lr": learning_rate(cfg, step),
+    }
+
+
+def _learn(
+    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, report: "Report"
+) -> None:
+    """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is."""
+    token_count = int(minibatch.sequences.response_mask.sum())
+    size = len(minibatch.logprobs)
+    optimizer.zero_grad()
+    found = Report()
+    for rows in torch.arange(size, device=minibatch.logprobs.device).split(cfg.micro_batch_size or size):
+        micro = minibatch.select(rows)
+        loss, sums = ppo_loss(*policy.evaluate_responses(micro.sequences), micro, cfg, token_count)
+        loss.backward()
+        found.add_sums(sums, int(micro.sequences.response_mask.sum()))
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
+    if math.isfinite(grad_norm) and found.is_finite():
+        optimizer.step()
+        found.add_step(grad_norm)
+        report.add(found)
+    else:
+        optimizer.zero_grad()
+        report.skipped += 1
+
+
+class Report:
+    """Running sums of an update, so that every statistic is a mean over all tokens and not the last minibatch's."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_frac"), 0.0)
+        self.ratio_max = self.grad_norms = 0.0
+        self.tokens = self.steps = self.skipped = 0
+
+    def add_sums(self, sums: dict[str, Tensor], tokens: int) -> None:
+        """Add one micro-batch: sums over its `tokens` real tokens."""
+        for name in self.sums:
+            self.sums[name] += float(sums[name])
+        self.ratio_max = max(self.ratio_max, float(sums["ratio_max"]))
+        self.tokens += tokens
+
+    def add_step(self, grad_norm: float) -> None:
+        """Count one optimiser step and the norm of its gradient before clipping."""
+        self.grad_norms += grad_norm
+        self.steps += 1
+
+    def add(self, other: "Report") -> None:
+        """Add all that another report holds."""
+        for name in self.sums:
+            self.sums[name] += other.sums[name]
+        self.ratio_max = max(self.ratio_max, other.ratio_max)
+        self.grad_norms += other.grad_norms
+        self.tokens += other.tokens
+        self.steps += other.steps
+        self.skipped += other.skipped
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a number."""
+        return all(map(math.isfinite, (*self.sums.values(), self.ratio_max)))
+
+    def mean(self, name: str) -> float:
+        """A sum divided by the tokens it runs over (NaN where every minibatch was skipped)."""
+        return self.sums[name] / self.tokens if self.tokens else math.nan
+
+    def metrics(self) -> dict[str, float]:
+        """All of it as one row."""
+        return {
+            **{name: self.mean(name) for name in self.sums},
+            "ratio_max": self.ratio_max,
+            "grad_norm": self.grad_norms / self.steps if self.steps else math.nan,
+            "updates": self.steps,
+            "skipped": self.skipped,
+        }
+
+
+def learning_rate(cfg: TrainConfig, step: int) -> float:
+    """Step size of step 1, 2, …: rising over warmup_steps, then falling to 0 or constant."""
+    if step <= cfg.warmup_steps:
+        return cfg.lr * step / cfg.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    return cfg.lr * (1 - (step - 1 - cfg.warmup_steps) / (cfg.total_steps - cfg.warmup_steps))
+
+
+@dataclass
+class KLController:
+    """beta, fixed or steered to a KL per response by a proportional rule (Ziegler et al. 2019, section 2.2)."""
+
+    coef: float
+    target: float | None = None
+    gain: float = 0.1
+
+    def update(self, kl_seq: float) -> None:
+        """Raise beta where kl_seq (nats, mean over the batch) was above target, lower it where below, 2 % at most."""
+        if self.target is not None and math.isfinite(kl_seq):
+            error = max(-0.2, min(0.2, kl_seq / self.target - 1))
+            self.coef *= 1 + self.gain * error

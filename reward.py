@@ -1,0 +1,80 @@
+"""The reward: a sequence classifier that turns texts into scores in [-1, 1].
+
+The label to steer towards is found by its name, never by its index, and no gradient leaves this file.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+
+from config import UserError
+from utils import loading, refuse_missing
+
+SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
+
+
+class SentimentReward:
+    """score = 2 P(target_label) - 1 under a Hugging Face sequence classifier."""
+
+    def __init__(
+        self, name: str, target_label: str = "positive", device: str | torch.device = "cpu", batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        """Load the classifier (raises UserError where it, its tokenizer or its label is missing)."""
+        self.model = _load_classifier(name).to(device).eval().requires_grad_(False)
+        with loading("rm_name", name, "tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        if self.tokenizer.pad_token_id is None:
+            raise UserError(f"rm_name={name} has a tokenizer without a padding token: save one with it")
+        self.target = find_label(self.model.config, target_label, name)
+        self.batch_size, self.dtype = batch_size, dtype
+        longest = getattr(self.model.config, "max_position_embeddings", 512)
+        self.max_length = min(self.tokenizer.model_max_length, longest)
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> scores (B,) float32 in [-1, 1], on the model's device; longer texts are cut at the end."""
+        scores = torch.empty(len(texts), device=self.model.device)
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
+        for first in range(0, len(texts), self.batch_size):
+            rows = by_length[first : first + self.batch_size]
+            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
+            scores[rows] = 2 * self._probability(batch.to(self.model.device)) - 1
+        return scores
+
+    __call__ = score
+
+    def _probability(self, batch: dict[str, Tensor]) -> Tensor:
+        half = self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype) if half else nullcontext():
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        independent = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
+        return (logits.sigmoid() if independent else logits.softmax(-1))[:, self.target]
+
+
+def find_label(config: PretrainedConfig, target_label: str, name: str) -> int:
+    """The index of a label by its name, whatever its case; pos, neg and neu count as their long forms."""
+    labels = {_full(label): int(index) for index, label in config.id2label.items()}
+    if _full(target_label) not in labels:
+        raise UserError(
+            f"target_label={target_label!r} is not a label of rm_name={name}: choose {', '.join(config.id2label.values())}"
+        )
+    return labels[_full(target_label)]
+
+
+def _full(label: str) -> str:
+    return SHORT_NAMES.get(label.lower(), label.lower())
+
+
+def _load_classifier(name: str) -> torch.nn.Module:
+    with loading("rm_name", name, "sequence classifier"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    refuse_missing("rm_name", name, info, "sequence classifier")
+    return model

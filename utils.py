@@ -1,0 +1,314 @@
+"""The arithmetic of PPO-RLHF as pure functions: masks, sampling, log-probabilities, KL shaping, GAE, whitening.
+
+Shapes: B batch, P left-padded prompt, R response, T = P + R, V vocabulary, H hidden. Masks are bool, True = real.
+Nothing here knows of models, files or settings.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import constants, get_session
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from config import UserError
+
+CHUNK_FLOATS = 4_000_000  # logits alive at a time: 16 MB in float32, which stays in a CPU's cache
+
+
+# --- randomness: every draw is a function of (seed, step, what it is for) -------------------------------------------
+
+
+def uniforms(seed: int, step: int, rows: int, width: int) -> Tensor:
+    """The random numbers of one step's sampling: (rows, width) float64 in [0, 1), one per response token."""
+    return torch.from_numpy(np.random.default_rng([seed, step, 1]).random((rows, width)))
+
+
+def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
+    """The order (n,) in which one epoch of one step's update visits its responses."""
+    return torch.from_numpy(np.random.default_rng([seed, step, 2, epoch]).permutation(n))
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions (B, T) that count real tokens only, so that padding on the left moves nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the True places of mask (scalar)."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Shift and scale x to mean 0 and standard deviation 1 over the True places of mask; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + eps), 0)
+
+
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 a perfect critic, 0 a useless one, NaN undefined."""
+    target, error = returns[mask].double(), (returns - values)[mask].double()
+    spread = target.var(unbiased=False).item()
+    return 1 - error.var(unbiased=False).item() / spread if spread > 0 else math.nan
+
+
+# --- the sampling distribution --------------------------------------------------------------------------------------
+
+
+def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Float32 logits (..., V) of the distribution sampled from; tokens outside top-k or top-p get -inf."""
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, dim=-1)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # what comes before already holds top_p; never true of the first
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    return logits
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution at `uniform`.
+
+    logits (B, V), uniform (B,) float64 in [0, 1); returns (B,) int64. Two levels, blocks of 256 tokens and then the
+    tokens of one block, keep the running sums exact in float64 at the cost of one pass over the vocabulary.
+    """
+    probs = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    block_ends = probs.sum(-1).double().cumsum(-1)
+    target = uniform[:, None].to(block_ends) * block_ends[:, -1:]
+    block = torch.searchsorted(block_ends, target, right=True).clamp(max=block_ends.shape[-1] - 1)
+    within = probs.gather(1, block[..., None].expand(-1, 1, 256)).squeeze(1).double()
+    target = target - (block_ends.gather(1, block) - within.sum(-1, keepdim=True))
+    # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
+    last = 255 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
+    place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
+    return (block * 256 + place).squeeze(-1)
+
+
+# --- log-probabilities without the (tokens, V) matrix ---------------------------------------------------------------
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
+    chunk_rows: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability of each token and entropy of the distribution it came from, float32 and differentiable.
+
+    hidden (N, H) are the states that the tokens (N,) were chosen in, weight (V, H) the output embedding, support
+    (N, V) bool the tokens that could be chosen (None: all). Logits exist for `chunk_rows` rows at a time (0: as many
+    as stay in cache), forward and backward; the backward pass computes them again.
+    """
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, chunk_rows)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """With z the warped logits, p = softmax(z), h its entropy, and k the token chosen:
+    d log p_k / d z_j = [j = k] - p_j    and    d h / d z_j = -p_j (log p_j + h).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, tokens, temperature, support, chunk_rows):  # type: ignore[no-untyped-def]
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        weight = weight.to(hidden.dtype)
+        for rows in _chunks(len(hidden), len(weight), chunk_rows):
+            all_logprobs = _all_logprobs(hidden, weight, temperature, support, rows)
+            logprobs[rows] = all_logprobs.gather(1, tokens[rows, None]).squeeze(1)
+            entropy[rows] = _entropy(all_logprobs)
+        ctx.save_for_backward(hidden, weight, tokens, entropy)
+        ctx.rest = temperature, support, chunk_rows
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
+        hidden, weight, tokens, entropy = ctx.saved_tensors
+        temperature, support, chunk_rows = ctx.rest
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _chunks(len(hidden), len(weight), chunk_rows):
+            all_logprobs = _all_logprobs(hidden, weight, temperature, support, rows)
+            grad = all_logprobs.exp()
+            if grad_entropy is not None:
+                slope = grad_entropy[rows, None] * (all_logprobs + entropy[rows, None]).nan_to_num(neginf=0.0)
+                grad = grad * ((grad_logprobs[rows, None] if grad_logprobs is not None else 0) + slope)
+            else:
+                grad *= grad_logprobs[rows, None]
+            grad = grad.neg_()
+            if grad_logprobs is not None:
+                grad.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+            grad = (grad / temperature).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+@torch.no_grad()
+def compare_policies(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, tokens: Tensor,
+    temperature: float = 1.0, support: Tensor | None = None, chunk_rows: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Policy and reference at the same tokens: logprobs, ref_logprobs, entropy and exact KL(policy || reference).
+
+    Shapes as in token_logprobs; each result is (N,) float32, the KL in nats over the whole vocabulary.
+    """
+    out = hidden.new_empty(4, len(hidden), dtype=torch.float32)
+    for rows in _chunks(len(hidden), len(weight), chunk_rows):
+        lp = _all_logprobs(hidden, weight, temperature, support, rows)
+        ref_lp = _all_logprobs(ref_hidden, ref_weight, temperature, support, rows)
+        out[0, rows] = lp.gather(1, tokens[rows, None]).squeeze(1)
+        out[1, rows] = ref_lp.gather(1, tokens[rows, None]).squeeze(1)
+        out[2, rows] = _entropy(lp)
+        out[3, rows] = (lp.exp() * (lp - ref_lp).nan_to_num(nan=0.0)).sum(-1)  # -inf - -inf where both are masked
+    return out[0], out[1], out[2], out[3]
+
+
+def _chunks(rows: int, vocabulary: int, chunk_rows: int) -> Iterator[slice]:
+    size = chunk_rows or max(1, CHUNK_FLOATS // vocabulary)
+    return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
+
+
+def _all_logprobs(hidden: Tensor, weight: Tensor, temperature: float, support: Tensor | None, rows: slice) -> Tensor:
+    logits = (hidden[rows] @ weight.to(hidden.dtype).T).float()
+    if temperature != 1:
+        logits /= temperature
+    if support is not None:
+        logits.masked_fill_(~support[rows], -math.inf)
+    return logits.log_softmax(-1)
+
+
+def _entropy(all_logprobs: Tensor) -> Tensor:
+    return torch.special.entr(all_logprobs.exp()).sum(-1)  # -p log p, and 0 where p = 0
+
+
+# --- rewards and advantages -----------------------------------------------------------------------------------------
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Per-token rewards -kl_coef * kl, plus the score on the last real token; and kl = logprobs - ref_logprobs.
+
+    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2).
+    """
+    kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
+    last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
+    return (-kl_coef * kl).scatter_add(1, last, scores[:, None].to(kl)), kl
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16); the response's end is the episode's end.
+
+    All (B, R); returns advantages, not yet whitened, and returns = advantages + values; both 0 outside the mask.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        real = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(real, delta + gamma * gae_lambda * next_advantage, 0)
+        next_value = torch.where(real, values[:, t], 0)
+        advantages[:, t] = next_advantage
+    return advantages, torch.where(response_mask, advantages + values, 0)
+
+
+# --- text and machine -----------------------------------------------------------------------------------------------
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Texts of the real tokens of each row; tokens and mask (B, n); special tokens such as EOS are left out."""
+    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def require_hub(setting: str, name: str) -> None:
+    """Make sure that `name` can be had: a folder, in the cache, or on a hub that answers.
+
+    Where the hub does not answer but the cache has the name, the libraries are switched to offline mode, which spares
+    half a minute of retries. Raises UserError where it can be had nowhere.
+    """
+    if Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise UserError(f"{setting}={name} does not exist: check the path")
+    kind = "datasets" if setting.startswith("dataset") else "models"
+    cached = (Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "snapshots").is_dir()
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    elif _hub_answers():
+        return
+    else:
+        reason = f"the hub at {constants.ENDPOINT} does not answer"
+    if not cached:
+        raise UserError(
+            f"{setting}={name} is neither a folder nor in the cache, and {reason}: "
+            "connect, name a folder, or use --preset tiny, which needs no network"
+        )
+    _go_offline()
+
+
+def _go_offline() -> None:
+    constants.HF_HUB_OFFLINE = True
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def _hub_answers(timeout: float = 3.0) -> bool:
+    """One request, in a thread, because a name look-up can hang for longer than any timeout."""
+    from huggingface_hub import get_session
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever went wrong, the hub did not answer
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(timeout + 1)
+
+
+
+@contextlib.contextmanager
+def loading(setting: str, name: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads `name` into a UserError of one line."""
+    require_hub(setting, name)
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
+
+
+def refuse_missing(setting: str, name: str, info: dict[str, Any], what: str) -> None:
+    """Raise UserError where a model came without some of its weights, which the library would fill with noise."""
+    if info["missing_keys"]:
+        raise UserError(f"{setting}={name} lacks the weights of {min(info['missing_keys'])}: it is not a complete {what}")
