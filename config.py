@@ -186,21 +186,22 @@ def _check_type(name: str, value: object, hint: Any) -> None:
     kinds = typing.get_args(hint) or (hint,)
     number_fits = float in kinds and isinstance(value, int) and not isinstance(value, bool)
     if type(value) not in kinds and not number_fits:
-        raise UserError(f"{name}={value!r} must be of type {' or '.join(k.__name__ for k in kinds if k is not type(None))}")
+        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise UserError(f"{name}={value!r} must be of type {wanted}")
 
 
 PRESETS: dict[type, dict[str, Any]] = {}
 PRESETS[TrainConfig] = {
     "default": TrainConfig(),
     "tiny": TrainConfig(
-        preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews/train", device="cpu",
+        preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=48, total_steps=40, lr=3e-4, kl_coef=0.1,
         save_every=20, sample_every=5,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {
     "default": EvalConfig(),
-    "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews/test", device="cpu"),
+    "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu"),
 }
 
 

@@ -18,6 +18,11 @@ from utils import loading, require_hub
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
+def is_file(dataset: str) -> bool:
+    """Whether `dataset` names a single file, which has no splits."""
+    return Path(dataset).suffix in FILE_KINDS
+
+
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
@@ -29,7 +34,7 @@ def load_examples(
     `<br />` becomes a space and empty rows are left out. Class ids with known names become the names; a missing
     label (-1 in Hugging Face data sets) becomes None. Raises UserError where the data set, split or column is missing.
     """
-    table = _read_file(dataset, text_column) if Path(dataset).suffix in FILE_KINDS else _read_dataset(dataset, split)
+    table = _read_file(dataset, text_column) if is_file(dataset) else _read_dataset(dataset, split)
     for setting, column in (("text_column", text_column), ("label_column", label_column)):
         if column is not None and column not in table:
             raise UserError(f"{setting}={column!r} is not in {dataset}: its columns are {', '.join(map(str, table))}")
@@ -38,11 +43,6 @@ def load_examples(
         raise UserError(f"dataset {dataset} holds no text in column {text_column!r}: choose another with --dataset")
     texts = table[text_column].str.replace("<br />", " ", regex=False).tolist()
     return texts, None if label_column is None else [_label(x) for x in table[label_column]]
-
-
-def is_file(dataset: str) -> bool:
-    """Whether `dataset` is a single file, which has no splits."""
-    return Path(dataset).suffix in FILE_KINDS
 
 
 def _label(value: Any) -> str | int | None:
@@ -65,7 +65,8 @@ def _read_file(name: str, text_column: str) -> pd.DataFrame:
             return pd.DataFrame({text_column: path.read_text(encoding="utf-8").splitlines()})
         return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8", dtype={text_column: str})
     except UnicodeDecodeError as error:
-        raise UserError(f"dataset {name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise UserError(f"dataset {name} is not UTF-8 ({reason}): save it as UTF-8") from None
     except pd.errors.EmptyDataError:
         raise UserError(f"dataset {name} is empty: choose another with --dataset") from None
     except (ValueError, OSError) as error:
@@ -110,16 +111,22 @@ def load_prompts(
 
     Raises UserError where none remains.
     """
-    window = 20 * max_prompt_len  # characters that nearly always hold the tokens wanted, so that long texts cost little
-    heads = _tokenize(tokenizer, [text[:window] for text in texts])
-    prompts = [
-        _tokenize(tokenizer, [text])[0] if len(text) > window and len(ids) <= max_prompt_len else ids
-        for text, ids in zip(texts, heads, strict=True)
-    ]
+    window = 8 * max_prompt_len  # characters that nearly always hold the tokens wanted: long reviews cost little
+    heads = [_head(text, window) for text in texts]
+    prompts = _tokenize(tokenizer, heads)
+    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+        if head != text and len(prompts[i]) < max_prompt_len:
+            prompts[i] = _tokenize(tokenizer, [text])[0]
     prompts = [ids[:max_prompt_len] for ids in prompts if len(ids) >= min_prompt_len]
     if not prompts:
         raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
     return prompts
+
+
+def _head(text: str, window: int) -> str:
+    """The first `window` characters, cut before white space, where no token of GPT-2 ever spans."""
+    parts = text[:window].rsplit(None, 1)
+    return text if len(text) <= window or len(parts) < 2 else parts[0]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

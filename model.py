@@ -5,6 +5,7 @@ response tokens. The Hugging Face model owns the weights; dropout is off for goo
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
 from config import UserError
 from utils import (
-    compare_policies, loading, position_ids, refuse_missing, sample_tokens, token_logprobs, warp_logits,
+    compare_policies,
+    decode,
+    loading,
+    position_ids,
+    refuse_missing,
+    sample_tokens,
+    token_logprobs,
+    warp_logits,
 )  # fmt: skip
 
 
@@ -43,12 +51,23 @@ class Sequences:
 
     @property
     def prompt_len(self) -> int:
+        """P, the width of the left-padded prompts."""
         return self.tokens.shape[1] - self.response_mask.shape[1]
 
     @property
     def responses(self) -> Tensor:
         """The response tokens (B, R)."""
         return self.tokens[:, self.prompt_len :]
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The prompts as text."""
+        return decode(tokenizer, self.tokens[:, : self.prompt_len], self.attention_mask[:, : self.prompt_len])
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase, with_prompt: bool = False) -> list[str]:
+        """The responses as text, behind their prompts if wanted, without EOS."""
+        if with_prompt:
+            return decode(tokenizer, self.tokens, self.attention_mask)
+        return decode(tokenizer, self.responses, self.response_mask)
 
     def select(self, rows: Tensor) -> "Sequences":
         """The same for some rows only."""
@@ -61,9 +80,10 @@ class Sequences:
 class GPT2WithValueHead(nn.Module):
     """GPT-2 and a linear value head on its last hidden state, which starts at exactly zero."""
 
-    def __init__(self, lm: GPT2LMHeadModel) -> None:
+    def __init__(self, lm: GPT2LMHeadModel, dtype: torch.dtype = torch.float32) -> None:
+        """Weights stay float32; dtype is that of matrix products."""
         super().__init__()
-        self.lm = lm
+        self.lm, self.dtype = lm, dtype
         self.value_head = nn.Linear(lm.config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -73,17 +93,23 @@ class GPT2WithValueHead(nn.Module):
         """Stays in evaluation mode: with dropout the ratio of PPO would not start at 1."""
         return super().train(False)
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """Where matrix products run in self.dtype; softmax, losses and the optimiser never do."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.lm.device.type, self.dtype) if half else nullcontext()
+
     def response_hidden(self, seqs: Sequences) -> Tensor:
         """The hidden states (B, R, H) in which the response tokens were chosen: those one column before them."""
         mask = seqs.attention_mask[:, :-1]
         # Causal attention never sees padding on the right; only padding on the left needs a mask
         padded = not bool(mask[:, 0].all())
-        states = self.lm.transformer(
-            input_ids=seqs.tokens[:, :-1],
-            attention_mask=mask.long() if padded else None,
-            position_ids=position_ids(mask),
-            use_cache=False,
-        ).last_hidden_state
+        with self.autocast():
+            states = self.lm.transformer(
+                input_ids=seqs.tokens[:, :-1],
+                attention_mask=mask.long() if padded else None,
+                position_ids=position_ids(mask),
+                use_cache=False,
+            ).last_hidden_state
         return states[:, seqs.prompt_len - 1 :]
 
     def values(self, hidden: Tensor) -> Tensor:
@@ -94,18 +120,24 @@ class GPT2WithValueHead(nn.Module):
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
         hidden = self.response_hidden(seqs)
         logprobs, entropy = token_logprobs(
-            hidden.flatten(0, 1), self.lm.lm_head.weight, seqs.responses.flatten(), seqs.temperature,
+            hidden.flatten(0, 1).to(self.dtype), self.lm.lm_head.weight, seqs.responses.flatten(), seqs.temperature,
             None if seqs.support is None else seqs.support.flatten(0, 1),
         )  # fmt: skip
         return logprobs.view_as(seqs.logprobs), self.values(hidden), entropy.view_as(seqs.logprobs)
 
     @classmethod
-    def from_pretrained(cls, name: str, setting: str = "policy_name") -> "GPT2WithValueHead":
-        """Load a GPT-2 and, where train.py left one beside it, its value head (raises UserError)."""
-        model = cls(load_gpt2(name, setting))
-        head = Path(name).parent / "value_head.safetensors"
-        if Path(name).name == "policy_lm" and head.is_file():
-            model.value_head.load_state_dict(load_file(head))
+    def from_pretrained(
+        cls, name: str, setting: str = "policy_name", dtype: torch.dtype = torch.float32
+    ) -> "GPT2WithValueHead":
+        """A GPT-2 from the hub or a folder, with a fresh critic (raises UserError)."""
+        return cls(load_gpt2(name, setting), dtype)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "GPT2WithValueHead":
+        """Policy and critic as save_pretrained left them (raises UserError)."""
+        model = cls.from_pretrained(str(folder / "policy_lm"), "ckpt_dir", dtype)
+        with loading("ckpt_dir", str(folder), "value head"):
+            model.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
         return model
 
     def save_pretrained(self, folder: Path) -> None:
@@ -125,9 +157,33 @@ def load_gpt2(name: str, setting: str) -> GPT2LMHeadModel:
     return lm
 
 
-def load_reference(name: str, setting: str = "ref_name") -> GPT2WithValueHead:
+def load_reference(
+    name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32
+) -> GPT2WithValueHead:
     """The frozen anchor: the same class as the policy, without gradients."""
-    return GPT2WithValueHead(load_gpt2(name, setting)).requires_grad_(False)
+    return GPT2WithValueHead(load_gpt2(name, setting), dtype).requires_grad_(False)
+
+
+def check_fit(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens (UserError)."""
+    sizes = policy.lm.config.vocab_size, reference.lm.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"policy and reference have different vocabularies ({sizes[0]} and {sizes[1]} tokens): change ref_name"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer of policy_name has no EOS token: save one that has")
+    if len(tokenizer) > sizes[0]:
+        raise UserError(
+            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
+        )
+    context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
+    if length > context:
+        raise UserError(
+            f"max_prompt_len + max_new_tokens = {length} is longer than the model's context of {context}: lower one"
+        )
 
 
 @torch.no_grad()
@@ -140,7 +196,8 @@ def score_responses(
     """
     hidden, ref_hidden = policy.response_hidden(seqs), reference.response_hidden(seqs)
     scored = compare_policies(
-        hidden.flatten(0, 1), policy.lm.lm_head.weight, ref_hidden.flatten(0, 1), reference.lm.lm_head.weight,
+        hidden.flatten(0, 1).to(policy.dtype), policy.lm.lm_head.weight,
+        ref_hidden.flatten(0, 1).to(reference.dtype), reference.lm.lm_head.weight,
         seqs.responses.flatten(), seqs.temperature, None if seqs.support is None else seqs.support.flatten(0, 1),
     )  # fmt: skip
     logprobs, ref_logprobs, entropy, exact_kl = (x.view_as(seqs.logprobs) for x in scored)
@@ -168,7 +225,7 @@ def generate(
     support: list[Tensor] = []
     alive = torch.ones(batch, dtype=torch.bool, device=tokens.device)
 
-    decoder = _Decoder(policy.lm, prompt_mask, width)
+    decoder = _Decoder(policy, prompt_mask, width)
     logits = decoder.read(prompt_ids, position_ids(prompt_mask))
     position = prompt_mask.sum(-1, keepdim=True)
     for t in range(width):
@@ -198,15 +255,19 @@ class _Decoder:
     bookkeeping. That it agrees with the library is a test, and is checked on the real model whenever training starts.
     """
 
-    def __init__(self, lm: GPT2LMHeadModel, prompt_mask: Tensor, width: int) -> None:
-        self.lm, self.used = lm, 0
-        (batch, prompt_len), heads = prompt_mask.shape, lm.config.n_head
-        shape = (batch, heads, prompt_len + width, lm.config.n_embd // heads)
-        self.cache = [(lm.lm_head.weight.new_zeros(shape), lm.lm_head.weight.new_zeros(shape)) for _ in lm.transformer.h]
+    def __init__(self, policy: GPT2WithValueHead, prompt_mask: Tensor, width: int) -> None:
+        self.policy, self.lm, self.used = policy, policy.lm, 0
+        (batch, prompt_len), config = prompt_mask.shape, policy.lm.config
+        shape = (2, batch, config.n_head, prompt_len + width, config.n_embd // config.n_head)
+        self.cache = [torch.zeros(shape, dtype=policy.dtype, device=prompt_mask.device) for _ in self.lm.transformer.h]
         self.key_mask = F.pad(prompt_mask, (0, width), value=True)[:, None, None, :]  # (B, 1, 1, T)
 
     def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) after tokens (B, n) at positions (B, n), whose keys and values join the cache."""
+        with self.policy.autocast():
+            return self._read(tokens, positions)
+
+    def _read(self, tokens: Tensor, positions: Tensor) -> Tensor:
         gpt2: GPT2Model = self.lm.transformer
         (batch, n), heads, start = tokens.shape, self.lm.config.n_head, self.used
         self.used = stop = start + n

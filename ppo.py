@@ -40,6 +40,7 @@ class Rollout:
 
     @property
     def mask(self) -> Tensor:
+        """The response mask (B, R)."""
         return self.sequences.response_mask
 
     def metrics(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ The label to steer towards is found by its name, never by its index, and no grad
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class SentimentReward:
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         """Load the classifier (raises UserError where it, its tokenizer or its label is missing)."""
-        self.model = _load_classifier(name).to(device).eval().requires_grad_(False)
+        self.model: Any = _load_classifier(name).to(device).eval().requires_grad_(False)
         with loading("rm_name", name, "tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         if self.tokenizer.pad_token_id is None:
@@ -60,9 +61,8 @@ def find_label(config: PretrainedConfig, target_label: str, name: str) -> int:
     """The index of a label by its name, whatever its case; pos, neg and neu count as their long forms."""
     labels = {_full(label): int(index) for index, label in config.id2label.items()}
     if _full(target_label) not in labels:
-        raise UserError(
-            f"target_label={target_label!r} is not a label of rm_name={name}: choose {', '.join(config.id2label.values())}"
-        )
+        known = ", ".join(config.id2label.values())
+        raise UserError(f"target_label={target_label!r} is not a label of rm_name={name}: choose {known}")
     return labels[_full(target_label)]
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from config import UserError
 
@@ -234,6 +235,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> 
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and move it there, so that it is never seen half-written."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of the libraries that a user cannot act on."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def resolve_device(device: str) -> str:
+    """auto -> cuda where present, else cpu (raises UserError where cuda is asked for in vain)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """auto -> bfloat16 where the hardware multiplies it fast, else float32."""
+    if dtype == "auto":
+        return "bfloat16" if fast_bfloat16(torch.device(device)) else "float32"
+    return dtype
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
@@ -281,8 +309,6 @@ def _go_offline() -> None:
 
 def _hub_answers(timeout: float = 3.0) -> bool:
     """One request, in a thread, because a name look-up can hang for longer than any timeout."""
-    from huggingface_hub import get_session
-
     answered = threading.Event()
 
     def ask() -> None:
@@ -311,4 +337,5 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
 def refuse_missing(setting: str, name: str, info: dict[str, Any], what: str) -> None:
     """Raise UserError where a model came without some of its weights, which the library would fill with noise."""
     if info["missing_keys"]:
-        raise UserError(f"{setting}={name} lacks the weights of {min(info['missing_keys'])}: it is not a complete {what}")
+        first = min(info["missing_keys"])
+        raise UserError(f"{setting}={name} lacks the weights of {first}: it is not a complete {what}")

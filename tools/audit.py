@@ -1,0 +1,122 @@
+"""The self-audit: before training starts, facts that PPO relies on are checked on the real models, in a second or two.
+
+Each check compares two ways to the same number. One that fails stops the program, because training would go on
+happily towards the wrong thing: most published bugs of PPO on language models break one of these facts.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from config import TrainConfig, UserError
+from model import GPT2WithValueHead, Sequences, generate, score_responses
+from reward import SentimentReward
+from utils import shape_rewards, uniforms
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats; a misplaced token or position costs whole nats
+Finding = tuple[bool, str]
+
+
+@torch.no_grad()
+def audit(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward,
+    tokenizer: PreTrainedTokenizerBase, prompts: tuple[Tensor, Tensor], cfg: TrainConfig, loud: bool = False,
+) -> None:  # fmt: skip
+    """Check every fact on a few prompts (ids and mask, (B, P)), printing a line each if loud.
+
+    Raises UserError naming the first fact that does not hold.
+    """
+    ids, mask = (x[:4].to(cfg.device) for x in prompts)
+    ids, mask = F.pad(ids, (3, 0)), F.pad(mask, (3, 0))  # padding in every row, or a mistake with it would not show
+    noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16)).to(cfg.device)
+    eos_id = int(tokenizer.eos_token_id)
+    seqs = generate(
+        policy, ids, mask, noise, eos_id=eos_id, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p
+    )
+    failed = []
+    for fact, check in _checks(policy, reference, reward, seqs, eos_id, cfg):
+        holds, seen = check()
+        if loud:
+            print(f"{'ok    ' if holds else 'FAILED'}  {fact}: {seen}")
+        if not holds:
+            failed.append(f"{fact} ({seen})")
+    if failed:
+        raise UserError(f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all")
+
+
+def _checks(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward, seqs: Sequences, eos_id: int,
+    cfg: TrainConfig,
+) -> Iterator[tuple[str, Callable[[], Finding]]]:  # fmt: skip
+    mask, tolerance = seqs.response_mask, TOLERANCE[policy.dtype]
+    logprobs, _, values, _, _ = score_responses(policy, reference, seqs)
+
+    def gap(a: Tensor, b: Tensor) -> Finding:
+        difference = float(torch.where(mask, (a - b).abs(), 0).max())
+        return difference <= tolerance, f"largest difference {difference:.1e}"
+
+    yield "a token's log-probability is the library's own cross-entropy", lambda: gap(
+        logprobs, _library_logprobs(policy, seqs)
+    )
+    yield "the distribution sampled from is the one scored", lambda: gap(logprobs, seqs.logprobs)
+    yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
+    yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0])
+    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, score_responses(policy, reference, seqs)[0])
+    yield "EOS is the last action, and trained", lambda: _eos(seqs, eos_id)
+    yield "the score lands on the last real token", lambda: _reward_place(seqs)
+    yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
+    yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
+    yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _scores(reward)
+
+
+def _library_logprobs(policy: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+    """Row by row without padding, from the library's own loss for labels: a path that shares nothing with ours."""
+    out = torch.zeros_like(seqs.logprobs)
+    for row in range(len(out)):
+        ids = seqs.tokens[row, seqs.attention_mask[row]][None]
+        with policy.autocast():
+            logits = policy.lm(input_ids=ids).logits[0].float()
+        n = int(seqs.response_mask[row].sum())
+        kept = None if seqs.support is None else seqs.support[row, :n]
+        logits = logits[-n - 1 : -1] / seqs.temperature
+        logits = logits if kept is None else logits.masked_fill(~kept, -torch.inf)
+        out[row, :n] = -F.cross_entropy(logits, ids[0, -n:], reduction="none")
+    return out
+
+
+def _unpadded(seqs: Sequences) -> Sequences:
+    """The same sequences without the columns on the left that are padding in every row."""
+    cut = int(seqs.attention_mask.any(0).int().argmax())
+    return replace(seqs, tokens=seqs.tokens[:, cut:], attention_mask=seqs.attention_mask[:, cut:])
+
+
+def _eos(seqs: Sequences, eos_id: int) -> Finding:
+    inner = seqs.response_mask & (seqs.responses == eos_id)
+    last = seqs.response_mask.sum(1) - 1
+    ended = seqs.responses.gather(1, last[:, None]).squeeze(1) == eos_id
+    right = bool((inner.sum(1) == ended.int()).all()) and bool(seqs.response_mask[:, 0].all())
+    full = last + 1 == seqs.response_mask.shape[1]
+    return right and bool((ended | full).all()), f"{int(ended.sum())} of {len(ended)} responses ended early"
+
+
+def _reward_place(seqs: Sequences) -> Finding:
+    scores = torch.arange(1.0, len(seqs.tokens) + 1, device=seqs.tokens.device)
+    rewards, _ = shape_rewards(scores, seqs.logprobs, seqs.logprobs, seqs.response_mask, 1.0)
+    places = rewards.argmax(1) == seqs.response_mask.sum(1) - 1
+    return bool(places.all()) and bool((rewards.sum(1) == scores).all()), "by hand-set scores"
+
+
+def _frozen(reference: GPT2WithValueHead, reward: SentimentReward) -> Finding:
+    free = sum(p.requires_grad for model in (reference, reward.model) for p in model.parameters())
+    return not free, f"{free} of their weights would be trained"
+
+
+def _scores(reward: SentimentReward) -> Finding:
+    scores = reward(["I loved it, a wonderful film.", "I hated it, a terrible film.", ""])
+    alone = reward(["I hated it, a terrible film."])
+    steady = bool((scores.abs() <= 1).all()) and float((scores[1] - alone[0]).abs()) <= TOLERANCE[reward.dtype]
+    return steady, f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}"

@@ -1,0 +1,329 @@
+"""Fine-tune GPT-2 by PPO towards a sentiment reward, anchored to frozen GPT-2: act, score, learn, report, keep.
+
+    python train.py                  GPT-2 on IMDB
+    python train.py --preset tiny    a small world made on the spot: no network, a few minutes
+    python train.py --help           every setting
+
+Owns the loop and the run folder. The algorithm itself is in ppo.py.
+"""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from config import TrainConfig, UserError, run_cli, with_changes
+from data import PromptStream, load_examples, load_prompts, load_tokenizer
+from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference
+from ppo import KLController, Rollout, make_rollout, ppo_update
+from reward import SentimentReward
+from tools.audit import audit
+from tools.make_models import resolve_name
+from tools.plot import plot_curves
+from utils import quiet_libraries, require_hub, resolve_device, resolve_dtype, uniforms, write_whole
+
+SHOWN = 4  # prompts per visit to samples.csv
+FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
+OWN_FILES = ("config.json", "metrics.csv", "samples.csv", "curves.png", "policy_lm", "value_head.safetensors", "state")
+
+
+def main(cfg: TrainConfig) -> Path:
+    """Train, and return the run folder; wrong input raises UserError before anything is written."""
+    quiet_libraries()
+    run = RunFolder(cfg)
+    cfg = resolve(cfg)
+    parts = load_parts(cfg)
+    audit(parts.policy, parts.reference, parts.reward, parts.tokenizer, parts.prompts.batch(1), cfg, loud=cfg.check)
+    if cfg.check:
+        return run.path
+    optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    kl = KLController(cfg.kl_coef, cfg.adaptive_kl_target)
+    run.start(cfg, parts)
+
+    steps = tqdm(range(1, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True)
+    with stop_signals() as stop, steps:
+        for step in steps:
+            watch = Stopwatch(cfg.device)
+            # act
+            seqs = act(parts, cfg, step)
+            watch.lap("seconds_generate")
+            # score
+            scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+            rollout = make_rollout(parts.policy, parts.reference, seqs, scores, kl.coef)
+            watch.lap("seconds_score")
+            # learn
+            update = ppo_update(parts.policy, optimizer, rollout, cfg, step)
+            watch.lap("seconds_update")
+            # report
+            row = {"step": step, "episodes": step * cfg.batch_size, "kl_coef": kl.coef, **rollout.metrics(), **update}
+            run.log({**row, **watch.metrics(rollout)})
+            steps.set_postfix_str(f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}")
+            kl.update(row["kl_seq"])
+            # keep
+            last = step == cfg.total_steps or stop.signal is not None or run.must_give_up()
+            if last or step % cfg.sample_every == 0:
+                run.add_samples(parts, rollout, cfg, step)
+            if last or step % cfg.save_every == 0:
+                run.save(parts)
+            if last:
+                break
+    return run.finish(cfg, step, stop.signal)
+
+
+# --- what is trained, and on what -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models and the prompts of a run, on their device."""
+
+    policy: GPT2WithValueHead
+    reference: GPT2WithValueHead
+    reward: SentimentReward
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptStream
+
+
+def resolve(cfg: TrainConfig) -> TrainConfig:
+    """Settings with `auto` decided and paths made absolute; everything from the hub is known to be within reach."""
+    device = resolve_device(cfg.device)
+    names = {"policy_name": cfg.policy_name, "ref_name": cfg.ref_name or cfg.policy_name, "rm_name": cfg.rm_name,
+             "dataset": cfg.dataset}  # fmt: skip
+    for setting, name in names.items():
+        if not name.startswith("tiny:"):
+            require_hub(setting, name)
+    paths = {setting: str(Path(name).resolve()) if Path(name).exists() else name for setting, name in names.items()}
+    return with_changes(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **paths)
+
+
+def load_parts(cfg: TrainConfig) -> Parts:
+    """Load everything that a run needs (raises UserError)."""
+    policy_name, ref_name = resolve_name(cfg.policy_name), resolve_name(cfg.ref_name or cfg.policy_name)
+    dtype = getattr(torch, cfg.dtype)
+    tokenizer = load_tokenizer("policy_name", policy_name)
+    policy = GPT2WithValueHead.from_pretrained(policy_name, dtype=dtype).to(cfg.device)
+    reference = load_reference(ref_name, dtype=dtype).to(cfg.device)
+    check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
+    reward = SentimentReward(
+        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype
+    )
+    texts, _ = load_examples(resolve_name(cfg.dataset), cfg.split, cfg.text_column)
+    prompts = load_prompts(tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
+    return Parts(policy, reference, reward, tokenizer, PromptStream(prompts, cfg.batch_size, cfg.seed))
+
+
+def act(parts: Parts, cfg: TrainConfig, step: int, model: GPT2WithValueHead | None = None, rows: int = 0) -> Sequences:
+    """Let the policy (or another model) answer the prompts of a step, or the first few of them."""
+    ids, mask = (x.to(cfg.device) for x in parts.prompts.batch(step))
+    noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens).to(cfg.device)
+    rows = rows or cfg.batch_size
+    return generate(
+        model or parts.policy, ids[:rows], mask[:rows], noise[:rows], eos_id=int(parts.tokenizer.eos_token_id),
+        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+    )  # fmt: skip
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """Everything that a run leaves behind; each file is written whole or not at all."""
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        """Refuse a folder that cannot be written or already holds a run (UserError); write nothing yet."""
+        self.path = Path(cfg.ckpt_dir)
+        self.failed_steps = 0
+        if cfg.check:
+            return
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"ckpt_dir={self.path} cannot be written: choose another folder")
+        if (self.path / "config.json").exists() and not cfg.overwrite:
+            raise UserError(
+                f"ckpt_dir={self.path} already holds a run: choose another folder, or add --overwrite to replace it"
+            )
+
+    def start(self, cfg: TrainConfig, parts: Parts) -> None:
+        """Clear the way, record the settings, and say in two lines what is about to happen."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in OWN_FILES:
+                remove(self.path / name)
+            write_whole(self.path / "config.json", json.dumps(describe(cfg), indent=2) + "\n")
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise UserError(f"ckpt_dir={self.path} {reason}: choose another folder") from None
+        size = sum(p.numel() for p in parts.policy.parameters()) / 1e6
+        print(f"policy {cfg.policy_name} ({size:.1f}M weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
+        print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {self.path}/")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.csv, flushed to disk, and explain what went wrong in the step, if anything did."""
+        append_row(self.path / "metrics.csv", row)
+        self.failed_steps = 0 if row["updates"] else self.failed_steps + 1
+        if row["skipped"]:
+            tqdm.write(
+                f"step {row['step']}: {row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, "
+                "because their loss or gradient was not finite; lower --lr, or check the reward for NaN"
+            )
+
+    def must_give_up(self) -> bool:
+        """Whether several steps in a row taught nothing; the policy is still that of the last good step."""
+        return self.failed_steps >= FAILED_STEPS_ALLOWED
+
+    def add_samples(self, parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> None:
+        """Append a few prompts with the answers of policy and base, drawn with the same random numbers."""
+        base = act(parts, cfg, step, parts.reference, rows=SHOWN)
+        base_scores = parts.reward(base.texts(parts.tokenizer, cfg.reward_on_prompt))
+        answers = rollout.sequences.texts(parts.tokenizer)
+        for row, (prompt, text) in enumerate(
+            zip(base.prompts(parts.tokenizer), base.texts(parts.tokenizer), strict=True)
+        ):
+            append_row(self.path / "samples.csv", {
+                "step": step, "prompt": prompt, "base": text, "policy": answers[row],
+                "base_score": float(base_scores[row]), "policy_score": float(rollout.scores[row]),
+            })  # fmt: skip
+
+    def save(self, parts: Parts) -> None:
+        """Write policy, critic, tokenizer and picture beside the old ones, then put them in their place."""
+        fresh = self.path / ".partial"
+        remove(fresh)
+        parts.policy.save_pretrained(fresh)
+        parts.tokenizer.save_pretrained(fresh / "policy_lm")
+        for name in ("policy_lm", "value_head.safetensors"):
+            replace(fresh / name, self.path / name)
+        remove(fresh)
+        plot_curves(self.path / "metrics.csv", self.path / "curves.png")
+
+    def finish(self, cfg: TrainConfig, step: int, received: int | None) -> Path:
+        """Say where things are; leave with 128 + signal after a signal, with 1 after giving up."""
+        if received is not None:
+            name = signal.Signals(received).name
+            print(f"stopped after step {step} by {name}; saved in {self.path}/", file=sys.stderr)
+            sys.exit(128 + received)
+        if self.must_give_up():
+            sys.exit(
+                f"error: stopped after step {step}: {FAILED_STEPS_ALLOWED} steps in a row had no finite loss; the last "
+                f"good policy is saved in {self.path}/; lower --lr, or check the reward for NaN"
+            )
+        flags = " --preset tiny" if cfg.preset == "tiny" else ""
+        flags += "" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" --policy_path {self.path / 'policy_lm'}"
+        print(f"done: see {self.path}/curves.png and samples.csv; compare with the base: python eval.py{flags}")
+        return self.path
+
+
+def describe(cfg: TrainConfig) -> dict[str, Any]:
+    """What config.json holds: every setting as resolved, versions, git commit and machine."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        **asdict(cfg),
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "tokenizers")},
+        "python": sys.version.split()[0],
+        "git_commit": git.stdout.strip() or None,
+        "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
+    }
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a CSV file, with a header if it is new, in a single write that is on disk when this returns."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(fresh: Path, place: Path) -> None:
+    """Put a new file or folder in the place of an old one, which is removed last."""
+    old = place.with_name(f".{place.name}.old")
+    remove(old)
+    if place.exists():
+        place.rename(old)
+    fresh.rename(place)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- clock and signals ----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds of each phase of a step, waiting for the GPU where there is one."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda, self.laps = device == "cuda", dict[str, float]()
+        self.last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Note the time since the lap before."""
+        now = self._now()
+        self.laps[name], self.last = now - self.last, now
+
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
+        """The laps, response tokens per second over all of them, and peak memory (CUDA's, else the process's)."""
+        tokens = int(rollout.mask.sum())
+        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if self.cuda else host_peak
+        return {**self.laps, "tokens_per_second": tokens / sum(self.laps.values()), "peak_memory_mb": peak / 2**20}
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass
+class Stop:
+    """The signal that asked the run to stop, if one did."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Let the first Ctrl-C or SIGTERM finish the step and save; a second one stops at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.signal is not None:
+            sys.exit(128 + number)
+        stop.signal = number
+        tqdm.write("stopping after this step (again: at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_cli(TrainConfig, main)
