@@ -78,6 +78,7 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
 
     require_hub("dataset", name)
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             found = datasets.load_from_disk(name)

@@ -7,6 +7,7 @@ Owns the comparison, its statistics and its report. Both models answer the same 
 so that differences are paired.
 """
 
+import csv
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from reward import SentimentReward
 from tools.make_models import resolve_name
 from utils import quiet_libraries, resolve_device, resolve_dtype, uniforms, write_whole
 
-RESAMPLES = 4000  # of the prompts, for each interval
+RESAMPLES = 2000  # of the prompts, for each interval
 OF_RUN = {  # settings that eval.py takes from the run that made the policy, unless a flag says otherwise
     "ref_name", "rm_name", "target_label", "reward_on_prompt", "dataset", "text_column", "max_prompt_len",
     "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
@@ -56,7 +57,7 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
 
 
 def settings_of_run(cfg: EvalConfig) -> TrainConfig:
-    """The settings of the run that made the policy (train.py's defaults for any other), where no flag overrides them."""
+    """The settings of the run that made the policy, else train.py's defaults, where no flag overrides them."""
     folder = Path(cfg.policy_path)
     if cfg.policy_path == EvalConfig.policy_path and not folder.exists():
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
@@ -210,7 +211,7 @@ def write(results: pd.DataFrame, summary: dict[str, Any], out_csv: Path) -> None
     """Write both files whole or not at all (raises UserError where the folder cannot be written)."""
     try:
         out_csv.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out_csv, results.to_csv(index=False))
+        write_whole(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
         write_whole(summary_path(out_csv), json.dumps(summary, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"out_csv={out_csv} cannot be written ({error.strerror}): choose another file") from None

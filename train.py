@@ -168,8 +168,8 @@ class RunFolder:
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"ckpt_dir={self.path} {reason}: choose another folder") from None
-        size = sum(p.numel() for p in parts.policy.parameters()) / 1e6
-        print(f"policy {cfg.policy_name} ({size:.1f}M weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
+        size = sum(p.numel() for p in parts.policy.parameters())
+        print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
         print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {self.path}/")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -244,8 +244,10 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a CSV file, with a header if it is new, in a single write that is on disk when this returns."""
     new = not path.exists()
+    texts = any(isinstance(value, str) for value in row.values())
+    quoting = csv.QUOTE_NONNUMERIC if texts else csv.QUOTE_MINIMAL  # a text may hold any character, a lone \r too
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
+        writer = csv.DictWriter(file, row, lineterminator="\n", quoting=quoting)
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -309,16 +309,16 @@ def _go_offline() -> None:
 
 def _hub_answers(timeout: float = 3.0) -> bool:
     """One request, in a thread, because a name look-up can hang for longer than any timeout."""
-    answered = threading.Event()
+    answers: list[object] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # whatever went wrong, the hub did not answer
-            get_session().head(constants.ENDPOINT, timeout=timeout)
-            answered.set()
+            answers.append(get_session().head(constants.ENDPOINT, timeout=timeout))
 
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(timeout + 1)
-
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    return bool(answers)
 
 
 @contextlib.contextmanager

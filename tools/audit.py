@@ -30,15 +30,21 @@ def audit(
 
     Raises UserError naming the first fact that does not hold.
     """
-    ids, mask = (x[:4].to(cfg.device) for x in prompts)
-    ids, mask = F.pad(ids, (3, 0)), F.pad(mask, (3, 0))  # padding in every row, or a mistake with it would not show
+    ids, mask = (F.pad(x[:4].to(cfg.device), (3, 0)) for x in prompts)  # padding in every row, for its mistakes to show
     noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16)).to(cfg.device)
-    eos_id = int(tokenizer.eos_token_id)
-    seqs = generate(
-        policy, ids, mask, noise, eos_id=eos_id, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p
-    )
-    failed = []
-    for fact, check in _checks(policy, reference, reward, seqs, eos_id, cfg):
+
+    def sample(eos_id: int) -> Sequences:
+        return generate(
+            policy, ids, mask, noise, eos_id=eos_id, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p
+        )
+
+    seqs = sample(int(tokenizer.eos_token_id))
+    stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # taken for EOS, it ends a row half-way
+    stopped = sample(stopper)
+    failed: list[str] = []
+    checks = [*_checks(policy, reference, reward, seqs, cfg),
+              ("EOS is the last action, and trained", lambda: _eos(stopped, stopper))]  # fmt: skip
+    for fact, check in checks:
         holds, seen = check()
         if loud:
             print(f"{'ok    ' if holds else 'FAILED'}  {fact}: {seen}")
@@ -49,8 +55,7 @@ def audit(
 
 
 def _checks(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward, seqs: Sequences, eos_id: int,
-    cfg: TrainConfig,
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward, seqs: Sequences, cfg: TrainConfig
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:  # fmt: skip
     mask, tolerance = seqs.response_mask, TOLERANCE[policy.dtype]
     logprobs, _, values, _, _ = score_responses(policy, reference, seqs)
@@ -66,8 +71,7 @@ def _checks(
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
     yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0])
     yield "two forward passes agree (no dropout)", lambda: gap(logprobs, score_responses(policy, reference, seqs)[0])
-    yield "EOS is the last action, and trained", lambda: _eos(seqs, eos_id)
-    yield "the score lands on the last real token", lambda: _reward_place(seqs)
+    yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
     yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _scores(reward)
@@ -95,19 +99,18 @@ def _unpadded(seqs: Sequences) -> Sequences:
 
 
 def _eos(seqs: Sequences, eos_id: int) -> Finding:
-    inner = seqs.response_mask & (seqs.responses == eos_id)
-    last = seqs.response_mask.sum(1) - 1
-    ended = seqs.responses.gather(1, last[:, None]).squeeze(1) == eos_id
-    right = bool((inner.sum(1) == ended.int()).all()) and bool(seqs.response_mask[:, 0].all())
-    full = last + 1 == seqs.response_mask.shape[1]
-    return right and bool((ended | full).all()), f"{int(ended.sum())} of {len(ended)} responses ended early"
+    """Every response is real up to and including the first EOS, or to its full width, and nowhere beyond."""
+    rows = zip(seqs.responses.tolist(), seqs.response_mask.tolist(), strict=True)
+    lengths = [(row.index(eos_id) + 1 if eos_id in row else len(row), real) for row, real in rows]
+    ended = sum(n < len(real) for n, real in lengths)
+    return all(real == [i < n for i in range(len(real))] for n, real in lengths), f"{ended} responses end early"
 
 
-def _reward_place(seqs: Sequences) -> Finding:
-    scores = torch.arange(1.0, len(seqs.tokens) + 1, device=seqs.tokens.device)
-    rewards, _ = shape_rewards(scores, seqs.logprobs, seqs.logprobs, seqs.response_mask, 1.0)
-    places = rewards.argmax(1) == seqs.response_mask.sum(1) - 1
-    return bool(places.all()) and bool((rewards.sum(1) == scores).all()), "by hand-set scores"
+def _reward_place() -> Finding:
+    """By hand: responses of 1, 2 and 3 tokens, with scores 1, 2 and 3."""
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    rewards, _ = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 1.0)
+    return torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0]))), "responses of 1, 2 and 3 tokens"
 
 
 def _frozen(reference: GPT2WithValueHead, reward: SentimentReward) -> Finding:

@@ -1,0 +1,363 @@
+"""train.py: the run folder, reproducibility, wrong input, signals, and what happens when numbers go bad."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import CORPUS, save_classifier
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import train
+import utils
+from config import TrainConfig, UserError, run_cli
+from model import GPT2WithValueHead
+from reward import SentimentReward
+
+REPOSITORY = Path(train.__file__).parent
+CONTRACT = (
+    "step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len policy_loss "
+    "value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score "
+    "seconds_update tokens_per_second peak_memory_mb"
+).split()
+TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = [{"text": f"{i} {text}", "label": "positive"} for i, text in enumerate(CORPUS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "policy_name": str(gpt2_dir), "rm_name": str(classifier_dir), "dataset": str(reviews),
+        "ckpt_dir": str(tmp_path / "run"), "device": "cpu", "dtype": "float32", "total_steps": "3", "batch_size": "8",
+        "minibatch_size": "4", "ppo_epochs": "2", "max_prompt_len": "12", "min_prompt_len": "4",
+        "max_new_tokens": "8", "lr": "1e-3", "sample_every": "2", "save_every": "2",
+    }  # fmt: skip
+
+
+def run(flags: dict[str, str], *extra: str) -> Path:
+    """Train in this process, by the command line's own way; returns the run folder."""
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    sys.argv = ["train.py", *argv, *extra]
+    run_cli(TrainConfig, train.main)
+    return Path(flags["ckpt_dir"])
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
+    folder = run(flags)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "curves.png", "metrics.csv", "policy_lm", "samples.csv", "value_head.safetensors",
+    ]  # fmt: skip
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert set(CONTRACT) <= set(metrics.columns)
+    assert metrics.step.tolist() == [1, 2, 3]
+    assert metrics.episodes.tolist() == [8, 16, 24]
+    assert metrics.drop(columns=["explained_var"]).notna().all().all()
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["lr"] == 1e-3
+    assert settings["device"] == "cpu"
+    assert settings["versions"]["torch"]
+    samples = pd.read_csv(folder / "samples.csv", keep_default_na=False)
+    assert samples.step.tolist() == [2] * 4 + [3] * 4
+    assert {"prompt", "base", "policy", "base_score", "policy_score"} <= set(samples.columns)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_saves_a_policy_that_plain_transformers_loads(flags: dict[str, str]) -> None:
+    folder = run(flags)
+    lm = AutoModelForCausalLM.from_pretrained(folder / "policy_lm").eval()
+    ids = AutoTokenizer.from_pretrained(folder / "policy_lm")("A film", return_tensors="pt").input_ids
+    ours = GPT2WithValueHead.load(folder)
+    assert torch.equal(lm(ids).logits, ours.lm(ids).logits)
+    assert ours.value_head.weight.abs().max() > 0  # the critic has learnt something, and it was kept
+
+
+def test_train_is_a_function_of_the_seed(flags: dict[str, str], tmp_path: Path) -> None:
+    runs = [run({**flags, "ckpt_dir": str(tmp_path / name), "seed": seed}) for name, seed in
+            (("a", "1"), ("b", "1"), ("c", "2"))]  # fmt: skip
+    tables = [pd.read_csv(folder / "metrics.csv").drop(columns=TIMINGS) for folder in runs]
+    pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
+    assert not tables[0].sentiment_mean.equals(tables[2].sentiment_mean)
+    assert (runs[0] / "samples.csv").read_bytes() == (runs[1] / "samples.csv").read_bytes()
+    weights = [load_file(folder / "policy_lm" / "model.safetensors") for folder in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+def test_train_moves_the_policy_and_neither_reference_nor_reward(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[train.Parts] = []
+    load_parts = train.load_parts
+    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
+    folder = run(flags)
+    start = AutoModelForCausalLM.from_pretrained(flags["policy_name"]).state_dict()
+    reference, judge = held[0].reference.lm.state_dict(), SentimentReward(flags["rm_name"]).model.state_dict()
+    assert all(torch.equal(start[name], reference[name]) for name in start)
+    assert all(torch.equal(judge[name], x) for name, x in held[0].reward.model.state_dict().items())
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "policy_lm").state_dict()
+    assert any(not torch.equal(start[name], tuned[name]) for name in start)
+
+
+def test_train_refuses_a_folder_with_a_run_unless_told_to_overwrite(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(flags)
+    (folder / "notes.txt").write_text("mine")
+    before = files_in(folder)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "seed": "5"})
+    assert stop.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert files_in(folder) == before
+    run({**flags, "seed": "5"}, "--overwrite")
+    after = files_in(folder)
+    assert len(pd.read_csv(folder / "metrics.csv")) == 3
+    assert after["metrics.csv"] != before["metrics.csv"]
+    assert after["notes.txt"] == b"mine"
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+WRONG = {  # what is given -> words that the one line must hold
+    "--total_steps -1": ["total_steps", "at least 1"],
+    "--total_steps 1.5": ["total_steps"],
+    "--total_steps many": ["total_steps"],
+    "--minibatch_size 3": ["minibatch_size", "batch_size"],
+    "--minibatch_size 16": ["minibatch_size", "batch_size"],
+    "--temperature 0": ["temperature"],
+    "--top_p 0": ["top_p"],
+    "--lr nan": ["lr"],
+    "--kl_coef inf": ["kl_coef"],
+    "--clip_range -0.2": ["clip_range"],
+    "--no_such_flag 1": ["no_such_flag"],
+    "--preset huge": ["preset", "tiny"],
+    "--preset": ["preset"],
+    "--device tpu": ["device", "cpu"],
+    "--max_prompt_len 100 --max_new_tokens 100": ["max_prompt_len", "max_new_tokens", "128"],
+    "--min_prompt_len 13": ["min_prompt_len", "max_prompt_len"],
+    "--target_label joyful": ["target_label", "negative", "positive"],
+    "--policy_name ./nowhere": ["policy_name", "nowhere"],
+    "--policy_name {empty}": ["policy_name"],
+    "--policy_name {classifier}": ["policy_name", "distilbert", "GPT-2"],
+    "--policy_name {damaged}": ["policy_name", "damaged"],
+    "--policy_name {headless}": ["policy_name"],
+    "--ref_name {other_vocabulary}": ["vocabular", "ref_name"],
+    "--rm_name ./nowhere": ["rm_name", "nowhere"],
+    "--rm_name {gpt2}": ["rm_name"],
+    "--dataset ./nowhere.csv": ["dataset", "nowhere.csv"],
+    "--dataset {empty_csv}": ["dataset", "empty"],
+    "--dataset {latin1}": ["dataset", "UTF-8"],
+    "--dataset {short} --min_prompt_len 12": ["min_prompt_len"],
+    "--text_column review": ["text_column", "review", "text"],
+    "--ckpt_dir {file}/run": ["ckpt_dir"],
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path) -> dict[str, str]:
+    """Damaged and wrong things to name on the command line."""
+    from conftest import make_lm
+
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    for name, lm in (("other_vocabulary", make_lm(320)), ("damaged", make_lm(300)), ("headless", make_lm(300))):
+        tokenizer.save_pretrained(folder(name))
+        lm.save_pretrained(tmp_path / name)
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "headless" / "model.safetensors").unlink()
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "latin1.csv").write_bytes("text\nun très beau film\n".encode("latin-1"))
+    (tmp_path / "short.csv").write_text("text\ngood\nbad\n")
+    (tmp_path / "file").write_text("")
+    return {
+        "empty": str(folder("empty")), "classifier": str(classifier_dir), "gpt2": str(gpt2_dir),
+        "empty_csv": str(tmp_path / "empty.csv"), "latin1": str(tmp_path / "latin1.csv"),
+        "short": str(tmp_path / "short.csv"), "file": str(tmp_path / "file"),
+        **{name: str(tmp_path / name) for name in ("other_vocabulary", "damaged", "headless")},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_train_wrong_input_is_one_line_and_exit_code_2(
+    given: str, flags: dict[str, str], places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(flags, *given.format(**places).split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert all(word in err for word in WRONG[given]), err
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_train_without_cuda_says_so(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(flags, "--device", "cuda")
+    assert "device=cuda" in capsys.readouterr().err
+
+
+def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Path) -> None:
+    labels = {0: "terrible", 1: "fine", 2: "great"}
+    save_classifier(tmp_path / "bert", labels)  # for its tokenizer
+    config = BertConfig(vocab_size=280, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, num_labels=3, id2label=labels,
+                        label2id={v: k for k, v in labels.items()})  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    folder = run({**flags, "rm_name": str(tmp_path / "bert"), "target_label": "great", "total_steps": "1"})
+    assert pd.read_csv(folder / "metrics.csv").sentiment_mean.between(-1, 1).all()
+
+
+def test_train_without_a_hub_names_what_is_missing_within_15_seconds(flags: dict[str, str], tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for setting in ("policy_name", "rm_name", "dataset"):
+        argv = [word for name, value in flags.items() if name != setting for word in (f"--{name}", value)]
+        environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "train.py", *argv], cwd=REPOSITORY, env=environment, text=True,
+                              capture_output=True, timeout=15, check=False)  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert setting in done.stderr
+        assert "--preset tiny" in done.stderr
+        break_early = setting == "policy_name"  # one real process is enough; the others run below, in this one
+        if break_early:
+            break
+    for setting, name in (("rm_name", "lvwerra/distilbert-imdb"), ("dataset", "stanfordnlp/imdb")):
+        with pytest.raises(UserError, match=f"{setting}={name} .*--preset tiny"):
+            utils.require_hub(setting, name)
+
+
+# --- the self-audit -------------------------------------------------------------------------------------------------
+
+
+def test_check_prints_a_line_per_fact_and_writes_nothing(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags, "--check")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith("ok ") for line in lines)
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+def break_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.position_ids", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+
+
+def break_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = GPT2WithValueHead.response_hidden
+    monkeypatch.setattr(GPT2WithValueHead, "response_hidden", lambda self, seqs: right(self, seqs).roll(-1, 1))
+
+
+def break_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = GPT2WithValueHead.response_hidden
+    monkeypatch.setattr(
+        GPT2WithValueHead, "response_hidden", lambda self, seqs: torch.dropout(right(self, seqs), 0.3, True)
+    )
+
+
+def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = train.generate
+    monkeypatch.setattr("tools.audit.generate", lambda *a, **k: right(*a, **{**k, "temperature": 0.5}).select(
+        torch.arange(4)).__class__(**{**vars(right(*a, **{**k, "temperature": 0.5})), "temperature": 1.0}))  # fmt: skip
+
+
+def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_the_end(scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, beta: float) -> Any:
+        rewards = torch.zeros_like(logprobs)
+        rewards[:, -1] = scores
+        return rewards, rewards
+
+    monkeypatch.setattr("tools.audit.shape_rewards", at_the_end)
+
+
+def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact"),
+    [
+        (break_positions, "padding|cross-entropy"), (break_shift, "cross-entropy"), (break_dropout, "cross-entropy"),
+        (break_temperature, "the one scored"), (break_reward_place, "last real token"), (break_critic, "critic"),
+    ],
+)  # fmt: skip
+def test_check_refuses_to_train_when_a_fact_fails(
+    damage: Any, fact: str, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "self-check failed" in err
+    assert any(part in err for part in fact.split("|")), err
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+# --- signals and bad numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_a_signal_finishes_the_step_saves_and_exits(
+    number: int, code: int, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = train.act
+
+    def interrupted(parts: train.Parts, cfg: TrainConfig, step: int, *rest: Any, **named: Any) -> Any:
+        if step == 2 and not rest:
+            os.kill(os.getpid(), number)
+        return act(parts, cfg, step, *rest, **named)
+
+    monkeypatch.setattr(train, "act", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "total_steps": "9", "save_every": "9"})
+    assert stop.value.code == code
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2]
+    GPT2WithValueHead.load(folder)
+
+
+def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SentimentReward, "__call__", lambda self, texts: torch.full((len(texts),), float("nan")))
+    monkeypatch.setattr(train, "audit", lambda *args, **named: None)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "total_steps": "9"})
+    assert "3 steps in a row" in str(stop.value.code)
+    folder = Path(flags["ckpt_dir"])
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert metrics.skipped.tolist() == [4, 4, 4]
+    assert "not finite" in capsys.readouterr().out
+    start, kept = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in
+                   (flags["policy_name"], folder / "policy_lm"))  # fmt: skip
+    assert all(torch.equal(start[name], kept[name]) for name in start)
