@@ -5,6 +5,7 @@ project names a flag. This file needs no torch, so that a wrong flag is refused 
 """
 
 import math
+import os
 import sys
 import typing
 from argparse import ArgumentParser
@@ -13,6 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
+
+# Threads that wait should sleep: where another program wants the cores too, spinning makes torch several times slower.
+# It has to be said before torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from config import UserError
-from utils import loading, require_hub
+from utils import require_hub
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
@@ -47,7 +47,7 @@ def load_examples(
 
 def _label(value: Any) -> str | int | None:
     if isinstance(value, str):
-        return value
+        return value or None
     return None if pd.isna(value) or value == -1 else int(value)
 
 
@@ -60,10 +60,11 @@ def _read_file(name: str, text_column: str) -> pd.DataFrame:
             return pd.read_parquet(path)
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                return pd.read_json(file, lines=True, dtype={text_column: str})
+                return pd.read_json(file, lines=True, dtype=False, convert_dates=False)
         if path.suffix == ".txt":
             return pd.DataFrame({text_column: path.read_text(encoding="utf-8").splitlines()})
-        return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8", dtype={text_column: str})
+        separator = "\t" if path.suffix == ".tsv" else ","  # "NA" and "None" are texts like any other
+        return pd.read_csv(path, sep=separator, encoding="utf-8", keep_default_na=False, dtype={text_column: str})
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise UserError(f"dataset {name} is not UTF-8 ({reason}): save it as UTF-8") from None
@@ -82,6 +83,8 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict) and split not in found:
+                raise UserError(f"split={split!r} is not in dataset {name}: choose {', '.join(found)}")
             table = found[split] if isinstance(found, datasets.DatasetDict) else found
         else:
             table = datasets.load_dataset(name, split=split)
@@ -97,12 +100,6 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
-
-
-def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model (raises UserError)."""
-    with loading(setting, name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
 
 
 def load_prompts(

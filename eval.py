@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from config import EvalConfig, TrainConfig, UserError, run_cli, with_changes
-from data import is_file, load_examples, load_prompts, load_tokenizer, pad_left
+from data import is_file, load_examples, load_prompts, pad_left
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference, score_responses
 from reward import SentimentReward
 from tools.make_models import resolve_name
-from utils import quiet_libraries, resolve_device, resolve_dtype, uniforms, write_whole
+from utils import load_tokenizer, quiet_libraries, resolve_device, resolve_dtype, uniforms, write_whole
 
 RESAMPLES = 2000  # of the prompts, for each interval
 OF_RUN = {  # settings that eval.py takes from the run that made the policy, unless a flag says otherwise

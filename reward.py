@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from config import UserError
-from utils import loading, refuse_missing
+from utils import load_tokenizer, loading, refuse_missing
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 
@@ -26,8 +26,7 @@ class SentimentReward:
     ) -> None:  # fmt: skip
         """Load the classifier (raises UserError where it, its tokenizer or its label is missing)."""
         self.model: Any = _load_classifier(name).to(device).eval().requires_grad_(False)
-        with loading("rm_name", name, "tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = load_tokenizer("rm_name", name)
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"rm_name={name} has a tokenizer without a padding token: save one with it")
         self.target = find_label(self.model.config, target_label, name)
@@ -39,7 +38,10 @@ class SentimentReward:
     def score(self, texts: Sequence[str]) -> Tensor:
         """Texts -> scores (B,) float32 in [-1, 1], on the model's device; longer texts are cut at the end."""
         scores = torch.empty(len(texts), device=self.model.device)
+        if not texts:
+            return scores
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        encoded = [ids or [self.tokenizer.pad_token_id] for ids in encoded]  # an empty text may have no token at all
         by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
         for first in range(0, len(texts), self.batch_size):
             rows = by_length[first : first + self.batch_size]

@@ -28,14 +28,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from config import TrainConfig, UserError, run_cli, with_changes
-from data import PromptStream, load_examples, load_prompts, load_tokenizer
+from data import PromptStream, load_examples, load_prompts
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference
 from ppo import KLController, Rollout, make_rollout, ppo_update
 from reward import SentimentReward
 from tools.audit import audit
 from tools.make_models import resolve_name
 from tools.plot import plot_curves
-from utils import quiet_libraries, require_hub, resolve_device, resolve_dtype, uniforms, write_whole
+from utils import load_tokenizer, quiet_libraries, require_hub, resolve_device, resolve_dtype, uniforms, write_whole
 
 SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
@@ -245,9 +245,11 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a CSV file, with a header if it is new, in a single write that is on disk when this returns."""
     new = not path.exists()
     texts = any(isinstance(value, str) for value in row.values())
-    quoting = csv.QUOTE_NONNUMERIC if texts else csv.QUOTE_MINIMAL  # a text may hold any character, a lone \r too
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n", quoting=quoting)
+        # a text may hold any character, a lone \r too
+        writer = csv.DictWriter(
+            file, row, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if texts else csv.QUOTE_MINIMAL
+        )
         if new:
             writer.writeheader()
         writer.writerow(row)

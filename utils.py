@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from config import UserError
@@ -135,9 +135,10 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
-        hidden, weight, tokens, entropy = ctx.saved_tensors
+        hidden, weight, tokens, entropy = ctx.saved_tensors  # the weight already in the precision of hidden
         temperature, support, chunk_rows = ctx.rest
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in _chunks(len(hidden), len(weight), chunk_rows):
             all_logprobs = _all_logprobs(hidden, weight, temperature, support, rows)
             grad = all_logprobs.exp()
@@ -150,7 +151,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_logprobs is not None:
                 grad.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
             grad = (grad / temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -332,6 +333,15 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
+
+
+def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a model (raises UserError where there is none: the library would make one up)."""
+    with loading(setting, name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{setting}={name} has no tokenizer: save it with the model")
+    return tokenizer
 
 
 def refuse_missing(setting: str, name: str, info: dict[str, Any], what: str) -> None:

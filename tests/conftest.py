@@ -1,0 +1,231 @@
+"""Tiny random models and a tokenizer trained in memory, so that every test runs offline on a CPU
+in moments.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from model import GPT2WithValueHead, Sequences, generate
+from utils import uniforms
+
+EOS = 0  # also BOS, and the id that fills padding, as with the real GPT-2
+
+CORPUS: Sequence[str] = [
+    "A film this good is rare. The acting is superb, and the ending made me cry!",
+    "I've never seen a worse movie; it's dull, badly lit and two hours too long.",
+    "The plot? Nothing happens. Yet the music - by a great composer - is lovely.",
+    "Ein schöner Film, naïve but touching. 10/10, I would watch it again & again.",
+] * 10
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread, the fastest for models this small, and fresh random state."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return
+
+
+def make_lm(vocab: int = 20, seed: int = 0, **changes: object) -> GPT2LMHeadModel:
+    """A random GPT-2 whose weights are large enough for every mistake to show; biases are random
+    too.
+    """
+    settings: dict[str, object] = {
+        "vocab_size": vocab,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+    }
+    torch.manual_seed(seed)
+    lm = GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.2)
+            elif "ln_" in name:
+                weight.add_(0.2 * torch.randn_like(weight))
+        # EOS is made likelier, about one token in eight, so that responses end at different times
+        lm.transformer.wte.weight[EOS] += 2 * F.normalize(lm.transformer.ln_f.bias, dim=0)
+    return lm
+
+
+def make_policy(
+    vocab: int = 20, seed: int = 0, critic: bool = False, **changes: object
+) -> GPT2WithValueHead:
+    """A policy around make_lm; with `critic`, its value head is random instead of zero."""
+    return with_critic(GPT2WithValueHead(make_lm(vocab, seed, **changes)), critic)
+
+
+def with_critic(policy: GPT2WithValueHead, critic: bool = True) -> GPT2WithValueHead:
+    """The policy, its value head random where `critic` says so."""
+    if critic:
+        with torch.no_grad():
+            for weight in policy.value_head.parameters():
+                weight.normal_(std=0.3)
+    return policy
+
+
+def ragged_prompts(rows: int, width: int, vocab: int = 20, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts of 1 to `width` tokens, among them EOS; the padding is EOS as well."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows, width), generator=random)
+    lengths = torch.randint(1, width + 1, (rows,), generator=random)
+    lengths[0] = width
+    mask = torch.arange(width) >= width - lengths[:, None]
+    return ids.masked_fill(~mask, EOS), mask
+
+
+def sample(
+    policy: GPT2WithValueHead,
+    rows: int = 8,
+    width: int = 6,
+    new: int = 10,
+    seed: int = 0,
+    **sampling: float,
+) -> Sequences:
+    """Ragged prompts with sampled responses that end at different times."""
+    prompts = ragged_prompts(rows, width, policy.lm.config.vocab_size, seed)
+    return generate(policy, *prompts, uniforms(seed, 1, rows, new), eos_id=EOS, **sampling)
+
+
+def pad_more(seqs: Sequences, pads: int) -> Sequences:
+    """The same rows with `pads` more columns of padding on the left."""
+    rows = len(seqs.tokens)
+    return Sequences(
+        tokens=torch.cat([torch.full((rows, pads), EOS), seqs.tokens], 1),
+        attention_mask=torch.cat(
+            [torch.zeros(rows, pads, dtype=torch.bool), seqs.attention_mask], 1
+        ),
+        response_mask=seqs.response_mask,
+        logprobs=seqs.logprobs,
+        temperature=seqs.temperature,
+        support=seqs.support,
+    )
+
+
+def real_tokens(seqs: Sequences, row: int) -> tuple[Tensor, int]:
+    """One row without padding, and how many of its tokens are prompt. Uses only the masks."""
+    width = seqs.response_mask.shape[1]
+    prompt = seqs.tokens[row, :-width][seqs.attention_mask[row, :-width]]
+    return torch.cat([prompt, seqs.tokens[row, -width:][seqs.response_mask[row]]]), len(prompt)
+
+
+@torch.no_grad()
+def exact_logits(lm: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """The library's own logits (T, V) for one unpadded row, in float64."""
+    return copy.deepcopy(lm).double().eval()(input_ids=tokens[None]).logits[0]
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def same_weights(model: torch.nn.Module, before: dict[str, Tensor]) -> bool:
+    """Whether no weight has changed by a single bit."""
+    return all(torch.equal(w, before[name]) for name, w in model.named_parameters())
+
+
+def train_tokenizer(vocab: int, specials: list[str], corpus: Sequence[str] = CORPUS) -> Tokenizer:
+    """A byte-level BPE, which can spell every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's kind of tokenizer: byte-level, EOS = BOS, no padding token."""
+    eos = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(300, [eos]), bos_token=eos, eos_token=eos, unk_token=eos
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a tiny GPT-2 and its tokenizer."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_lm(len(tokenizer), n_positions=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_classifier(folder: Path, id2label: dict[int, str], swap: bool = False) -> Path:
+    """A tiny DistilBERT and its tokenizer; `swap` exchanges its first two outputs."""
+    torch.manual_seed(3)
+    bpe = train_tokenizer(280, ["<pad>", "<unk>", "<cls>"])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<cls> $A", special_tokens=[("<cls>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<cls>",
+        model_max_length=48,
+    )
+    model = DistilBertForSequenceClassification(
+        DistilBertConfig(
+            vocab_size=len(tokenizer),
+            dim=32,
+            hidden_dim=64,
+            n_layers=2,
+            n_heads=2,
+            max_position_embeddings=48,
+            initializer_range=0.4,
+            dropout=0.5,
+            seq_classif_dropout=0.5,
+            num_labels=len(id2label),
+            id2label=id2label,
+            label2id={label: index for index, label in id2label.items()},
+        )
+    )
+    if swap:
+        with torch.no_grad():
+            order = [1, 0, *range(2, len(id2label))]
+            model.classifier.weight.copy_(model.classifier.weight[order].clone())
+            model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny sentiment classifier."""
+    return save_classifier(tmp_path_factory.mktemp("classifier"), {0: "negative", 1: "positive"})

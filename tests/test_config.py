@@ -1,0 +1,352 @@
+"""Every setting has help and a range, and what is wrong is refused in one line that names it."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from config import (
+    EvalConfig,
+    TrainConfig,
+    UserError,
+    check_prompt_lengths,
+    check_values,
+    parse_config,
+    run_cli,
+    with_changes,
+)
+
+CLASSES = (TrainConfig, EvalConfig)
+
+# The values a setting may not have, written down here a second time on purpose.
+COUNTS = {
+    "total_steps",
+    "batch_size",
+    "ppo_epochs",
+    "minibatch_size",
+    "reward_batch_size",
+    "max_prompt_len",
+    "min_prompt_len",
+    "max_new_tokens",
+    "save_every",
+    "sample_every",
+    "n_samples",
+}
+FROM_ZERO = {"micro_batch_size", "top_k", "warmup_steps", "seed"}
+REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
+REAL_POSITIVE = {
+    "temperature",
+    "adaptive_kl_target",
+    "clip_range",
+    "value_clip_range",
+    "max_grad_norm",
+    "target_kl",
+}
+UNIT = {"gamma", "gae_lambda"}
+SHARES = {"top_p"}
+
+
+def wrong_values(name: str) -> list[Any]:
+    if name in COUNTS:
+        return [0, -1, 1.5, math.nan, "3", True]
+    if name in FROM_ZERO:
+        return [-1, 0.5, math.nan, "3", True]
+    wrong: list[Any] = [math.nan, math.inf, -math.inf, -0.5, "0.1", True]
+    if name in REAL_FROM_ZERO:
+        return wrong
+    if name in REAL_POSITIVE:
+        return [*wrong, 0.0]
+    if name in UNIT:
+        return [*wrong, 1.01]
+    if name in SHARES:
+        return [*wrong, 0.0, 1.01]
+    raise AssertionError(f"{name} is a number without a row in this table")
+
+
+def kinds(cls: type) -> dict[str, set[Any]]:
+    """Field -> the types that it may have, None left out. Read from the annotations."""
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        is_literal = typing.get_origin(hint) is Literal
+        options = {hint} if is_literal else set(typing.get_args(hint)) or {hint}
+        result[field.name] = options - {type(None)}
+    return result
+
+
+def fields_of(*wanted: type) -> list[tuple[type, str]]:
+    return [
+        (cls, name) for cls in CLASSES for name, types in kinds(cls).items() if types & set(wanted)
+    ]
+
+
+def refused(cls: type, *argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(cls, argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- every field
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(int, float))
+def test_number_out_of_range_is_refused(cls: type, name: str) -> None:
+    for wrong in wrong_values(name):
+        with pytest.raises(UserError, match=rf"\b{name}\b") as caught:
+            cls(**{name: wrong})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(int, float))
+def test_number_out_of_range_is_refused_as_a_flag(cls: type, name: str) -> None:
+    for wrong in wrong_values(name):
+        if not isinstance(wrong, str | bool):
+            assert name in refused(cls, f"--{name}={wrong}").replace("-", "_")
+    assert name in refused(cls, f"--{name}", "many").replace("-", "_")
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(str))
+def test_text_of_wrong_type_is_refused(cls: type, name: str) -> None:
+    for wrong in (3, True, "", ["x"]):
+        with pytest.raises(UserError, match=rf"\b{name}\b"):
+            cls(**{name: wrong})
+
+
+@pytest.mark.parametrize(("cls", "name"), fields_of(bool))
+def test_switch_of_wrong_type_is_refused(cls: type, name: str) -> None:
+    for wrong in (1, "true", 0.0):
+        with pytest.raises(UserError, match=rf"\b{name}\b"):
+            cls(**{name: wrong})
+    assert name in refused(cls, f"--{name}", "maybe")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_none_is_refused_where_there_is_a_default(cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    for name in kinds(cls):
+        if type(None) in typing.get_args(hints[name]):
+            assert getattr(cls(**{name: None}), name) is None
+        else:
+            with pytest.raises(UserError, match=rf"\b{name}\b"):
+                cls(**{name: None})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_choice_is_one_of_the_choices(cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    chosen = [name for name, hint in hints.items() if typing.get_origin(hint) is Literal]
+    assert {"device", "dtype"} <= set(chosen)
+    for name in chosen:
+        for choice in typing.get_args(hints[name]):
+            assert getattr(parse_config(cls, [f"--{name}", choice]), name) == choice
+        with pytest.raises(UserError, match=name) as caught:
+            cls(**{name: "nonsense"})
+        assert all(choice in str(caught.value) for choice in typing.get_args(hints[name]))
+        assert name in refused(cls, f"--{name}", "nonsense")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_setting_has_help_and_is_a_flag(
+    cls: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(cls, ["--help"])
+    assert caught.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(cls):
+        help_text = field.metadata.get("help", "")
+        assert len(help_text) > 5, field.name
+        assert help_text.endswith("."), field.name
+        assert f"--{field.name}" in out
+        assert help_text.split()[0] in out
+
+
+# ---- settings that depend on each other
+
+
+def test_minibatch_size_must_divide_batch_size() -> None:
+    for batch, mini in ((10, 3), (8, 16), (4, 5)):
+        with pytest.raises(UserError, match="minibatch_size") as caught:
+            TrainConfig(batch_size=batch, minibatch_size=mini)
+        assert "batch_size" in str(caught.value)
+    assert TrainConfig(batch_size=12, minibatch_size=4).minibatch_size == 4
+
+
+def test_min_prompt_len_must_not_exceed_max_prompt_len() -> None:
+    check_prompt_lengths(8, 8)
+    with pytest.raises(UserError, match="min_prompt_len"):
+        check_prompt_lengths(9, 8)
+    with pytest.raises(UserError, match="min_prompt_len"):
+        TrainConfig(min_prompt_len=9, max_prompt_len=8)
+
+
+def test_warmup_must_be_shorter_than_the_run() -> None:
+    with pytest.raises(UserError, match="warmup_steps"):
+        TrainConfig(warmup_steps=10, total_steps=10)
+    assert TrainConfig(warmup_steps=9, total_steps=10).warmup_steps == 9
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parse_config_without_flags_gives_the_defaults(cls: type) -> None:
+    assert parse_config(cls, []) == cls()
+
+
+def test_parse_config_reads_every_type() -> None:
+    cfg = parse_config(
+        TrainConfig,
+        [
+            "--lr",
+            "3e-4",
+            "--total-steps",
+            "7",
+            "--ref_name=other",
+            "--target_kl",
+            "0.5",
+            "--overwrite",
+        ],
+    )
+    assert cfg == TrainConfig(
+        lr=3e-4, total_steps=7, ref_name="other", target_kl=0.5, overwrite=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        ([], False),
+        (["--overwrite"], True),
+        (["--overwrite", "true"], True),
+        (["--overwrite", "false"], False),
+        (["--overwrite=no"], False),
+        (["--overwrite", "1"], True),
+    ],
+)
+def test_parse_config_reads_switches(argv: list[str], value: bool) -> None:
+    assert parse_config(TrainConfig, argv).overwrite is value
+
+
+def test_parse_config_reads_switches_that_may_be_unset() -> None:
+    assert parse_config(EvalConfig, []).reward_on_prompt is None
+    assert parse_config(EvalConfig, ["--reward_on_prompt", "false"]).reward_on_prompt is False
+    assert parse_config(EvalConfig, ["--reward_on_prompt", "true"]).reward_on_prompt is True
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parse_config_refuses_what_it_does_not_know(cls: type) -> None:
+    assert "--learning_rate" in refused(cls, "--learning_rate", "1")
+    assert "stray" in refused(cls, "stray")
+    assert "--see" in refused(cls, "--see", "3"), "no abbreviations"
+    assert "seed" in refused(cls, "--seed")
+
+
+def test_parse_config_presets_come_before_flags() -> None:
+    tiny = parse_config(TrainConfig, ["--preset", "tiny"])
+    default = TrainConfig()
+    changed = {
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if getattr(tiny, f.name) != getattr(default, f.name)
+    }
+    assert {"preset", "policy_name", "rm_name", "dataset", "device"} <= changed
+    assert tiny.preset == "tiny"
+    assert tiny.device == "cpu"
+    for argv in (["--lr", "0.5", "--preset", "tiny"], ["--preset=tiny", "--lr", "0.5"]):
+        assert parse_config(TrainConfig, argv) == dataclasses.replace(tiny, lr=0.5)
+    # a flag wins even where it repeats the plain default
+    argv = ["--preset", "tiny", "--lr", str(default.lr), "--device", "auto"]
+    cfg = parse_config(TrainConfig, argv)
+    assert cfg.lr == default.lr
+    assert cfg.device == "auto"
+    assert cfg.dataset == tiny.dataset
+    assert parse_config(EvalConfig, ["--preset", "tiny"]).preset == "tiny"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parse_config_refuses_an_unknown_preset(cls: type) -> None:
+    message = refused(cls, "--preset", "huge")
+    assert "preset" in message
+    assert "huge" in message
+    assert "default" in message
+    assert "tiny" in message
+    assert "preset" in refused(cls, "--preset")
+    assert "preset" in refused(cls, "--preset", "--seed", "3")
+
+
+def test_parse_config_leaves_nothing_behind() -> None:
+    """A call must not change the defaults of the next one."""
+    parse_config(TrainConfig, ["--preset", "tiny", "--seed", "9"])
+    assert parse_config(TrainConfig, []) == TrainConfig()
+    assert TrainConfig().seed == 0
+
+
+def test_with_changes_validates_and_copies() -> None:
+    cfg = TrainConfig()
+    changed = with_changes(cfg, lr=0.5, total_steps=3)
+    assert (changed.lr, changed.total_steps) == (0.5, 3)
+    assert cfg == TrainConfig()
+    with pytest.raises(UserError, match="lr"):
+        with_changes(cfg, lr=-1.0)
+    with pytest.raises(UserError, match="minibatch_size"):
+        with_changes(cfg, batch_size=10)
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    cfg = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.lr = 1.0  # type: ignore[misc]
+    check_values(cfg)
+
+
+# ---- the command line
+
+
+def test_run_cli_ends_with_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(cfg: TrainConfig) -> None:
+        raise UserError("dataset x does not exist: check --dataset")
+
+    for argv, word in (([], "dataset x"), (["--lr", "-1"], "lr"), (["--nope"], "nope")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit) as caught:
+            run_cli(TrainConfig, main)
+        assert caught.value.code == 2
+        err = capsys.readouterr().err
+        assert word in err
+        assert err.strip().count("\n") == 0
+        assert "Traceback" not in err
+
+
+def test_run_cli_hands_on_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "5"])
+    run_cli(TrainConfig, seen.append)
+    assert seen == [TrainConfig(seed=5)]
+
+
+def test_run_cli_lets_other_errors_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug is no wrong input: its traceback must be seen."""
+
+    def main(cfg: TrainConfig) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ZeroDivisionError):
+        run_cli(TrainConfig, main)
+
+
+def test_importing_config_does_not_load_torch() -> None:
+    """A wrong flag is refused at once, not after seconds of imports."""
+    root = str(Path(__file__).parent.parent)
+    code = "import config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,613 @@
+"""The arithmetic against closed forms, enumerations and slow float64 references."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import utils
+from config import UserError
+
+EOS = 0
+
+
+def ragged_mask(lengths: list[int], width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+# ---- random numbers
+
+
+def test_uniforms_are_a_function_of_seed_and_step() -> None:
+    u = utils.uniforms(3, 7, 40, 50)
+    assert u.shape == (40, 50)
+    assert u.dtype == torch.float64
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert torch.equal(u, utils.uniforms(3, 7, 40, 50))
+    assert not torch.equal(u, utils.uniforms(4, 7, 40, 50))
+    assert not torch.equal(u, utils.uniforms(3, 8, 40, 50))
+    # seed and step must not merely be added up
+    assert not torch.equal(utils.uniforms(1, 2, 4, 4), utils.uniforms(2, 1, 4, 4))
+
+
+def test_uniforms_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    utils.uniforms(0, 1, 3, 3)
+    utils.permutation(0, 1, 0, 9)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_uniforms_are_uniform() -> None:
+    counts = torch.histc(utils.uniforms(0, 1, 1000, 100), 50, 0, 1)
+    chi2 = ((counts - 2000) ** 2 / 2000).sum()
+    # 49 degrees of freedom: mean 49, standard deviation 9.9; five of them is a p-value of about
+    # 1e-5
+    assert chi2 < 49 + 5 * 9.9
+
+
+def test_permutation_is_fresh_in_every_epoch() -> None:
+    orders = [utils.permutation(s, t, e, 30) for s in (0, 1) for t in (1, 2) for e in (0, 1)]
+    assert all(torch.equal(order.sort().values, torch.arange(30)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+    assert torch.equal(orders[0], utils.permutation(0, 1, 0, 30))
+
+
+# ---- masks
+
+
+def test_position_ids_count_real_tokens_only() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0, 0]]).bool()
+    positions = utils.position_ids(mask)
+    assert positions[mask].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1]
+    # what padding gets is of no consequence, but must index the position table
+    assert positions.min() >= 0
+    assert positions.max() < 5
+
+
+def test_masked_mean_ignores_what_is_masked() -> None:
+    x = torch.tensor([[1.0, 2.0, 1e6], [6.0, -1e6, 1e6]])
+    assert utils.masked_mean(x, ragged_mask([2, 1], 3)).item() == 3.0
+
+
+def test_whiten_gives_mean_0_and_std_1_over_the_mask() -> None:
+    x = torch.randn(5, 7) * 3 + 2
+    mask = ragged_mask([7, 1, 3, 5, 2], 7)
+    real = x[mask].double().numpy()
+    expected = (real - real.mean()) / real.std()  # numpy's is the population's standard deviation
+    white = utils.whiten(x.masked_fill(~mask, 1e4), mask)
+    np.testing.assert_allclose(white[mask].numpy(), expected, atol=1e-5)  # float32 rounding
+    assert (white[~mask] == 0).all()
+
+
+def test_whiten_is_unmoved_by_padding_and_row_order() -> None:
+    x, mask = torch.randn(4, 5), ragged_mask([5, 2, 1, 4], 5)
+    white = utils.whiten(x, mask)
+    wide = utils.whiten(torch.cat([x, torch.full((4, 9), 7.0)], 1), ragged_mask([5, 2, 1, 4], 14))
+    assert torch.allclose(wide[:, :5], white, atol=1e-6)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(utils.whiten(x[order], mask[order]), white[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_whiten_of_equal_numbers_is_zero(length: int) -> None:
+    white = utils.whiten(torch.full((1, 6), 2.5), ragged_mask([length], 6))
+    assert torch.equal(white, torch.zeros(1, 6))
+
+
+def test_explained_variance_equals_its_definition() -> None:
+    returns, noise = torch.randn(6, 9), torch.randn(6, 9)
+    mask = ragged_mask([9, 3, 1, 4, 8, 2], 9)
+    values = 0.7 * returns + 0.3 * noise + 5
+    r, v = returns[mask].double().numpy(), values[mask].double().numpy()
+    expected = 1 - (r - v).var() / r.var()
+    garbage = values.masked_fill(~mask, 1e4)
+    assert utils.explained_variance(returns, garbage, mask) == pytest.approx(expected, abs=1e-5)
+    garbage = returns.masked_fill(~mask, 1e4)
+    assert utils.explained_variance(garbage, values, mask) == pytest.approx(expected, abs=1e-5)
+
+
+def test_explained_variance_of_extreme_critics() -> None:
+    returns, mask = torch.randn(4, 5), ragged_mask([5, 4, 3, 2], 5)
+    assert utils.explained_variance(returns, returns, mask) == pytest.approx(1)
+    # a constant is useless, whatever its height
+    assert utils.explained_variance(returns, returns * 0 + 3, mask) == pytest.approx(0, abs=1e-6)
+    assert utils.explained_variance(returns, -returns, mask) == pytest.approx(-3, abs=1e-5)
+    assert math.isnan(utils.explained_variance(returns * 0 + 1, returns, mask))
+
+
+# ---- the distribution sampled from
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.8), (9, 0.6), (99, 0.95)])
+def test_warp_logits_equals_the_library(temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.randn(64, 40) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    warped = utils.warp_logits(logits, temperature, top_k, top_p)
+    assert warped.dtype == torch.float32
+    assert torch.equal(warped.isinf(), expected.isinf())
+    assert torch.allclose(warped, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (1, 1.0, [2]),
+        (2, 1.0, [2, 0]),
+        (0, 0.4, [2]),
+        (0, 0.55, [2, 0]),
+        (0, 0.81, [2, 0, 3]),
+        (0, 0.99, [2, 0, 3, 1]),
+        # top-p acts on what top-k left: 0.5 / 0.8 = 0.625 of the probability, not 0.5
+        (2, 0.6, [2]),
+        (0, 1e-6, [2]),
+    ],
+)
+def test_warp_logits_keeps_the_likeliest(top_k: int, top_p: float, kept: list[int]) -> None:
+    probabilities = torch.tensor([0.3, 0.05, 0.5, 0.15])
+    warped = utils.warp_logits(probabilities.log(), 1.0, top_k, top_p)
+    assert sorted(kept) == (warped > -math.inf).nonzero()[:, 0].tolist()
+
+
+def test_warp_logits_computes_in_float32_whatever_comes_in() -> None:
+    logits = torch.randn(3, 4, 11).bfloat16()
+    warped = utils.warp_logits(logits, 0.7)
+    assert warped.dtype == torch.float32
+    assert warped.shape == (3, 4, 11)
+    assert torch.allclose(warped, logits.float() / 0.7, atol=1e-6)
+
+
+def check_draws(logits: Tensor, u: Tensor) -> None:
+    """Each u must lie in the interval of its token, computed in float64, up to float32 rounding of
+    exp.
+    """
+    p = torch.softmax(logits.double(), -1)
+    rows = torch.arange(len(logits))
+    drawn = utils.sample_tokens(logits, u)
+    assert drawn.dtype == torch.int64
+    assert drawn.shape == u.shape
+    high = p.cumsum(-1)[rows, drawn]
+    low = high - p[rows, drawn]
+    assert (p[rows, drawn] > 0).all()
+    assert (low - 1e-7 <= u).all()
+    assert (u <= high + 1e-7).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 511, 512, 513, 50257])
+def test_sample_tokens_inverts_the_cumulative_distribution(vocab: int) -> None:
+    rows = 64
+    u = torch.rand(rows, dtype=torch.float64)
+    check_draws(torch.randn(rows, vocab) * 2, u)
+    flat = torch.zeros(rows, vocab)
+    check_draws(flat, u)
+    # with equal probabilities the token is known in closed form
+    assert torch.equal(utils.sample_tokens(flat, u), (u * vocab).long())
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000, 50257])
+def test_sample_tokens_never_draws_what_has_no_probability(vocab: int) -> None:
+    edges = torch.tensor([0.0, 1 - 2**-53, 2**-53, 0.5], dtype=torch.float64)
+    alive = sorted({0, 1 % vocab, vocab // 2, min(255, vocab - 1), min(256, vocab - 1), vocab - 1})
+    for k in alive:  # the only possible token
+        logits = torch.full((4, vocab), -math.inf)
+        logits[:, k] = 5.0
+        assert utils.sample_tokens(logits, edges).tolist() == [k] * 4
+    for first, last in itertools.pairwise(alive):  # the two ends of what is possible
+        logits = torch.full((4, vocab), -math.inf)
+        logits[:, [first, last]] = 0.0
+        drawn = utils.sample_tokens(logits, edges).tolist()
+        assert drawn[:3] == [first, last, first]
+        assert drawn[3] in (first, last)
+
+
+def test_sample_tokens_at_the_ends_of_the_unit_interval() -> None:
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for vocab in (2, 255, 256, 257, 50257):
+        logits = torch.randn(1, vocab).expand(2, -1).clone()
+        assert utils.sample_tokens(logits, edges).tolist() == [0, vocab - 1]
+        if vocab == 2:
+            continue
+        logits[:, [0, vocab - 1]] = -math.inf  # zeros at either end are skipped
+        assert utils.sample_tokens(logits, edges).tolist() == [1, vocab - 2]
+        logits[:, : vocab // 2] = -2000.0  # exp of this is 0 as well
+        assert utils.sample_tokens(logits, edges)[0] == vocab // 2
+
+
+def test_sample_tokens_is_unmoved_by_a_constant() -> None:
+    logits = (torch.randn(200, 300) * 64).round() / 64  # still exact in float32 after the addition
+    u = torch.rand(200, dtype=torch.float64)
+    for shift in (4096, -4096):  # a softmax without its maximum taken off would over- or underflow
+        assert torch.equal(utils.sample_tokens(logits, u), utils.sample_tokens(logits + shift, u))
+
+
+# ---- log-probabilities
+
+KINDS = [(1.0, False), (0.7, False), (1.0, True), (1.6, True)]
+
+
+def reference_distribution(
+    hidden: Tensor, weight: Tensor, temperature: float, support: Tensor | None
+) -> Tensor:
+    """Log of the sampled distribution (N, V), in float64 and by plain autograd."""
+    logits = hidden @ weight.T / temperature
+    if support is not None:
+        logits = logits.masked_fill(~support, -math.inf)
+    return torch.log_softmax(logits, -1)
+
+
+def entropy_of(logp: Tensor) -> Tensor:
+    return -torch.where(logp > -math.inf, logp.exp() * logp, 0).sum(-1)
+
+
+def logprob_case(
+    n: int, v: int, h: int, supported: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    hidden, weight, tokens = torch.randn(n, h), torch.randn(v, h) * 0.5, torch.randint(0, v, (n,))
+    if not supported:
+        return hidden, weight, tokens, None
+    support = torch.rand(n, v) < 0.4
+    support[torch.arange(n), tokens] = True
+    support[0] = False
+    support[0, tokens[0]] = True  # a single possible token: log-probability 0, entropy 0
+    return hidden, weight, tokens, support
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 1, 7, 30])
+@pytest.mark.parametrize(("temperature", "supported"), KINDS)
+def test_token_logprobs_equals_float64(
+    temperature: float, supported: bool, chunk_rows: int
+) -> None:
+    hidden, weight, tokens, support = logprob_case(30, 43, 16, supported)
+    logp = reference_distribution(hidden.double(), weight.double(), temperature, support)
+    got, entropy = utils.token_logprobs(hidden, weight, tokens, temperature, support, chunk_rows)
+    assert got.dtype == entropy.dtype == torch.float32
+    # logits of up to about 10 in float32: 2^-24 relative, a few operations
+    np.testing.assert_allclose(got, logp[torch.arange(30), tokens], atol=2e-5)
+    np.testing.assert_allclose(entropy, entropy_of(logp), atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 1, 7, 30])
+@pytest.mark.parametrize(("temperature", "supported"), KINDS)
+@pytest.mark.parametrize("ask", ["logprobs", "entropy", "both"])
+def test_token_logprobs_gradient_equals_autograd(
+    temperature: float, supported: bool, chunk_rows: int, ask: str
+) -> None:
+    hidden, weight, tokens, support = logprob_case(30, 43, 16, supported)
+    a = torch.randn(30) * (ask != "entropy")
+    b = torch.randn(30) * (ask != "logprobs")
+
+    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logp = reference_distribution(x, w, temperature, support)
+    safe = logp.masked_fill(logp == -math.inf, 0)
+    entropy = -(torch.where(logp > -math.inf, safe.exp() * safe, 0)).sum(-1)
+    (a.double() @ logp[torch.arange(30), tokens] + b.double() @ entropy).backward()
+
+    x32, w32 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    got, got_entropy = utils.token_logprobs(x32, w32, tokens, temperature, support, chunk_rows)
+    loss = {"logprobs": a @ got, "entropy": b @ got_entropy}
+    (loss[ask] if ask in loss else sum(loss.values())).backward()
+    # gradients are of size 1 to 10 and sum up to 43 float32 terms
+    np.testing.assert_allclose(x32.grad, x.grad, atol=5e-5)
+    np.testing.assert_allclose(w32.grad, w.grad, atol=5e-5)
+
+
+def test_token_logprobs_gradient_equals_finite_differences() -> None:
+    hidden, weight, tokens, _ = logprob_case(6, 9, 5, False)
+    x = hidden.clone().requires_grad_()
+    logp, entropy = utils.token_logprobs(x, weight, tokens, 0.8)
+    (logp.sum() + 0.5 * entropy.sum()).backward()
+
+    def f(h: Tensor) -> float:
+        p = reference_distribution(h, weight.double(), 0.8, None)
+        return float(p[torch.arange(6), tokens].sum() + 0.5 * entropy_of(p).sum())
+
+    for i, j in [(0, 0), (2, 3), (5, 4)]:
+        step = torch.zeros(6, 5, dtype=torch.float64)
+        step[i, j] = 1e-5
+        slope = (f(hidden.double() + step) - f(hidden.double() - step)) / 2e-5
+        assert x.grad is not None
+        assert x.grad[i, j].item() == pytest.approx(slope, abs=1e-4)
+
+
+def test_token_logprobs_leaves_frozen_inputs_alone() -> None:
+    hidden, weight, tokens, _ = logprob_case(5, 7, 4, False)
+    x = hidden.clone().requires_grad_()
+    utils.token_logprobs(x, weight, tokens)[0].sum().backward()
+    w = weight.clone().requires_grad_()
+    utils.token_logprobs(hidden, w, tokens)[0].sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    assert weight.grad is None
+
+
+def test_token_logprobs_under_bfloat16_takes_the_log_softmax_in_float32() -> None:
+    n, v, h = 20, 5000, 32
+    hidden = torch.randn(n, h).bfloat16()
+    weight = (
+        (torch.randn(v, h) * 0.1).bfloat16().float()
+    )  # float32, but nothing is lost in bfloat16
+    tokens = torch.randint(0, v, (n,))
+    logits = hidden.double() @ weight.double().T
+    got, entropy = utils.token_logprobs(hidden, weight, tokens)
+    assert got.dtype == entropy.dtype == torch.float32
+    # Rounding the logits themselves to bfloat16 costs 2^-9 of their size, at the token and in the
+    # normaliser. A
+    # log-softmax in bfloat16 would round numbers near -9 to multiples of 1/16.
+    bound = 2 * 2**-9 * logits.abs().max().item() + 1e-4
+    assert bound < 0.02
+    exact = torch.log_softmax(logits, -1)
+    assert (got - exact[torch.arange(n), tokens]).abs().max() < bound
+    assert (entropy - entropy_of(exact)).abs().max() < bound
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 1, 7])
+def test_token_logprobs_gradient_under_bfloat16_is_summed_in_float32(chunk_rows: int) -> None:
+    """A sum over many chunks in bfloat16 would drop whatever is below 1/256 of what is there
+    already.
+    """
+    n, v, h = 2000, 200, 16
+    hidden = torch.randn(n, h).bfloat16()
+    weight = (torch.randn(v, h) * 0.1).bfloat16().float()
+    tokens = torch.randint(0, 20, (n,))
+    exact = weight.double().requires_grad_()
+    logp = reference_distribution(hidden.double(), exact, 1.0, None)
+    logp[torch.arange(n), tokens].sum().backward()
+    w = weight.clone().requires_grad_()
+    utils.token_logprobs(hidden, w, tokens, chunk_rows=chunk_rows)[0].sum().backward()
+    assert w.grad is not None
+    assert exact.grad is not None
+    # one rounding to bfloat16 is 2^-9 = 0.2 % at most; a few of them stay below 1 %
+    assert (w.grad - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 1, 7, 30])
+@pytest.mark.parametrize(("temperature", "supported"), KINDS)
+def test_compare_policies_equals_enumeration(
+    temperature: float, supported: bool, chunk_rows: int
+) -> None:
+    hidden, weight, tokens, support = logprob_case(30, 50, 16, supported)
+    ref_hidden, ref_weight = torch.randn(30, 8), torch.randn(50, 8) * 0.7
+    p = reference_distribution(hidden.double(), weight.double(), temperature, support)
+    q = reference_distribution(ref_hidden.double(), ref_weight.double(), temperature, support)
+    got = utils.compare_policies(
+        hidden, weight, ref_hidden, ref_weight, tokens, temperature, support, chunk_rows
+    )
+    rows = torch.arange(30)
+    kl = torch.where(p > -math.inf, p.exp() * (p - q), 0).sum(-1)
+    for result, expected in zip(
+        got, [p[rows, tokens], q[rows, tokens], entropy_of(p), kl], strict=True
+    ):
+        assert result.dtype == torch.float32
+        np.testing.assert_allclose(result, expected, atol=5e-5)  # as above; KL is of size 5
+    if supported:  # a single possible token cannot differ
+        assert got[3][0].abs() < 1e-6
+
+
+def test_compare_policies_of_equals_is_zero() -> None:
+    hidden, weight, tokens, _ = logprob_case(9, 50, 16, False)
+    logprobs, ref_logprobs, _, kl = utils.compare_policies(hidden, weight, hidden, weight, tokens)
+    assert torch.equal(logprobs, ref_logprobs)
+    assert kl.abs().max() < 1e-6
+    chunked = utils.compare_policies(hidden, weight, hidden, weight, tokens, chunk_rows=2)
+    assert torch.equal(chunked[0], chunked[1])
+
+
+def test_compare_policies_agrees_with_the_mean_sampled_kl() -> None:
+    """E[k1] = KL: the sampled log-ratio of all 50 tokens, weighed with their probabilities (fact
+    10).
+    """
+    hidden, weight = torch.randn(1, 16), torch.randn(50, 16) * 0.5
+    ref_hidden, ref_weight = torch.randn(1, 16), torch.randn(50, 16) * 0.5
+    logp, ref_logp, _, kl = utils.compare_policies(
+        hidden.expand(50, -1), weight, ref_hidden.expand(50, -1), ref_weight, torch.arange(50)
+    )
+    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    k1 = (logp.exp() * (logp - ref_logp)).sum().item()
+    assert k1 == pytest.approx(kl[0].item(), abs=1e-4)
+    assert k1 > 0.1
+
+
+# ---- rewards and advantages
+
+
+def test_shape_rewards_of_hand_built_rows() -> None:
+    """EOS first, in the middle, and absent; garbage outside the mask is ignored."""
+    logprobs = torch.tensor([[-1.0, -9, -9], [-1.0, -2, 77], [-1.0, -1, -3]])
+    ref_logprobs = torch.tensor([[-3.0, 55, 66], [-2.0, -1, -9], [-1.0, -3, -1]])
+    mask = ragged_mask([1, 2, 3], 3)
+    scores = torch.tensor([0.5, -1.0, 0.25])
+    rewards, kl = utils.shape_rewards(scores, logprobs, ref_logprobs, mask, 0.1)
+    torch.testing.assert_close(kl, torch.tensor([[2.0, 0, 0], [1, -1, 0], [0, 2, -2]]))
+    torch.testing.assert_close(
+        rewards, torch.tensor([[0.3, 0, 0], [-0.1, -0.9, 0], [0, -0.2, 0.45]])
+    )
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_shape_rewards_sum_to_the_penalised_score(
+    lengths: list[int], kl_coef: float, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), 9)
+    logp, ref = -torch.rand(shape, generator=random), -torch.rand(shape, generator=random)
+    scores = torch.rand(len(lengths), generator=random) * 2 - 1
+    rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef)
+    for row, n in enumerate(lengths):
+        total = scores[row] - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
+        assert rewards[row].sum().item() == pytest.approx(total.item(), abs=1e-5)
+        assert (rewards[row, n:] == 0).all()
+        assert (kl[row, n:] == 0).all()
+
+
+def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]:
+    """The definition, O(R^2) in float64: A_t = sum_l (gamma lambda)^l delta_{t+l}, V after the end
+    is 0.
+    """
+    n = len(rewards)
+    after = [*list(values[1:]), 0.0]
+    delta = [float(rewards[t]) + gamma * float(after[t]) - float(values[t]) for t in range(n)]
+    return [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_compute_gae_equals_its_definition(
+    lengths: list[int], gamma: float, lam: float, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(len(lengths), 12, generator=random)
+    values = torch.randn(len(lengths), 12, generator=random)
+    mask = ragged_mask(lengths, 12)
+    # rewards and values outside the mask are left as garbage on purpose
+    advantages, returns = utils.compute_gae(rewards, values, mask, gamma, lam)
+    for row, n in enumerate(lengths):
+        expected = slow_gae(rewards[row, :n], values[row, :n], gamma, lam)
+        np.testing.assert_allclose(advantages[row, :n], expected, atol=2e-5)
+        np.testing.assert_allclose(
+            returns[row, :n], np.array(expected) + values[row, :n].numpy(), atol=2e-5
+        )
+    assert (advantages[~mask] == 0).all()
+    assert (returns[~mask] == 0).all()
+
+
+def test_compute_gae_at_lambda_1_returns_the_reward_to_go() -> None:
+    rewards, values = torch.randn(3, 8), torch.randn(3, 8)
+    _, returns = utils.compute_gae(rewards, values, ragged_mask([8, 8, 8], 8), 1.0, 1.0)
+    to_go = rewards.double().numpy()[:, ::-1].cumsum(1)[:, ::-1]
+    np.testing.assert_allclose(returns, to_go, atol=1e-5)
+
+
+def test_compute_gae_at_lambda_0_is_the_td_error() -> None:
+    rewards, values = torch.randn(1, 4), torch.randn(1, 4)
+    advantages, _ = utils.compute_gae(rewards, values, ragged_mask([3], 4), 0.9, 0.0)
+    r, v = rewards[0], values[0]
+    expected = [r[0] + 0.9 * v[1] - v[0], r[1] + 0.9 * v[2] - v[1], r[2] - v[2], 0]
+    np.testing.assert_allclose(advantages[0], expected, atol=1e-6)
+
+
+def test_compute_gae_of_a_ragged_batch_equals_each_row_alone() -> None:
+    rewards, values = torch.randn(4, 9), torch.randn(4, 9)
+    lengths = [9, 1, 4, 6]
+    advantages, returns = utils.compute_gae(rewards, values, ragged_mask(lengths, 9), 0.97, 0.9)
+    for row, n in enumerate(lengths):
+        alone = utils.compute_gae(
+            rewards[row : row + 1, :n], values[row : row + 1, :n], ragged_mask([n], n), 0.97, 0.9
+        )
+        assert torch.allclose(advantages[row, :n], alone[0][0], atol=1e-6)
+        assert torch.allclose(returns[row, :n], alone[1][0], atol=1e-6)
+
+
+# ---- text
+
+
+def test_decode_leaves_out_eos_and_what_is_masked(tokenizer: PreTrainedTokenizerFast) -> None:
+    """EOS first, in the middle, absent; the padding is EOS, and once garbage."""
+    film, bad = tokenizer("A good film")["input_ids"], tokenizer(" bad!")["input_ids"]
+    rows = [[EOS], [*film, EOS], [*film, *bad]]
+    width = max(map(len, rows)) + 2
+    tokens = torch.tensor([row + [EOS] * (width - len(row)) for row in rows])
+    tokens[1, -1] = bad[0]
+    mask = ragged_mask([len(row) for row in rows], width)
+    assert utils.decode(tokenizer, tokens, mask) == ["", "A good film", "A good film bad!"]
+
+
+def test_decode_works_on_left_padded_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    film = tokenizer("It 's a film . ")["input_ids"]
+    tokens = torch.tensor([[5, 5, *film], [5, 5, 5, *film[1:]]])
+    mask = torch.ones_like(tokens).bool()
+    mask[0, :2] = mask[1, :3] = False
+    assert utils.decode(tokenizer, tokens, mask)[0] == "It 's a film . "
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_decode_inverts_the_tokenizer(text: str) -> None:
+    tokenizer = _TOKENIZER[0]
+    ids = tokenizer(text)["input_ids"]
+    tokens = torch.tensor([[*ids, EOS, 7]])
+    if EOS in ids:  # the text spells a special token
+        return
+    assert utils.decode(tokenizer, tokens, ragged_mask([len(ids) + 1], len(ids) + 2)) == [text]
+
+
+_TOKENIZER: list[PreTrainedTokenizerFast] = []
+
+
+@pytest.fixture(autouse=True)
+def remember_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Hypothesis does not mix with fixtures it could not reset; the tokenizer never changes."""
+    _TOKENIZER[:] = [tokenizer]
+
+
+# ---- errors of others, in one line
+
+
+def test_loading_turns_any_failure_into_one_line(tmp_path: Path) -> None:
+    name = str(tmp_path)
+    for failure in (OSError("no\nsuch\nfile"), ValueError("x"), RuntimeError("y"), KeyError("z")):
+        with pytest.raises(UserError) as caught, utils.loading("rm_name", name, "a model"):
+            raise failure
+        message = str(caught.value)
+        assert "rm_name" in message
+        assert name in message
+        assert "\n" not in message
+
+
+def test_loading_lets_its_own_errors_and_interrupts_through(tmp_path: Path) -> None:
+    name = str(tmp_path)
+    with pytest.raises(UserError, match=r"^mine$"), utils.loading("rm_name", name, "a model"):
+        raise UserError("mine")
+    with pytest.raises(KeyboardInterrupt), utils.loading("rm_name", name, "a model"):
+        raise KeyboardInterrupt
+
+
+def test_refuse_missing_names_setting_and_weight() -> None:
+    complete: dict[str, Any] = {
+        "missing_keys": [],
+        "unexpected_keys": ["extra.bias"],
+        "mismatched_keys": [],
+        "error_msgs": [],
+    }
+    utils.refuse_missing("rm_name", "some/model", complete, "a classifier")
+    with pytest.raises(UserError, match="rm_name") as caught:
+        utils.refuse_missing(
+            "rm_name", "some/model", {**complete, "missing_keys": ["head.weight"]}, "a classifier"
+        )
+    assert "\n" not in str(caught.value)
+    assert "some/model" in str(caught.value)
+
+
+def test_require_hub_accepts_a_folder_and_refuses_what_cannot_be_had(tmp_path: Path) -> None:
+    utils.require_hub("policy_name", str(tmp_path))
+    with pytest.raises(UserError, match="policy_name") as caught:
+        utils.require_hub("policy_name", "nobody-at-all/no-such-model")
+    assert "\n" not in str(caught.value)
+    assert "nobody-at-all/no-such-model" in str(caught.value)
+
+
+def test_fast_bfloat16_answers_yes_or_no() -> None:
+    assert utils.fast_bfloat16(torch.device("cpu")) in (True, False)
