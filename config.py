@@ -165,9 +165,7 @@ class EvalConfig:
 def check_prompt_lengths(min_prompt_len: int, max_prompt_len: int) -> None:
     """Refuse a shortest prompt that is longer than the longest."""
     if min_prompt_len > max_prompt_len:
-        raise UserError(
-            f"min_prompt_len={min_prompt_len} is larger than max_prompt_len={max_prompt_len}: lower it"
-        )
+        raise UserError(f"min_prompt_len={min_prompt_len} is larger than max_prompt_len={max_prompt_len}: lower it")
 
 
 def check_values(cfg: TrainConfig | EvalConfig) -> None:
@@ -200,8 +198,8 @@ PRESETS[TrainConfig] = {
     "default": TrainConfig(),
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
-        max_prompt_len=10, min_prompt_len=10, max_new_tokens=48, total_steps=40, lr=3e-4, kl_coef=0.1,
-        save_every=20, sample_every=5,
+        max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=30, lr=1e-4, kl_coef=0.1,
+        save_every=15, sample_every=5,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {

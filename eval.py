@@ -108,12 +108,12 @@ def evaluate(cfg: EvalConfig) -> pd.DataFrame:
 
 def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """n_samples prompts of the evaluation split, in a seeded random order, none of whose reviews was trained on."""
-    texts, _ = load_examples(resolve_name(run.dataset), cfg.split, run.text_column)
+    texts, _ = load_examples(resolve_name(run.dataset, cfg.split), cfg.split, run.text_column)
     texts = list(dict.fromkeys(texts))
     if is_file(run.dataset) or cfg.split == run.split:
         print(f"note: if {run.dataset} was trained on, these prompts are not held out")
     else:
-        seen = set(load_examples(resolve_name(run.dataset), run.split, run.text_column)[0])
+        seen = set(load_examples(resolve_name(run.dataset, run.split), run.split, run.text_column)[0])
         texts = [text for text in texts if text not in seen]
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     prompts: list[list[int]] = []

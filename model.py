@@ -160,9 +160,7 @@ def load_gpt2(name: str, setting: str) -> GPT2LMHeadModel:
     return lm
 
 
-def load_reference(
-    name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32
-) -> GPT2WithValueHead:
+def load_reference(name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32) -> GPT2WithValueHead:
     """The frozen anchor: the same class as the policy, without gradients."""
     return GPT2WithValueHead(load_gpt2(name, setting), dtype).requires_grad_(False)
 

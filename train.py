@@ -119,10 +119,8 @@ def load_parts(cfg: TrainConfig) -> Parts:
     policy = GPT2WithValueHead.from_pretrained(policy_name, dtype=dtype).to(cfg.device)
     reference = load_reference(ref_name, dtype=dtype).to(cfg.device)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
-    reward = SentimentReward(
-        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype
-    )
-    texts, _ = load_examples(resolve_name(cfg.dataset), cfg.split, cfg.text_column)
+    reward = SentimentReward(resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype)
+    texts, _ = load_examples(resolve_name(cfg.dataset, cfg.split), cfg.split, cfg.text_column)
     prompts = load_prompts(tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
     return Parts(policy, reference, reward, tokenizer, PromptStream(prompts, cfg.batch_size, cfg.seed))
 

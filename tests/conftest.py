@@ -73,9 +73,7 @@ def make_lm(vocab: int = 20, seed: int = 0, **changes: object) -> GPT2LMHeadMode
     return lm
 
 
-def make_policy(
-    vocab: int = 20, seed: int = 0, critic: bool = False, **changes: object
-) -> GPT2WithValueHead:
+def make_policy(vocab: int = 20, seed: int = 0, critic: bool = False, **changes: object) -> GPT2WithValueHead:
     """A policy around make_lm; with `critic`, its value head is random instead of zero."""
     return with_critic(GPT2WithValueHead(make_lm(vocab, seed, **changes)), critic)
 
@@ -117,9 +115,7 @@ def pad_more(seqs: Sequences, pads: int) -> Sequences:
     rows = len(seqs.tokens)
     return Sequences(
         tokens=torch.cat([torch.full((rows, pads), EOS), seqs.tokens], 1),
-        attention_mask=torch.cat(
-            [torch.zeros(rows, pads, dtype=torch.bool), seqs.attention_mask], 1
-        ),
+        attention_mask=torch.cat([torch.zeros(rows, pads, dtype=torch.bool), seqs.attention_mask], 1),
         response_mask=seqs.response_mask,
         logprobs=seqs.logprobs,
         temperature=seqs.temperature,
@@ -189,9 +185,7 @@ def save_classifier(folder: Path, id2label: dict[int, str], swap: bool = False) 
     """A tiny DistilBERT and its tokenizer; `swap` exchanges its first two outputs."""
     torch.manual_seed(3)
     bpe = train_tokenizer(280, ["<pad>", "<unk>", "<cls>"])
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<cls> $A", special_tokens=[("<cls>", 2)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="<cls> $A", special_tokens=[("<cls>", 2)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",

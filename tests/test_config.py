@@ -81,9 +81,7 @@ def kinds(cls: type) -> dict[str, set[Any]]:
 
 
 def fields_of(*wanted: type) -> list[tuple[type, str]]:
-    return [
-        (cls, name) for cls in CLASSES for name, types in kinds(cls).items() if types & set(wanted)
-    ]
+    return [(cls, name) for cls in CLASSES for name, types in kinds(cls).items() if types & set(wanted)]
 
 
 def refused(cls: type, *argv: str) -> str:
@@ -153,9 +151,7 @@ def test_choice_is_one_of_the_choices(cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_every_setting_has_help_and_is_a_flag(
-    cls: type, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_setting_has_help_and_is_a_flag(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_config(cls, ["--help"])
     assert caught.value.code == 0
@@ -215,9 +211,7 @@ def test_parse_config_reads_every_type() -> None:
             "--overwrite",
         ],
     )
-    assert cfg == TrainConfig(
-        lr=3e-4, total_steps=7, ref_name="other", target_kl=0.5, overwrite=True
-    )
+    assert cfg == TrainConfig(lr=3e-4, total_steps=7, ref_name="other", target_kl=0.5, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -252,11 +246,7 @@ def test_parse_config_refuses_what_it_does_not_know(cls: type) -> None:
 def test_parse_config_presets_come_before_flags() -> None:
     tiny = parse_config(TrainConfig, ["--preset", "tiny"])
     default = TrainConfig()
-    changed = {
-        f.name
-        for f in dataclasses.fields(TrainConfig)
-        if getattr(tiny, f.name) != getattr(default, f.name)
-    }
+    changed = {f.name for f in dataclasses.fields(TrainConfig) if getattr(tiny, f.name) != getattr(default, f.name)}
     assert {"preset", "policy_name", "rm_name", "dataset", "device"} <= changed
     assert tiny.preset == "tiny"
     assert tiny.device == "cpu"

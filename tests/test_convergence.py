@@ -93,9 +93,7 @@ def test_ppo_reaches_the_known_optimum() -> None:
         seqs = generate(policy, prompts, prompts > 0, u, eos_id=EOS)
         rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
         scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
-        ppo_update(
-            policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA), cfg, step
-        )
+        ppo_update(policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA), cfg, step)
 
     learned, best = log_distribution(policy), target(BETA)
     assert learned.exp().sum().item() == pytest.approx(1, abs=1e-9)

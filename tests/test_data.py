@@ -83,9 +83,7 @@ def test_load_examples_reads_a_text_file_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_load_examples_turns_line_breaks_into_spaces_and_drops_empty_rows(
-    kind: str, tmp_path: Path
-) -> None:
+def test_load_examples_turns_line_breaks_into_spaces_and_drops_empty_rows(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"reviews.{kind}"
     frame = pd.DataFrame(
         {
@@ -108,9 +106,7 @@ def test_load_examples_turns_line_breaks_into_spaces_and_drops_empty_rows(
 
 @pytest.mark.parametrize("word", ["NA", "null", "None", "nan", "1984", "True"])
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_load_examples_keeps_texts_that_look_like_something_else(
-    word: str, kind: str, tmp_path: Path
-) -> None:
+def test_load_examples_keeps_texts_that_look_like_something_else(word: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"reviews.{kind}"
     path.write_text(f"text\n{word}\n", "utf-8")
     assert load_examples(str(path), "train", "text")[0] == [word]
@@ -224,16 +220,12 @@ def test_load_prompts_refuses_when_none_is_left(tokenizer: PreTrainedTokenizerFa
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-long_texts = st.lists(st.one_of(words, st.sampled_from(TEXTS)), min_size=1, max_size=30).map(
-    " ".join
-)
+long_texts = st.lists(st.one_of(words, st.sampled_from(TEXTS)), min_size=1, max_size=30).map(" ".join)
 
 
 @given(text=long_texts, longest=st.integers(1, 40), repeat=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
-def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(
-    text: str, longest: int, repeat: int
-) -> None:
+def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(text: str, longest: int, repeat: int) -> None:
     tokenizer = _TOKENIZER[0]
     text = text * repeat
     ids = tokenizer(text)["input_ids"]
@@ -272,9 +264,7 @@ def test_long_tokens_are_long() -> None:
 @pytest.mark.parametrize(
     "text", ["a" * 5000, " " * 5000, "é" * 3000, "the " * 2000, "good" * 2000, "\n" * 500 + "film"]
 )
-def test_load_prompts_cuts_texts_without_word_ends(
-    text: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_load_prompts_cuts_texts_without_word_ends(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     for longest in (1, 7, 64):
         whole = tokenizer(text)["input_ids"]
         assert load_prompts(tokenizer, [text], 1, longest) == [whole[:longest]]
@@ -329,9 +319,7 @@ def test_prompt_stream_is_a_function_of_seed_and_step() -> None:
 
 def test_prompt_stream_orders_are_uniform() -> None:
     """Every prompt is as often first as any other."""
-    first = Counter(
-        PromptStream([[i] for i in range(5)], 5, seed).indices(1)[0] for seed in range(1000)
-    )
+    first = Counter(PromptStream([[i] for i in range(5)], 5, seed).indices(1)[0] for seed in range(1000))
     # binomial with mean 200 and standard deviation 12.6; five of them
     assert all(abs(first[i] - 200) < 64 for i in range(5))
 

@@ -60,9 +60,7 @@ SAMPLINGS = [
 IDS = [" ".join(f"{k}={v}" for k, v in s.items()) or "plain" for s in SAMPLINGS]
 
 
-def library_warp(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
+def library_warp(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Temperature, top-k, top-p in the library's order; logits (N, V) -> log-probabilities."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
@@ -117,9 +115,7 @@ def test_evaluate_responses_equals_unpadded_float64(sampling: dict[str, float]) 
         plogp = torch.where(logp > -math.inf, logp.exp() * logp, 0).sum(-1)
         np.testing.assert_allclose(entropy[row, :n].detach(), -plogp, atol=TOLERANCE)
         with torch.no_grad():
-            hidden = wide.lm.transformer(input_ids=tokens[None]).last_hidden_state[
-                0, start - 1 : -1
-            ]
+            hidden = wide.lm.transformer(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
             value = hidden @ wide.value_head.weight[0] + wide.value_head.bias
         np.testing.assert_allclose(values[row, :n].detach(), value, atol=TOLERANCE)
 
@@ -150,9 +146,7 @@ def test_evaluate_responses_does_not_see_what_is_masked() -> None:
     seqs = sample(policy)
     tokens = torch.where(seqs.attention_mask, seqs.tokens, 13)
     assert not torch.equal(tokens, seqs.tokens)
-    other = Sequences(
-        tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs, seqs.temperature
-    )
+    other = Sequences(tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs, seqs.temperature)
     for a, b in zip(policy.evaluate_responses(seqs), policy.evaluate_responses(other), strict=True):
         assert torch.allclose(a[seqs.response_mask], b[seqs.response_mask], atol=1e-6)
 
@@ -300,9 +294,7 @@ def test_generate_stops_at_the_given_eos_only() -> None:
         real = tokens[mask].tolist()
         assert 11 not in real[:-1]
         assert len(real) == 10 or real[-1] == 11
-    assert any(
-        EOS in row[m].tolist() for row, m in zip(seqs.responses, seqs.response_mask, strict=True)
-    )
+    assert any(EOS in row[m].tolist() for row, m in zip(seqs.responses, seqs.response_mask, strict=True))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
@@ -322,12 +314,8 @@ def test_generate_is_independent_of_batch_composition(sampling: dict[str, float]
             **sampling,
         )
         mask = together.response_mask[row]
-        assert torch.equal(
-            together.responses[row][mask], alone.responses[0][alone.response_mask[0]]
-        )
-        assert torch.allclose(
-            together.logprobs[row][mask], alone.logprobs[0][alone.response_mask[0]], atol=2e-5
-        )
+        assert torch.equal(together.responses[row][mask], alone.responses[0][alone.response_mask[0]])
+        assert torch.allclose(together.logprobs[row][mask], alone.logprobs[0][alone.response_mask[0]], atol=2e-5)
 
 
 def test_generate_changes_no_weight_and_needs_no_gradient() -> None:
@@ -407,9 +395,7 @@ def test_generate_draws_from_the_scored_distribution(sampling: dict[str, float])
 
 def test_generate_draws_pairs_of_tokens_from_their_joint_distribution() -> None:
     policy, n = make_policy(vocab=6, seed=8, n_layer=1, n_embd=16, initializer_range=0.15), 100_000
-    seqs = generate(
-        policy, torch.full((n, 1), 2), torch.ones(n, 1).bool(), uniforms(5, 3, n, 2), eos_id=EOS
-    )
+    seqs = generate(policy, torch.full((n, 1), 2), torch.ones(n, 1).bool(), uniforms(5, 3, n, 2), eos_id=EOS)
     first = library_warp(exact_logits(policy.lm, torch.tensor([2]))[-1:])[0].exp()
     expected = [n * first[EOS]]
     counts = [(seqs.responses[:, 0] == EOS).sum()]
@@ -448,9 +434,7 @@ def test_score_responses_equals_enumeration(sampling: dict[str, float]) -> None:
     seqs = sample(policy, **sampling)
     scored = score_responses(policy, reference, seqs)
     assert all(not x.requires_grad and x.dtype == torch.float32 for x in scored)
-    got = dict(
-        zip(["logprobs", "ref_logprobs", "values", "entropy", "exact_kl"], scored, strict=True)
-    )
+    got = dict(zip(["logprobs", "ref_logprobs", "values", "entropy", "exact_kl"], scored, strict=True))
     _, values, _ = policy.evaluate_responses(seqs)
     for row in range(8):
         tokens, start = real_tokens(seqs, row)

@@ -85,12 +85,8 @@ def one_token(
     one = torch.ones(1, 1)
     new_logprobs = (one * math.log(ratio) - 1).requires_grad_()
     new_values = (one * value).requires_grad_()
-    batch = Batch(
-        hand_sequences(one.bool()), one * -1, one * old_value, one * advantage, one * target
-    )
-    loss, stats = ppo_loss(
-        new_logprobs, new_values, one * 0, batch, cfg or settings(value_coef=1.0), 1
-    )
+    batch = Batch(hand_sequences(one.bool()), one * -1, one * old_value, one * advantage, one * target)
+    loss, stats = ppo_loss(new_logprobs, new_values, one * 0, batch, cfg or settings(value_coef=1.0), 1)
     loss.backward()
     grads = [0.0 if x.grad is None else x.grad.item() for x in (new_logprobs, new_values)]
     return loss.item(), grads[0], grads[1], stats
@@ -115,9 +111,7 @@ def one_token(
         (1.5, 0.0, 0.0, 0.0),
     ],
 )
-def test_ppo_loss_clips_the_surrogate(
-    ratio: float, advantage: float, loss: float, grad: float
-) -> None:
+def test_ppo_loss_clips_the_surrogate(ratio: float, advantage: float, loss: float, grad: float) -> None:
     got, got_grad, _, stats = one_token(ratio=ratio, advantage=advantage)
     assert got == pytest.approx(loss, abs=1e-6)
     assert got_grad == (0 if grad == 0 else pytest.approx(grad, abs=1e-6))
@@ -140,9 +134,7 @@ def test_ppo_loss_clips_the_surrogate(
         (1.3, 1.0, 3.0, 1.62, 0.0),
     ],
 )
-def test_ppo_loss_clips_the_value(
-    value: float, old: float, target: float, loss: float, grad: float
-) -> None:
+def test_ppo_loss_clips_the_value(value: float, old: float, target: float, loss: float, grad: float) -> None:
     got, _, got_grad, stats = one_token(value=value, old_value=old, target=target)
     assert got == pytest.approx(loss, abs=1e-6)
     assert got_grad == (0 if grad == 0 else pytest.approx(grad, abs=1e-6))
@@ -258,8 +250,7 @@ def test_ppo_loss_of_micro_batches_adds_up() -> None:
     cfg = settings(ent_coef=0.1)
     whole, whole_stats = ppo_loss(new, values, entropy, batch, cfg, int(mask.sum()))
     parts = [
-        ppo_loss(new[i], values[i], entropy[i], batch.select(i), cfg, int(mask.sum()))
-        for i in torch.arange(6).split(2)
+        ppo_loss(new[i], values[i], entropy[i], batch.select(i), cfg, int(mask.sum())) for i in torch.arange(6).split(2)
     ]
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole.item(), rel=1e-5)
     for name in ("policy_loss", "value_loss", "approx_kl", "clip_frac"):
@@ -352,9 +343,7 @@ def test_ppo_loss_equals_an_independent_library() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert stats["clip_frac"].item() / n == pytest.approx(out["clip_fraction"].item(), abs=1e-6)
     assert 0.1 < out["clip_fraction"] < 0.9
-    for ours, theirs_ in zip(
-        torch.autograd.grad(loss, [logits.weight, critic.weight]), grads, strict=True
-    ):
+    for ours, theirs_ in zip(torch.autograd.grad(loss, [logits.weight, critic.weight]), grads, strict=True):
         assert torch.allclose(ours, theirs_, atol=1e-6)
 
 
@@ -420,9 +409,7 @@ def test_rollout_metrics_are_unmoved_by_padding_and_order() -> None:
 # ---- fact 3: before the first step
 
 
-@pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 0.7}, {"top_k": 6}, {"top_p": 0.8, "temperature": 1.4}]
-)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 6}, {"top_p": 0.8, "temperature": 1.4}])
 def test_ratio_is_1_before_the_first_step(sampling: dict[str, float]) -> None:
     policy = make_policy(critic=True)
     rollout = rollout_of(policy, **sampling)
@@ -453,9 +440,7 @@ def test_ppo_update_with_lr_0_changes_nothing(sampling: dict[str, float]) -> Non
 # ---- the update as a whole
 
 
-def float64_update(
-    policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
-) -> dict[str, Tensor]:
+def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig) -> dict[str, Tensor]:
     """ppo_epochs full-batch SGD steps, row by row without padding, in float64. Returns the
     weights.
     """
@@ -469,18 +454,14 @@ def float64_update(
         v = rollout.values[row, :n].double().numpy()
         delta = r + cfg.gamma * np.append(v[1:], 0) - v
         decay = cfg.gamma * cfg.gae_lambda
-        advantages.append(
-            np.array([sum(decay ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)])
-        )
+        advantages.append(np.array([sum(decay ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]))
         returns.append(advantages[-1] + v)
     flat = np.concatenate(advantages)
     for _ in range(cfg.ppo_epochs):
         total = torch.zeros(()).double()
         for row, n in enumerate(lengths):
             tokens, start = real_tokens(seqs, row)
-            hidden = model.lm.transformer(input_ids=tokens[None]).last_hidden_state[
-                0, start - 1 : -1
-            ]
+            hidden = model.lm.transformer(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
             logits = hidden @ model.lm.lm_head.weight.T / seqs.temperature
             if seqs.support is not None:
                 logits = logits.masked_fill(~seqs.support[row, :n], -1e30)
@@ -491,16 +472,10 @@ def float64_update(
             a = torch.from_numpy((advantages[row] - flat.mean()) / flat.std())
             target, old_value = torch.from_numpy(returns[row]), rollout.values[row, :n].double()
             ratio = (new - rollout.logprobs[row, :n].double()).exp()
-            surrogate = torch.min(
-                ratio * a, ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * a
-            )
-            near = old_value + (value - old_value).clamp(
-                -cfg.value_clip_range, cfg.value_clip_range
-            )
+            surrogate = torch.min(ratio * a, ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * a)
+            near = old_value + (value - old_value).clamp(-cfg.value_clip_range, cfg.value_clip_range)
             value_loss = torch.max((value - target) ** 2, (near - target) ** 2) / 2
-            total = (
-                total + (-surrogate + cfg.value_coef * value_loss - cfg.ent_coef * entropy).sum()
-            )
+            total = total + (-surrogate + cfg.value_coef * value_loss - cfg.ent_coef * entropy).sum()
         model.zero_grad()
         (total / sum(lengths)).backward()
         norm = math.sqrt(sum(w.grad.square().sum().item() for w in model.parameters()))
@@ -620,9 +595,7 @@ def test_ppo_update_reports_the_mean_clip_fraction_and_kl(monkeypatch: pytest.Mo
     assert row["ratio_max"] == pytest.approx(diff.exp().max().item(), rel=1e-5)
 
 
-def visits(
-    policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig, step: int = 1
-) -> list[list[int]]:
+def visits(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig, step: int = 1) -> list[list[int]]:
     """Which rows of the rollout each forward pass of an update saw."""
     seen: list[list[int]] = []
     original = policy.evaluate_responses
@@ -707,9 +680,7 @@ def test_ppo_update_survives_huge_rewards() -> None:
     """Advantages are whitened, but the value loss is not: only clipping keeps this step small."""
     policy = make_policy()
     before = weights_of(policy)
-    rollout = make_rollout(
-        policy, make_policy(seed=1), sample(policy), torch.full((8,), 1e12), 0.05
-    )
+    rollout = make_rollout(policy, make_policy(seed=1), sample(policy), torch.full((8,), 1e12), 0.05)
     ppo_update(policy, sgd(policy), rollout, settings(lr=0.01, max_grad_norm=1.0), 1)
     change = torch.cat([(w - before[n]).flatten() for n, w in policy.named_parameters()])
     assert 0 < change.norm() < 0.0101

@@ -69,9 +69,7 @@ def test_score_finds_the_label_by_name(tmp_path: Path, classifier_dir: Path) -> 
         ({0: "1 star", 1: "2 stars", 2: "5 stars"}, "5 stars", 2),
     ],
 )
-def test_score_takes_any_label(
-    tmp_path: Path, labels: dict[int, str], target: str, index: int
-) -> None:
+def test_score_takes_any_label(tmp_path: Path, labels: dict[int, str], target: str, index: int) -> None:
     folder = save_classifier(tmp_path, labels)
     scores = SentimentReward(str(folder), target_label=target).score(TEXTS)
     assert scores.tolist() == pytest.approx(library_scores(folder, TEXTS, index), abs=1e-5)
@@ -128,9 +126,7 @@ def test_score_stays_in_range_and_takes_empty_texts(classifier_dir: Path, tmp_pa
     assert certain.min() >= -1
 
 
-def test_score_takes_empty_texts_from_a_tokenizer_that_adds_nothing(
-    classifier_dir: Path, tmp_path: Path
-) -> None:
+def test_score_takes_empty_texts_from_a_tokenizer_that_adds_nothing(classifier_dir: Path, tmp_path: Path) -> None:
     """A tokenizer like GPT-2's turns an empty response into no tokens at all."""
     AutoModelForSequenceClassification.from_pretrained(classifier_dir).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(classifier_dir)

@@ -243,9 +243,7 @@ def test_sample_tokens_is_unmoved_by_a_constant() -> None:
 KINDS = [(1.0, False), (0.7, False), (1.0, True), (1.6, True)]
 
 
-def reference_distribution(
-    hidden: Tensor, weight: Tensor, temperature: float, support: Tensor | None
-) -> Tensor:
+def reference_distribution(hidden: Tensor, weight: Tensor, temperature: float, support: Tensor | None) -> Tensor:
     """Log of the sampled distribution (N, V), in float64 and by plain autograd."""
     logits = hidden @ weight.T / temperature
     if support is not None:
@@ -257,9 +255,7 @@ def entropy_of(logp: Tensor) -> Tensor:
     return -torch.where(logp > -math.inf, logp.exp() * logp, 0).sum(-1)
 
 
-def logprob_case(
-    n: int, v: int, h: int, supported: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def logprob_case(n: int, v: int, h: int, supported: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     hidden, weight, tokens = torch.randn(n, h), torch.randn(v, h) * 0.5, torch.randint(0, v, (n,))
     if not supported:
         return hidden, weight, tokens, None
@@ -272,9 +268,7 @@ def logprob_case(
 
 @pytest.mark.parametrize("chunk_rows", [0, 1, 7, 30])
 @pytest.mark.parametrize(("temperature", "supported"), KINDS)
-def test_token_logprobs_equals_float64(
-    temperature: float, supported: bool, chunk_rows: int
-) -> None:
+def test_token_logprobs_equals_float64(temperature: float, supported: bool, chunk_rows: int) -> None:
     hidden, weight, tokens, support = logprob_case(30, 43, 16, supported)
     logp = reference_distribution(hidden.double(), weight.double(), temperature, support)
     got, entropy = utils.token_logprobs(hidden, weight, tokens, temperature, support, chunk_rows)
@@ -341,9 +335,7 @@ def test_token_logprobs_leaves_frozen_inputs_alone() -> None:
 def test_token_logprobs_under_bfloat16_takes_the_log_softmax_in_float32() -> None:
     n, v, h = 20, 5000, 32
     hidden = torch.randn(n, h).bfloat16()
-    weight = (
-        (torch.randn(v, h) * 0.1).bfloat16().float()
-    )  # float32, but nothing is lost in bfloat16
+    weight = (torch.randn(v, h) * 0.1).bfloat16().float()  # float32, but nothing is lost in bfloat16
     tokens = torch.randint(0, v, (n,))
     logits = hidden.double() @ weight.double().T
     got, entropy = utils.token_logprobs(hidden, weight, tokens)
@@ -380,21 +372,15 @@ def test_token_logprobs_gradient_under_bfloat16_is_summed_in_float32(chunk_rows:
 
 @pytest.mark.parametrize("chunk_rows", [0, 1, 7, 30])
 @pytest.mark.parametrize(("temperature", "supported"), KINDS)
-def test_compare_policies_equals_enumeration(
-    temperature: float, supported: bool, chunk_rows: int
-) -> None:
+def test_compare_policies_equals_enumeration(temperature: float, supported: bool, chunk_rows: int) -> None:
     hidden, weight, tokens, support = logprob_case(30, 50, 16, supported)
     ref_hidden, ref_weight = torch.randn(30, 8), torch.randn(50, 8) * 0.7
     p = reference_distribution(hidden.double(), weight.double(), temperature, support)
     q = reference_distribution(ref_hidden.double(), ref_weight.double(), temperature, support)
-    got = utils.compare_policies(
-        hidden, weight, ref_hidden, ref_weight, tokens, temperature, support, chunk_rows
-    )
+    got = utils.compare_policies(hidden, weight, ref_hidden, ref_weight, tokens, temperature, support, chunk_rows)
     rows = torch.arange(30)
     kl = torch.where(p > -math.inf, p.exp() * (p - q), 0).sum(-1)
-    for result, expected in zip(
-        got, [p[rows, tokens], q[rows, tokens], entropy_of(p), kl], strict=True
-    ):
+    for result, expected in zip(got, [p[rows, tokens], q[rows, tokens], entropy_of(p), kl], strict=True):
         assert result.dtype == torch.float32
         np.testing.assert_allclose(result, expected, atol=5e-5)  # as above; KL is of size 5
     if supported:  # a single possible token cannot differ
@@ -436,16 +422,12 @@ def test_shape_rewards_of_hand_built_rows() -> None:
     scores = torch.tensor([0.5, -1.0, 0.25])
     rewards, kl = utils.shape_rewards(scores, logprobs, ref_logprobs, mask, 0.1)
     torch.testing.assert_close(kl, torch.tensor([[2.0, 0, 0], [1, -1, 0], [0, 2, -2]]))
-    torch.testing.assert_close(
-        rewards, torch.tensor([[0.3, 0, 0], [-0.1, -0.9, 0], [0, -0.2, 0.45]])
-    )
+    torch.testing.assert_close(rewards, torch.tensor([[0.3, 0, 0], [-0.1, -0.9, 0], [0, -0.2, 0.45]]))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_shape_rewards_sum_to_the_penalised_score(
-    lengths: list[int], kl_coef: float, seed: int
-) -> None:
+def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     shape = (len(lengths), 9)
     logp, ref = -torch.rand(shape, generator=random), -torch.rand(shape, generator=random)
@@ -475,9 +457,7 @@ def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]
     st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-def test_compute_gae_equals_its_definition(
-    lengths: list[int], gamma: float, lam: float, seed: int
-) -> None:
+def test_compute_gae_equals_its_definition(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     rewards = torch.randn(len(lengths), 12, generator=random)
     values = torch.randn(len(lengths), 12, generator=random)
@@ -487,9 +467,7 @@ def test_compute_gae_equals_its_definition(
     for row, n in enumerate(lengths):
         expected = slow_gae(rewards[row, :n], values[row, :n], gamma, lam)
         np.testing.assert_allclose(advantages[row, :n], expected, atol=2e-5)
-        np.testing.assert_allclose(
-            returns[row, :n], np.array(expected) + values[row, :n].numpy(), atol=2e-5
-        )
+        np.testing.assert_allclose(returns[row, :n], np.array(expected) + values[row, :n].numpy(), atol=2e-5)
     assert (advantages[~mask] == 0).all()
     assert (returns[~mask] == 0).all()
 
@@ -514,9 +492,7 @@ def test_compute_gae_of_a_ragged_batch_equals_each_row_alone() -> None:
     lengths = [9, 1, 4, 6]
     advantages, returns = utils.compute_gae(rewards, values, ragged_mask(lengths, 9), 0.97, 0.9)
     for row, n in enumerate(lengths):
-        alone = utils.compute_gae(
-            rewards[row : row + 1, :n], values[row : row + 1, :n], ragged_mask([n], n), 0.97, 0.9
-        )
+        alone = utils.compute_gae(rewards[row : row + 1, :n], values[row : row + 1, :n], ragged_mask([n], n), 0.97, 0.9)
         assert torch.allclose(advantages[row, :n], alone[0][0], atol=1e-6)
         assert torch.allclose(returns[row, :n], alone[1][0], atol=1e-6)
 
@@ -594,9 +570,7 @@ def test_refuse_missing_names_setting_and_weight() -> None:
     }
     utils.refuse_missing("rm_name", "some/model", complete, "a classifier")
     with pytest.raises(UserError, match="rm_name") as caught:
-        utils.refuse_missing(
-            "rm_name", "some/model", {**complete, "missing_keys": ["head.weight"]}, "a classifier"
-        )
+        utils.refuse_missing("rm_name", "some/model", {**complete, "missing_keys": ["head.weight"]}, "a classifier")
     assert "\n" not in str(caught.value)
     assert "some/model" in str(caught.value)
 

@@ -1,1 +1,1 @@
-"""What is run beside training: making models, pictures, checks."""
+"""What is run beside training: making models, the self-audit, pictures."""

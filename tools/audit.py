@@ -64,8 +64,9 @@ def _checks(
         difference = float(torch.where(mask, (a - b).abs(), 0).max())
         return difference <= tolerance, f"largest difference {difference:.1e}"
 
-    yield "a token's log-probability is the library's own cross-entropy", lambda: gap(
-        logprobs, _library_logprobs(policy, seqs)
+    yield (
+        "a token's log-probability is the library's own cross-entropy",
+        lambda: gap(logprobs, _library_logprobs(policy, seqs)),
     )
     yield "the distribution sampled from is the one scored", lambda: gap(logprobs, seqs.logprobs)
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
