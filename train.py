@@ -72,7 +72,7 @@ def main(cfg: TrainConfig) -> Path:
             # report
             row = {"step": step, "episodes": step * cfg.batch_size, "kl_coef": kl.coef, **rollout.metrics(), **update}
             run.log({**row, **watch.metrics(rollout)})
-            steps.set_postfix_str(f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}")
+            steps.set_postfix_str(f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}", refresh=False)
             kl.update(row["kl_seq"])
             # keep
             last = step == cfg.total_steps or stop.signal is not None or run.must_give_up()
