@@ -198,8 +198,8 @@ PRESETS[TrainConfig] = {
     "default": TrainConfig(),
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
-        max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=30, lr=1e-4, kl_coef=0.1,
-        save_every=15, sample_every=5,
+        max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
+        save_every=25, sample_every=5,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {

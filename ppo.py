@@ -217,6 +217,11 @@ class Report:
         }
 
 
+def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over policy and critic; eps 1e-5 damps the first steps, and no weight is pulled towards 0."""
+    return torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
+
+
 def learning_rate(cfg: TrainConfig, step: int) -> float:
     """Step size of step 1, 2, …: rising over warmup_steps, then falling to 0 or constant."""
     if step <= cfg.warmup_steps:

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from config import TrainConfig, UserError, run_cli, with_changes
 from data import PromptStream, load_examples, load_prompts
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference
-from ppo import KLController, Rollout, make_rollout, ppo_update
+from ppo import KLController, Rollout, build_optimizer, make_rollout, ppo_update
 from reward import SentimentReward
 from tools.audit import audit
 from tools.make_models import resolve_name
@@ -51,7 +51,7 @@ def main(cfg: TrainConfig) -> Path:
     audit(parts.policy, parts.reference, parts.reward, parts.tokenizer, parts.prompts.batch(1), cfg, loud=cfg.check)
     if cfg.check:
         return run.path
-    optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = build_optimizer(parts.policy, cfg)
     kl = KLController(cfg.kl_coef, cfg.adaptive_kl_target)
     run.start(cfg, parts)
 

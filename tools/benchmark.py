@@ -1,0 +1,256 @@
+"""Times one PPO step by phase, against what this machine can do and against any other program.
+
+    python -m tools.benchmark                                    random-weight models of size `mini`
+    python -m tools.benchmark --size 124m --steps 3 --csv results/benchmark.csv
+    python -m tools.benchmark --policy_name DIR --rm_name DIR --dataset DATA
+    python -m tools.benchmark --sweep response=16,32,64          how cost grows
+    python -m tools.benchmark --peer 'python other_ppo.py'       alternates with a peer that prints "total SECONDS s"
+
+The floor is the time that the step's matrix products would take at the rate measured for one large product, plus the
+time to read the weights once per decoded token at the rate measured for copying.
+"""
+
+import csv
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
+from transformers.hf_argparser import HfArgumentParser
+
+from config import TrainConfig, UserError, opt
+from model import GPT2WithValueHead
+from ppo import build_optimizer, make_rollout, ppo_update
+from train import Parts, Stopwatch, act, load_parts, resolve
+from utils import quiet_libraries
+
+
+@dataclass(frozen=True)
+class Work:
+    """One PPO step: models and shapes. gpt2 and distilbert are layers, width, heads; None: trained models are named."""
+
+    gpt2: tuple[int, int, int] = (4, 256, 4)
+    distilbert: tuple[int, int, int] = (2, 256, 4)
+    batch: int = 64
+    prompt: int = 64
+    response: int = 48
+    epochs: int = 4
+    minibatch: int = 16
+
+
+SIZES = {
+    "mini": Work(),
+    "124m": Work((12, 768, 12), (6, 768, 12), batch=8, prompt=64, response=32, minibatch=4),
+    "gpu": Work((12, 768, 12), (6, 768, 12), batch=64, prompt=128, response=64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Settings of `python -m tools.benchmark`."""
+
+    size: Literal["mini", "124m", "gpu"] = opt("mini", "Shapes of the step, and of the models where none are named.")
+    policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.")
+    rm_name: str | None = opt(None, "Its reward model.")
+    dataset: str | None = opt(None, "Its prompts.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    steps: int = opt(3, "Steps timed, after one that is not.")
+    sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
+    peer: str | None = opt(None, "Another command to time, in turn with this one.")
+    rounds: int = opt(1, "How often to alternate with the peer.")
+    csv: str | None = opt(None, "File to append the figures to.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and append to the CSV file."""
+    parser = HfArgumentParser(BenchConfig, allow_abbrev=False, description=__doc__)
+    cfg = BenchConfig(**vars(parser.parse_args(argv)))
+    quiet_libraries()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for work in sweep(SIZES[cfg.size], cfg.sweep):
+            train_cfg = make_config(cfg, work, Path(folder))
+            for turn in range(cfg.rounds):
+                row = {"size": cfg.size, **shapes(work), "turn": turn, **measure(train_cfg, cfg.steps)}
+                if cfg.peer:
+                    row |= measure_peer(cfg.peer)
+                    row["times_faster"] = row["peer_seconds"] / row["seconds"]
+                print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+                rows.append(row)
+    if cfg.csv:
+        append(Path(cfg.csv), rows)
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def sweep(work: Work, spec: str | None) -> list[Work]:
+    """`name=a,b,c` -> the work with that shape set to a, then b, then c (raises UserError)."""
+    if spec is None:
+        return [work]
+    name, _, values = spec.partition("=")
+    if name not in shapes(work) or not re.fullmatch(r"\d+(,\d+)*", values):
+        raise UserError(f"sweep={spec!r} is not understood: write {'|'.join(shapes(work))}=N,N,…")
+    changes: list[dict[str, Any]] = [{name: int(value)} for value in values.split(",")]
+    return [replace(work, **change) for change in changes]
+
+
+def shapes(work: Work) -> dict[str, int]:
+    """The numbers of a work that a sweep can change."""
+    return {f.name: getattr(work, f.name) for f in fields(work) if isinstance(getattr(work, f.name), int)}
+
+
+def make_config(cfg: BenchConfig, work: Work, folder: Path) -> TrainConfig:
+    """Settings of train.py for this work, with random-weight models made in `folder` unless others are named."""
+    names = {name: getattr(cfg, name) for name in ("policy_name", "rm_name", "dataset")}
+    if None in names.values():
+        if any(names.values()):
+            raise UserError("policy_name, rm_name and dataset go together: name all three or none")
+        names = make_random_models(work, folder / str(hash(work)))
+    return resolve(
+        TrainConfig(
+            **names, device=cfg.device, dtype=cfg.dtype, batch_size=work.batch, minibatch_size=work.minibatch,
+            ppo_epochs=work.epochs, max_prompt_len=work.prompt, max_new_tokens=work.response,
+        )
+    )  # fmt: skip
+
+
+def make_random_models(work: Work, folder: Path, vocabulary: int = 50257) -> dict[str, str]:
+    """Full-size models without sense, tokenizers of made-up words, and prompts of these words."""
+    torch.manual_seed(0)
+    layers, width, heads = work.gpt2
+    lm = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary))
+    lm.save_pretrained(folder / "policy")
+    word_tokenizer(vocabulary, eos_token=f"w{vocabulary - 1}").save_pretrained(folder / "policy")
+    layers, width, heads = work.distilbert
+    labels = {0: "negative", 1: "positive"}
+    DistilBertForSequenceClassification(
+        DistilBertConfig(n_layers=layers, dim=width, hidden_dim=4 * width, n_heads=heads, vocab_size=30522,
+                         id2label=labels, label2id={name: i for i, name in labels.items()})
+    ).save_pretrained(folder / "reward")  # fmt: skip
+    word_tokenizer(30522, pad_token="w0").save_pretrained(folder / "reward")
+    words = torch.randint(1000, 20000, (4 * work.batch, work.prompt + 8)).tolist()
+    (folder / "prompts.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words))
+    return {"policy_name": str(folder / "policy"), "rm_name": str(folder / "reward"),
+            "dataset": str(folder / "prompts.txt")}  # fmt: skip
+
+
+def word_tokenizer(size: int, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w0, w1, …"""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w1", model_max_length=512, **special)
+
+
+# --- the measurement ------------------------------------------------------------------------------------------------
+
+
+def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
+    """Median seconds of each phase over `steps` steps after one to warm up, with rates and the floor."""
+    parts = load_parts(cfg)
+    optimizer = build_optimizer(parts.policy, cfg)
+    laps: list[dict[str, float]] = []
+    for step in range(1, steps + 2):
+        watch = Stopwatch(cfg.device)
+        seqs = act(parts, cfg, step)
+        watch.lap("seconds_generate")
+        scores = parts.reward(seqs.texts(parts.tokenizer))
+        rollout = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef)
+        watch.lap("seconds_score")
+        ppo_update(parts.policy, optimizer, rollout, cfg, step)
+        watch.lap("seconds_update")
+        laps.append(watch.metrics(rollout))
+    medians = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+    seconds = sum(medians[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
+    matmul, copy = ceilings(cfg)
+    work = flops(parts, cfg)
+    weights = sum(p.numel() for p in parts.policy.lm.parameters()) * (2 if cfg.dtype == "bfloat16" else 4)
+    floor = sum(work.values()) / matmul + cfg.max_new_tokens * weights / copy
+    return {
+        "device": cfg.device, "dtype": cfg.dtype, "seconds": seconds, **medians,
+        "matmul_gflops": matmul / 1e9, "copy_gb": copy / 1e9,
+        "update_of_matmul": work["update"] / medians["seconds_update"] / matmul,
+        "floor_seconds": floor, "times_floor": seconds / floor,
+    }  # fmt: skip
+
+
+def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
+    """What this machine reaches now: FLOP/s of one large matrix product, bytes/s read while copying."""
+    dtype = getattr(torch, cfg.dtype)
+    size = 8192 if cfg.device == "cuda" else size
+    a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
+    memory = torch.zeros(64 * 2**20, device=cfg.device)
+    return 2 * size**3 / best(lambda: a @ b, cfg), memory.nbytes / best(lambda: memory.clone(), cfg)
+
+
+def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:
+    """Shortest seconds of a call over a few, after one to warm up."""
+    found = []
+    for _ in range(times + 1):
+        watch = Stopwatch(cfg.device)
+        call()
+        watch.lap("call")
+        found.append(watch.laps["call"])
+    return min(found[1:])
+
+
+def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
+    """Multiply-adds, times two, that a step cannot do without, by phase; backward costs twice its forward pass."""
+
+    def forward(model: GPT2WithValueHead) -> float:
+        c = model.lm.config
+        tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
+        trunk = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
+        return cfg.batch_size * (trunk + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
+
+    reward = parts.reward.model
+    judged = sum(p.numel() for name, p in reward.named_parameters() if "embeddings" not in name)
+    return {
+        "generate": forward(parts.policy),
+        "score": forward(parts.policy) + forward(parts.reference) + 2 * judged * cfg.batch_size * cfg.max_new_tokens,
+        "update": 3 * cfg.ppo_epochs * forward(parts.policy),
+    }
+
+
+def measure_peer(command: str) -> dict[str, float]:
+    """Run another program to its end and take the median of the step times that it prints, without the first."""
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
+    seconds = [float(x) for x in re.findall(r"total ([\d.]+) s", done.stdout)]
+    if done.returncode or not seconds:
+        raise UserError(f"peer={command!r} ended with code {done.returncode} and printed no step times")
+    return {"peer_seconds": statistics.median(seconds[1:] or seconds)}
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file, with the command that made them."""
+    rows = [{**row, "command": "python -m tools.benchmark " + shlex.join(sys.argv[1:])} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
