@@ -116,12 +116,12 @@ class GPT2WithValueHead(nn.Module):
         """What the critic expects (B, R), in float32, before each token is chosen."""
         return F.linear(hidden.float(), self.value_head.weight, self.value_head.bias).squeeze(-1)
 
-    def evaluate_responses(self, seqs: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_responses(self, seqs: Sequences, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
         hidden = self.response_hidden(seqs)
         logprobs, entropy = token_logprobs(
             hidden.flatten(0, 1).to(self.dtype), self.lm.lm_head.weight, seqs.responses.flatten(), seqs.temperature,
-            None if seqs.support is None else seqs.support.flatten(0, 1),
+            None if seqs.support is None else seqs.support.flatten(0, 1), with_entropy=with_entropy,
         )  # fmt: skip
         return logprobs.view_as(seqs.logprobs), self.values(hidden), entropy.view_as(seqs.logprobs)
 
@@ -260,6 +260,7 @@ class _Decoder:
         self.policy, self.lm, self.used = policy, policy.lm, 0
         (batch, prompt_len), config = prompt_mask.shape, policy.lm.config
         shape = (2, batch, config.n_head, prompt_len + width, config.n_embd // config.n_head)
+        self.columns = policy.lm.lm_head.weight.to(policy.dtype).T.contiguous()  # multiplied by once per token
         self.cache = [torch.zeros(shape, dtype=policy.dtype, device=prompt_mask.device) for _ in self.lm.transformer.h]
         self.key_mask = F.pad(prompt_mask, (0, width), value=True)[:, None, None, :]  # (B, 1, 1, T)
 
@@ -285,7 +286,7 @@ class _Decoder:
             )
             x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(batch, n, -1))
             x = x + block.mlp(block.ln_2(x))
-        return self.lm.lm_head(gpt2.ln_f(x[:, -1]))
+        return gpt2.ln_f(x[:, -1]).to(self.columns.dtype) @ self.columns
 
 
 def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:

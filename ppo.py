@@ -155,7 +155,8 @@ def _learn(
     found = Report()
     for rows in torch.arange(size, device=minibatch.logprobs.device).split(cfg.micro_batch_size or size):
         micro = minibatch.select(rows)
-        loss, sums = ppo_loss(*policy.evaluate_responses(micro.sequences), micro, cfg, token_count)
+        new = policy.evaluate_responses(micro.sequences, with_entropy=cfg.ent_coef > 0)
+        loss, sums = ppo_loss(*new, micro, cfg, token_count)
         loss.backward()
         found.add_sums(sums, int(micro.sequences.response_mask.sum()))
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
