@@ -52,6 +52,8 @@ def audit(
             failed.append(f"{fact} ({seen})")
     if failed:
         raise UserError(f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all")
+    if not loud:
+        print(f"self-check: {len(checks)} facts hold")
 
 
 def _checks(

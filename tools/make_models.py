@@ -86,8 +86,8 @@ SIZES = {
     "tiny": Recipe(
         vocab_size=2048,
         context=128,
-        lm=Net(layers=2, width=128, heads=8, dropout=0.0, steps=440, batch_tokens=1024, lr=4e-3),
-        rm=Net(layers=2, width=128, heads=4, dropout=0.0, steps=200, batch_tokens=2048, lr=1.5e-3),
+        lm=Net(layers=2, width=128, heads=8, dropout=0.0, steps=560, batch_tokens=1024, lr=4e-3),
+        rm=Net(layers=2, width=128, heads=4, dropout=0.0, steps=240, batch_tokens=2048, lr=1.5e-3),
         crop_min=4,
         crop_max=80,
         crop_start=16,
