@@ -80,7 +80,7 @@ class TrainConfig:
     # How much
     total_steps: int = opt(200, "PPO steps; each answers batch_size prompts once.")
     batch_size: int = opt(64, "Prompts per step.")
-    ppo_epochs: int = opt(4, "Passes over each step's responses.")
+    ppo_epochs: int = opt(2, "Passes over each step's responses.")
     minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
     micro_batch_size: int = opt(0, "Responses per forward and backward pass (0: a whole minibatch); saves memory only.")
     reward_batch_size: int = opt(64, "Texts per forward pass of the reward model.")
@@ -97,10 +97,12 @@ class TrainConfig:
     lr: float = opt(2e-5, "AdamW step size.")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls to 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
-    kl_coef: float = opt(0.05, "beta: price of one nat of log-probability ratio to the reference.")
+    kl_coef: float = opt(0.1, "beta: price of one nat of log-probability ratio to the reference.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
     gamma: float = opt(1.0, "Discount per token.")
-    gae_lambda: float = opt(0.95, "GAE's lambda.")
+    # Below 1, the score at the end reaches early tokens only through a critic that knows nothing yet, so the last tokens
+    # take the credit and the policy learns to stop early: 25 tokens on average instead of 40 (results/lambda.csv)
+    gae_lambda: float = opt(1.0, "GAE's lambda: 1 gives every token the whole of what followed.")
     clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.")
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.")
     value_coef: float = opt(0.1, "Weight of the value loss.")

@@ -80,7 +80,7 @@ def main(cfg: TrainConfig) -> Path:
                 run.add_samples(parts, rollout, cfg, step)
             if last or step % cfg.save_every == 0:
                 run.save(parts)
-            if last:
+            if last and step < cfg.total_steps:
                 break
     return run.finish(cfg, step, stop.signal)
 
