@@ -1,7 +1,7 @@
 """Every setting of training and evaluation, its help, its allowed range, and the presets.
 
 Edit the defaults here, or pass a flag of the same name: `python train.py --lr 1e-5`. Nothing else in the
-project names a flag. This file needs no torch, so that a wrong flag is refused at once.
+project names a flag. This file needs no torch.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from transformers.hf_argparser import HfArgumentParser
 
 # Threads that wait should sleep: where another program wants the cores too, spinning makes torch several times slower.
-# It has to be said before torch is first imported.
+# It has to be said before torch is first imported, which is why the scripts import this file before anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class TrainConfig:
 
     # PPO
     lr: float = opt(2e-5, "AdamW step size.")
-    lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls to 0 over total_steps.")
+    lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.1, "beta: price of one nat of log-probability ratio to the reference.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
@@ -141,7 +141,7 @@ class EvalConfig:
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
     rm_name: str | None = opt(None, "Reward model (default: the run's).")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
-    reward_on_prompt: bool | None = opt(None, "Score prompt + response (default: the run's).")
+    reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
     dataset: str | None = opt(None, "Prompts (default: the run's).")
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
@@ -238,6 +238,8 @@ def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
         main(parse_config(cls))
     except UserError as error:
         sys.exit(_report(error))
+    except KeyboardInterrupt:  # before training has begun, or in an evaluation: there is nothing to save
+        sys.exit(130)
 
 
 def _report(error: Exception) -> int:

@@ -142,7 +142,7 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 class PromptStream:
     """Prompts without end: each epoch a new permutation, each step its own stretch of it.
 
-    The batch of a step is a function of (seed, step) alone, so a resumed run needs no cursor.
+    The batch of a step is a function of (seed, step) alone; no cursor is kept.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:

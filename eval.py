@@ -7,11 +7,15 @@ Owns the comparison, its statistics and its report. Both models answer the same 
 so that differences are paired.
 """
 
+import contextlib
 import csv
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from config import EvalConfig, TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
@@ -19,7 +23,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from config import EvalConfig, TrainConfig, UserError, run_cli, with_changes
 from data import is_file, load_examples, load_prompts, pad_left
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference, score_responses
 from reward import SentimentReward
@@ -48,6 +51,7 @@ PAIRED = {
 def main(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print the table, write eval_results.csv and eval_summary.json; returns the summary."""
     quiet_libraries()
+    check_target(Path(cfg.out_csv))
     results = evaluate(cfg)
     summary = summarise(results, cfg)
     write(results, summary, Path(cfg.out_csv))
@@ -64,8 +68,9 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
     path = folder.parent / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        run = TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig) if f.name in found})
-    except (ValueError, TypeError) as error:
+        of_run = "total_steps" in found  # and not the config.json of a model, say
+        run = TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig) if of_run and f.name in found})
+    except (ValueError, TypeError, OSError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or move the policy to a folder without it") from None
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in OF_RUN and getattr(cfg, f.name) is not None}
     device = resolve_device(cfg.device)
@@ -118,9 +123,15 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     prompts: list[list[int]] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # no more is tokenised than needed
-        prompts += load_prompts(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, run.max_prompt_len)
+        with contextlib.suppress(UserError):  # none in this chunk
+            prompts += load_prompts(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, run.max_prompt_len)
         if len(prompts) >= cfg.n_samples:
             break
+    if not prompts:
+        raise UserError(
+            f"no review of split={cfg.split} of {run.dataset} has min_prompt_len={run.min_prompt_len} tokens and was "
+            "not trained on: lower it, or change --dataset"
+        )
     if len(prompts) < cfg.n_samples:
         print(f"note: only {len(prompts)} prompts are long enough; n_samples={cfg.n_samples} was asked for")
     return prompts[: cfg.n_samples]
@@ -207,10 +218,21 @@ def summary_path(out_csv: Path) -> Path:
     return out_csv.with_name("eval_summary.json")
 
 
+def check_target(out_csv: Path) -> None:
+    """Refuse a file that cannot be written, before the work (raises UserError)."""
+    try:
+        if out_csv.is_dir() or not out_csv.name or out_csv == summary_path(out_csv):
+            raise UserError(f"out_csv={out_csv} is not a name for a CSV file: choose another")
+        out_csv.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out_csv.parent, os.W_OK):
+            raise UserError(f"out_csv={out_csv} is in a folder that cannot be written: choose another file")
+    except OSError as error:
+        raise UserError(f"out_csv={out_csv} cannot be written ({error.strerror}): choose another file") from None
+
+
 def write(results: pd.DataFrame, summary: dict[str, Any], out_csv: Path) -> None:
     """Write both files whole or not at all (raises UserError where the folder cannot be written)."""
     try:
-        out_csv.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
         write_whole(summary_path(out_csv), json.dumps(summary, indent=2) + "\n")
     except OSError as error:

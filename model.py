@@ -21,6 +21,7 @@ from utils import (
     compare_policies,
     decode,
     loading,
+    output_columns,
     position_ids,
     refuse_missing,
     sample_tokens,
@@ -260,7 +261,7 @@ class _Decoder:
         self.policy, self.lm, self.used = policy, policy.lm, 0
         (batch, prompt_len), config = prompt_mask.shape, policy.lm.config
         shape = (2, batch, config.n_head, prompt_len + width, config.n_embd // config.n_head)
-        self.columns = policy.lm.lm_head.weight.to(policy.dtype).T.contiguous()  # multiplied by once per token
+        self.columns = output_columns(policy.lm.lm_head.weight, policy.dtype)
         self.cache = [torch.zeros(shape, dtype=policy.dtype, device=prompt_mask.device) for _ in self.lm.transformer.h]
         self.key_mask = F.pad(prompt_mask, (0, width), value=True)[:, None, None, :]  # (B, 1, 1, T)
 

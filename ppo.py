@@ -224,7 +224,7 @@ def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Step size of step 1, 2, …: rising over warmup_steps, then falling to 0 or constant."""
+    """Step size of step 1, 2, …: rising over warmup_steps, then falling evenly towards 0, or constant."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":

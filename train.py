@@ -23,11 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from config import TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
+
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from config import TrainConfig, UserError, run_cli, with_changes
 from data import PromptStream, load_examples, load_prompts
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference
 from ppo import KLController, Rollout, build_optimizer, make_rollout, ppo_update
@@ -39,7 +40,7 @@ from utils import load_tokenizer, quiet_libraries, require_hub, resolve_device, 
 
 SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
-OWN_FILES = ("config.json", "metrics.csv", "samples.csv", "curves.png", "policy_lm", "value_head.safetensors", "state")
+OWN_FILES = ("config.json", "metrics.csv", "samples.csv", "curves.png", "policy_lm", "value_head.safetensors")
 
 
 def main(cfg: TrainConfig) -> Path:
@@ -148,21 +149,32 @@ class RunFolder:
         self.failed_steps = 0
         if cfg.check:
             return
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        try:
+            nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            present = [name for name in OWN_FILES if (self.path / name).exists()]
+        except OSError as error:
+            raise UserError(f"ckpt_dir={self.path} cannot be used ({error.strerror}): choose another folder") from None
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"ckpt_dir={self.path} cannot be written: choose another folder")
-        if (self.path / "config.json").exists() and not cfg.overwrite:
+        if present and not cfg.overwrite:
             raise UserError(
-                f"ckpt_dir={self.path} already holds a run: choose another folder, or add --overwrite to replace it"
+                f"ckpt_dir={self.path} already holds {present[0]}: choose another folder, or replace that run with "
+                "--overwrite"
             )
+        if present and not is_run(self.path):
+            raise UserError(f"ckpt_dir={self.path} holds {present[0]}, but not from a run: choose another folder")
+        for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
+            if name and self.path.absolute() in Path(name).absolute().parents:
+                raise UserError(f"ckpt_dir={self.path} holds {name}, which this run needs: choose another folder")
 
     def start(self, cfg: TrainConfig, parts: Parts) -> None:
         """Clear the way, record the settings, and say in two lines what is about to happen."""
+        description = json.dumps(describe(cfg), indent=2) + "\n"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in OWN_FILES:
                 remove(self.path / name)
-            write_whole(self.path / "config.json", json.dumps(describe(cfg), indent=2) + "\n")
+            write_whole(self.path / "config.json", description)
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"ckpt_dir={self.path} {reason}: choose another folder") from None
@@ -227,16 +239,31 @@ class RunFolder:
 
 def describe(cfg: TrainConfig) -> dict[str, Any]:
     """What config.json holds: every setting as resolved, versions, git commit and machine."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         **asdict(cfg),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "tokenizers")},
         "python": sys.version.split()[0],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
         "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
     }
+
+
+def git_commit() -> str | None:
+    """The commit that runs, where this is a git checkout and git is installed."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder's config.json is that of a run, and not of a model, say."""
+    try:
+        return "total_steps" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

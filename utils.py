@@ -6,6 +6,7 @@ Nothing here knows of models, files or settings.
 
 import contextlib
 import math
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from config import UserError
 
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
+               pickle.UnpicklingError)  # fmt: skip
 CHUNK_FLOATS = 8_000_000  # logits alive at a time: 32 MB in float32, about a CPU's last cache
 
 
@@ -95,7 +98,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
     last = 255 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
     place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
-    return (block * 256 + place).squeeze(-1)
+    # Not-a-number logits must not name a token that does not exist: they are caught where the loss is not finite
+    return (block * 256 + place).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 # --- log-probabilities without the (tokens, V) matrix ---------------------------------------------------------------
@@ -123,7 +127,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, tokens, temperature, support, chunk_rows, with_entropy):  # type: ignore[no-untyped-def]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
-        columns = _columns(weight, hidden.dtype)
+        columns = output_columns(weight, hidden.dtype)
         for rows in _chunks(len(hidden), len(weight), chunk_rows):
             all_logprobs = _all_logprobs(hidden, columns, temperature, support, rows)
             logprobs[rows] = all_logprobs.gather(1, tokens[rows, None]).squeeze(1)
@@ -173,7 +177,7 @@ def compare_policies(
     Shapes as in token_logprobs; each result is (N,) float32, the KL in nats over the whole vocabulary.
     """
     out = hidden.new_empty(4, len(hidden), dtype=torch.float32)
-    columns, ref_columns = _columns(weight, hidden.dtype), _columns(ref_weight, ref_hidden.dtype)
+    columns, ref_columns = output_columns(weight, hidden.dtype), output_columns(ref_weight, ref_hidden.dtype)
     for rows in _chunks(len(hidden), len(weight), chunk_rows):
         lp = _all_logprobs(hidden, columns, temperature, support, rows)
         ref_lp = _all_logprobs(ref_hidden, ref_columns, temperature, support, rows)
@@ -186,9 +190,14 @@ def compare_policies(
     return out[0], out[1], out[2], out[3]
 
 
-def _columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output embedding as (H, V), laid out so that a CPU multiplies by it twice as fast as by its transpose."""
-    return weight.to(dtype).T.contiguous()
+def output_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output embedding as (H, V), laid out so that a CPU multiplies by it twice as fast as by its transpose.
+
+    In half precision its mean row is taken out: that shifts all logits of a token alike, which no probability notices,
+    and spares bfloat16 the large common offset of GPT-2's logits, next to which it could not tell tokens apart.
+    """
+    centred = weight if dtype == torch.float32 else weight - weight.mean(0)
+    return centred.to(dtype).T.contiguous()
 
 
 def _chunks(rows: int, vocabulary: int, chunk_rows: int) -> Iterator[slice]:
@@ -295,8 +304,11 @@ def require_hub(setting: str, name: str) -> None:
     Where the hub does not answer but the cache has the name, the libraries are switched to offline mode, which spares
     half a minute of retries. Raises UserError where it can be had nowhere.
     """
-    if Path(name).exists():
-        return
+    try:
+        if Path(name).exists():
+            return
+    except OSError as error:
+        raise UserError(f"{setting}={name} cannot be looked up: {error.strerror}") from None
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{setting}={name} does not exist: check the path")
     kind = "datasets" if setting.startswith("dataset") else "models"
@@ -345,8 +357,8 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOAD_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
 
 

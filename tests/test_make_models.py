@@ -320,10 +320,18 @@ def test_cache_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert make_models.cache_root() == tmp_path / ".cache" / "gpt2-ppo"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "./models/mine", "stanfordnlp/imdb", "tiny", "", "tiny:other"])
+@pytest.mark.parametrize("name", ["gpt2", "./models/mine", "stanfordnlp/imdb", "tiny", ""])
 def test_resolve_name_leaves_other_names_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_models, "tiny_world", crash)
     assert resolve_name(name) == name
+
+
+def test_resolve_name_refuses_what_is_not_in_the_tiny_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_models, "tiny_world", crash)
+    with pytest.raises(UserError, match="tiny:other"):
+        resolve_name("tiny:other")
+    with pytest.raises(UserError, match="tiny:reviews/validation"):
+        resolve_name("tiny:reviews", "validation")
 
 
 def test_resolve_name_gives_paths_that_exist(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

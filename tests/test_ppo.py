@@ -39,6 +39,8 @@ SETTINGS: dict[str, Any] = {
     "ppo_epochs": 1,
     "lr": 0.01,
     "lr_schedule": "constant",
+    "gae_lambda": 0.95,
+    "kl_coef": 0.05,
     "max_grad_norm": 1e6,
     "total_steps": 10,
 }
@@ -602,9 +604,9 @@ def visits(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig, step: 
     keys = {tuple(row.tolist()): i for i, row in enumerate(rollout.sequences.tokens)}
     assert len(keys) == len(rollout.scores), "rows must differ"
 
-    def spy(seqs: Sequences) -> Any:
+    def spy(seqs: Sequences, **named: Any) -> Any:
         seen.append([keys[tuple(row.tolist())] for row in seqs.tokens])
-        return original(seqs)
+        return original(seqs, **named)
 
     policy.evaluate_responses = spy  # type: ignore[method-assign]
     ppo_update(policy, sgd(policy), rollout, cfg, step)

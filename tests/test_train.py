@@ -85,7 +85,7 @@ def test_train_saves_a_policy_that_plain_transformers_loads(flags: dict[str, str
     lm = AutoModelForCausalLM.from_pretrained(folder / "policy_lm").eval()
     ids = AutoTokenizer.from_pretrained(folder / "policy_lm")("A film", return_tensors="pt").input_ids
     ours = GPT2WithValueHead.load(folder)
-    assert torch.equal(lm(ids).logits, ours.lm(ids).logits)
+    assert torch.allclose(lm(ids).logits, ours.lm(ids).logits, atol=1e-4)
     assert ours.value_head.weight.abs().max() > 0  # the critic has learnt something, and it was kept
 
 

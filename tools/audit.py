@@ -85,8 +85,7 @@ def _library_logprobs(policy: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     out = torch.zeros_like(seqs.logprobs)
     for row in range(len(out)):
         ids = seqs.tokens[row, seqs.attention_mask[row]][None]
-        with policy.autocast():
-            logits = policy.lm(input_ids=ids).logits[0].float()
+        logits = policy.lm(input_ids=ids).logits[0]
         n = int(seqs.response_mask[row].sum())
         kept = None if seqs.support is None else seqs.support[row, :n]
         logits = logits[-n - 1 : -1] / seqs.temperature

@@ -195,7 +195,7 @@ def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
     dtype = getattr(torch, cfg.dtype)
     size = 8192 if cfg.device == "cuda" else size
     a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
-    memory = torch.zeros(64 * 2**20, device=cfg.device)
+    memory = torch.ones(64 * 2**20, device=cfg.device)
     return 2 * size**3 / best(lambda: a @ b, cfg), memory.nbytes / best(lambda: memory.clone(), cfg)
 
 
@@ -253,4 +253,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

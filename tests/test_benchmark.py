@@ -1,0 +1,44 @@
+"""tools/benchmark.py: the work it times is the work it says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import TrainConfig, UserError
+from tools.benchmark import Work, append, make_random_models, measure, measure_peer, sweep
+
+SMALL = Work((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)
+
+
+def test_sweep_sets_one_shape_and_refuses_nonsense() -> None:
+    assert sweep(SMALL, None) == [SMALL]
+    assert [work.response for work in sweep(SMALL, "response=1,2,30")] == [1, 2, 30]
+    for wrong in ("width=3", "batch", "batch=a", "gpt2=1"):
+        with pytest.raises(UserError, match="sweep"):
+            sweep(SMALL, wrong)
+
+
+def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path) -> None:
+    names = make_random_models(SMALL, tmp_path, vocabulary=300)
+    cfg = TrainConfig(
+        **names, device="cpu", dtype="float32", batch_size=4, minibatch_size=2, ppo_epochs=1, max_prompt_len=6,
+        min_prompt_len=6, max_new_tokens=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    row = measure(cfg, steps=1)
+    phases = [row[f"seconds_{name}"] for name in ("generate", "score", "update")]
+    assert all(seconds > 0 for seconds in phases)
+    assert row["seconds"] == pytest.approx(sum(phases))
+    assert row["times_floor"] > 1, "nothing runs faster than the machine"
+    append(tmp_path / "b.csv", [row])
+    append(tmp_path / "b.csv", [row])
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 3
+
+
+def test_peer_is_the_median_without_the_first_step() -> None:
+    talk = "for x in (9, 2, 4, 3): print(f'step total {x:.2f} s  done')"
+    assert measure_peer(f'{sys.executable} -c "{talk}"') == {"peer_seconds": 3}
+    with pytest.raises(UserError, match="peer"):
+        measure_peer(f"{sys.executable} -c 1/0")

@@ -1,0 +1,58 @@
+"""The facts that could differ on a GPU: skipped where there is none."""
+
+import pytest
+import torch
+from conftest import make_policy, pad_more, ragged_prompts, real_tokens, same_weights, weights_of
+
+from config import TrainConfig
+from model import generate, score_responses
+from ppo import build_optimizer, make_rollout, ppo_update
+from utils import uniforms
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
+
+
+def sampled(dtype: torch.dtype) -> tuple:
+    policy, reference = make_policy(60).cuda(), make_policy(60).cuda()
+    policy.dtype = reference.dtype = dtype
+    ids, mask = (x.cuda() for x in ragged_prompts(8, 6, 60))
+    return policy, reference, generate(policy, ids, mask, uniforms(0, 1, 8, 10).cuda(), eos_id=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_sampler_and_scorer_agree_and_padding_changes_nothing(dtype: torch.dtype) -> None:
+    policy, reference, seqs = sampled(dtype)
+    logprobs = score_responses(policy, reference, seqs)[0]
+    assert (logprobs - seqs.logprobs).abs().max() < TOLERANCE[dtype]
+    seqs_on_cpu = type(seqs)(*(x.cpu() for x in (seqs.tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs)))
+    padded = pad_more(seqs_on_cpu, 5)
+    padded = type(seqs)(
+        *(x.cuda() for x in (padded.tokens, padded.attention_mask, padded.response_mask, padded.logprobs))
+    )
+    assert (score_responses(policy, reference, padded)[0] - logprobs).abs().max() < TOLERANCE[dtype]
+
+
+def test_cuda_agrees_with_the_cpu() -> None:
+    policy, reference, seqs = sampled(torch.float32)
+    logprobs = score_responses(policy, reference, seqs)[0].cpu()
+    for row in range(len(logprobs)):
+        tokens, prompt = real_tokens(seqs, row)
+        logits = policy.cpu().lm(input_ids=tokens[None].cpu()).logits[0].log_softmax(-1)
+        expected = logits[prompt - 1 : -1].gather(1, tokens[prompt:, None].cpu()).squeeze(1)
+        assert torch.allclose(logprobs[row, : len(expected)], expected, atol=1e-3)
+        policy.cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch.dtype) -> None:
+    policy, reference, seqs = sampled(dtype)
+    rollout = make_rollout(policy, reference, seqs, torch.randn(8, device="cuda"), 0.1)
+    still = TrainConfig(batch_size=8, minibatch_size=8, ppo_epochs=1, lr=0.0)
+    stats = ppo_update(policy, build_optimizer(policy, still), rollout, still, 1)
+    assert stats["ratio_max"] == pytest.approx(1, abs=1e-2)
+    frozen, before = weights_of(reference), weights_of(policy)
+    moving = TrainConfig(batch_size=8, minibatch_size=4, ppo_epochs=2, lr=1e-3)
+    ppo_update(policy, build_optimizer(policy, moving), rollout, moving, 1)
+    assert same_weights(reference, frozen)
+    assert not same_weights(policy, before)
