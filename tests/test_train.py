@@ -134,6 +134,36 @@ def test_train_refuses_a_folder_with_a_run_unless_told_to_overwrite(
     assert after["notes.txt"] == b"mine"
 
 
+def test_train_leaves_alone_what_is_not_a_run(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(flags["ckpt_dir"])
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("mine")
+    for extra, words in (((), "metrics.csv"), (("--overwrite",), "not from a run")):
+        with pytest.raises(SystemExit) as stop:
+            run(flags, *extra)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    assert (folder / "metrics.csv").read_text() == "mine"
+
+
+def test_train_does_not_overwrite_the_policy_that_it_starts_from(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run({**flags, "total_steps": "1"})
+    before = files_in(folder)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "policy_name": str(folder / "policy_lm")}, "--overwrite")
+    assert stop.value.code == 2
+    assert "which this run needs" in capsys.readouterr().err
+    assert files_in(folder) == before
+
+
+def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    folder = run({**flags, "total_steps": "1"})
+    assert json.loads((folder / "config.json").read_text())["git_commit"] is None
+
+
 # --- wrong input ----------------------------------------------------------------------------------------------------
 
 WRONG = {  # what is given -> words that the one line must hold

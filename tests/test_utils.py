@@ -585,3 +585,16 @@ def test_require_hub_accepts_a_folder_and_refuses_what_cannot_be_had(tmp_path: P
 
 def test_fast_bfloat16_answers_yes_or_no() -> None:
     assert utils.fast_bfloat16(torch.device("cpu")) in (True, False)
+
+
+def test_token_logprobs_under_bfloat16_do_not_notice_an_offset_common_to_all_logits() -> None:
+    """GPT-2's logits lie around -30 to -120, where bfloat16 tells only multiples of 1/4 to 1/2 apart."""
+    hidden = torch.nn.functional.normalize(torch.randn(50, 64), dim=-1) + 1
+    weight = torch.randn(200, 64)
+    offset = weight - 100 / 64  # about -100 for every token, by the mean of hidden
+    tokens = torch.randint(0, 200, (50,))
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    for matrix, name in ((weight, "plain"), (offset, "offset")):
+        found, _ = utils.token_logprobs(hidden.bfloat16(), matrix, tokens)
+        # three significant digits of logits of about 8: a few hundredths of a nat; the offset would cost up to 0.5
+        assert (found - exact).abs().max() < 0.15, name
