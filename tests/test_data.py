@@ -334,3 +334,8 @@ def test_prompt_stream_batch_holds_the_prompts_of_its_indices() -> None:
         assert ids.shape == mask.shape == (4, max(map(len, expected)))
         assert mask[:, -1].all()
         assert (ids[~mask] == 0).all()
+
+
+def test_load_prompts_without_any_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="min_prompt_len"):
+        load_prompts(tokenizer, [], 1, 4)

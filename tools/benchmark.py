@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from config import TrainConfig, UserError, opt  # isort: skip  (before torch: see there)
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -33,7 +35,6 @@ from transformers import (
 )  # fmt: skip
 from transformers.hf_argparser import HfArgumentParser
 
-from config import TrainConfig, UserError, opt
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
 from train import Parts, Stopwatch, act, load_parts, resolve

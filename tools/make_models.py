@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from config import UserError  # isort: skip  (before torch: see there)
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -39,7 +41,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from config import UserError
 from data import load_examples
 from tools import tiny_reviews
 from utils import loading
