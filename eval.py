@@ -27,7 +27,15 @@ from data import is_file, load_examples, load_prompts, pad_left
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference, score_responses
 from reward import SentimentReward
 from tools.make_models import resolve_name
-from utils import load_tokenizer, quiet_libraries, resolve_device, resolve_dtype, uniforms, write_whole
+from utils import (
+    keep_freed_memory,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_device,
+    resolve_dtype,
+    uniforms,
+    write_whole,
+)  # fmt: skip
 
 RESAMPLES = 2000  # of the prompts, for each interval
 OF_RUN = {  # settings that eval.py takes from the run that made the policy, unless a flag says otherwise
@@ -51,6 +59,7 @@ PAIRED = {
 def main(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print the table, write eval_results.csv and eval_summary.json; returns the summary."""
     quiet_libraries()
+    keep_freed_memory()
     check_target(Path(cfg.out_csv))
     results = evaluate(cfg)
     summary = summarise(results, cfg)

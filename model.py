@@ -4,7 +4,9 @@ Positions come from masks here and nowhere else, and this is the only place that
 response tokens. The Hugging Face model owns the weights; dropout is off for good.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 from config import UserError
 from utils import (
     compare_policies,
     decode,
     loading,
-    output_columns,
+    output_embedding,
+    padded_logits,
     position_ids,
     refuse_missing,
+    rows_at_a_time,
     sample_tokens,
     token_logprobs,
     warp_logits,
@@ -102,16 +107,8 @@ class GPT2WithValueHead(nn.Module):
     def response_hidden(self, seqs: Sequences) -> Tensor:
         """The hidden states (B, R, H) in which the response tokens were chosen: those one column before them."""
         mask = seqs.attention_mask[:, :-1]
-        # Causal attention never sees padding on the right; only padding on the left needs a mask
-        padded = not bool(mask[:, 0].all())
         with self.autocast():
-            states = self.lm.transformer(
-                input_ids=seqs.tokens[:, :-1],
-                attention_mask=mask.long() if padded else None,
-                position_ids=position_ids(mask),
-                use_cache=False,
-            ).last_hidden_state
-        return states[:, seqs.prompt_len - 1 :]
+            return trunk(self.lm, seqs.tokens[:, :-1], position_ids(mask), visible_keys(mask), seqs.prompt_len - 1)
 
     def values(self, hidden: Tensor) -> Tensor:
         """What the critic expects (B, R), in float32, before each token is chosen."""
@@ -119,12 +116,23 @@ class GPT2WithValueHead(nn.Module):
 
     def evaluate_responses(self, seqs: Sequences, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
-        hidden = self.response_hidden(seqs)
+        return self.evaluate_hidden(self.response_hidden(seqs), seqs, with_entropy)
+
+    def evaluate_hidden(
+        self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the hidden states (B, R, H); log-probabilities and entropies are 0 where no token is."""
+        real = seqs.response_mask
         logprobs, entropy = token_logprobs(
-            hidden.flatten(0, 1).to(self.dtype), self.lm.lm_head.weight, seqs.responses.flatten(), seqs.temperature,
-            None if seqs.support is None else seqs.support.flatten(0, 1), with_entropy=with_entropy,
+            hidden[real].to(self.dtype), self.lm.lm_head.weight, seqs.responses[real], seqs.temperature,
+            None if seqs.support is None else seqs.support[real], with_entropy=with_entropy,
         )  # fmt: skip
-        return logprobs.view_as(seqs.logprobs), self.values(hidden), entropy.view_as(seqs.logprobs)
+        nothing = torch.zeros_like(seqs.logprobs)
+        return nothing.masked_scatter(real, logprobs), self.values(hidden), nothing.masked_scatter(real, entropy)
+
+    def responses_at_a_time(self, seqs: Sequences) -> int:
+        """How many responses to hold the logits of."""
+        return max(1, rows_at_a_time(self.lm.config.vocab_size) // seqs.response_mask.shape[1])
 
     @classmethod
     def from_pretrained(
@@ -188,6 +196,56 @@ def check_fit(
         )
 
 
+# --- GPT-2's forward pass -------------------------------------------------------------------------------------------
+
+
+def trunk(
+    lm: GPT2LMHeadModel, tokens: Tensor, positions: Tensor, visible: Tensor | None, first: int = 0,
+    cache: "_Cache | None" = None,
+) -> Tensor:  # fmt: skip
+    """The last hidden states (B, n - first, H) of columns first, first + 1, ... of tokens (B, n) at positions (B, n).
+
+    visible (B, 1, n, S) bool says which of the S keys each column attends to (None: those up to its own). Runs on the
+    library's modules without the library's bookkeeping; the last block computes no more than the columns asked for.
+    """
+    gpt2: GPT2Model = lm.transformer
+    x = gpt2.wte(tokens) + gpt2.wpe(positions)
+    for layer, block in enumerate(gpt2.h):
+        qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, lm.config.n_head, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        if layer == len(gpt2.h) - 1 and first:
+            x, q = x[:, first:], q[:, :, first:]
+            visible = (_causal(tokens.shape[1], x.device) if visible is None else visible)[..., first:, :]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=_attention_scale(lm, layer)
+        )
+        x = x + block.attn.c_proj(attended.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.ln_2(x))
+    return gpt2.ln_f(x)
+
+
+def visible_keys(mask: Tensor) -> Tensor | None:
+    """What the columns of left-padded rows attend to: (B, 1, n, n) bool for a mask (B, n); None if unpadded.
+
+    Causal attention never sees what is on the right. A padded place sees itself: attention to nothing is not a number.
+    """
+    if bool(mask[:, 0].all()):
+        return None
+    causal = _causal(mask.shape[1], mask.device)
+    return (mask[:, None, None, :] & causal) | (causal & causal.T)
+
+
+def _causal(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
+    scale = 1 / math.sqrt(lm.config.n_embd // lm.config.n_head) if lm.config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if lm.config.scale_attn_by_inverse_layer_idx else scale
+
+
 @torch.no_grad()
 def score_responses(
     policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences
@@ -196,15 +254,15 @@ def score_responses(
 
     Log-probabilities and values at real tokens, 0 elsewhere; exact_kl is KL(policy || reference) over the vocabulary.
     """
-    hidden, ref_hidden = policy.response_hidden(seqs), reference.response_hidden(seqs)
+    hidden, ref_hidden, real = policy.response_hidden(seqs), reference.response_hidden(seqs), seqs.response_mask
     scored = compare_policies(
-        hidden.flatten(0, 1).to(policy.dtype), policy.lm.lm_head.weight,
-        ref_hidden.flatten(0, 1).to(reference.dtype), reference.lm.lm_head.weight,
-        seqs.responses.flatten(), seqs.temperature, None if seqs.support is None else seqs.support.flatten(0, 1),
+        hidden[real].to(policy.dtype), policy.lm.lm_head.weight,
+        ref_hidden[real].to(reference.dtype), reference.lm.lm_head.weight,
+        seqs.responses[real], seqs.temperature, None if seqs.support is None else seqs.support[real],
     )  # fmt: skip
-    logprobs, ref_logprobs, entropy, exact_kl = (x.view_as(seqs.logprobs) for x in scored)
-    everything = (logprobs, ref_logprobs, policy.values(hidden), entropy, exact_kl)
-    return tuple(torch.where(seqs.response_mask, x, 0) for x in everything)  # type: ignore[return-value]
+    nothing = torch.zeros_like(seqs.logprobs)
+    logprobs, ref_logprobs, entropy, exact_kl = (nothing.masked_scatter(real, x) for x in scored)
+    return logprobs, ref_logprobs, torch.where(real, policy.values(hidden), 0), entropy, exact_kl
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
@@ -219,77 +277,133 @@ def generate(
 
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
     """
-    (batch, prompt_len), width = prompt_ids.shape, uniforms.shape[1]
-    tokens = F.pad(prompt_ids, (0, width))
-    response_mask = torch.zeros(batch, width, dtype=torch.bool, device=tokens.device)
-    logprobs = torch.zeros(batch, width, device=tokens.device)
-    truncated = top_k > 0 or top_p < 1
-    support: list[Tensor] = []
-    alive = torch.ones(batch, dtype=torch.bool, device=tokens.device)
-
-    decoder = _Decoder(policy, prompt_mask, width)
-    logits = decoder.read(prompt_ids, position_ids(prompt_mask))
-    position = prompt_mask.sum(-1, keepdim=True)
-    for t in range(width):
-        logits = warp_logits(logits, temperature, top_k, top_p)
-        token = sample_tokens(logits, uniforms[:, t])
-        tokens[:, prompt_len + t] = torch.where(alive, token, 0)
-        logprobs[:, t] = torch.where(alive, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1), 0)
-        response_mask[:, t] = alive
-        if truncated:
-            support.append(logits.isfinite() | ~alive[:, None])
-        alive = alive & (token != eos_id)
-        if t + 1 == width or not alive.any():
-            break
-        logits = decoder.read(token[:, None], position + t)
-
-    stop = t + 1
-    return Sequences(
-        tokens[:, : prompt_len + stop], torch.cat([prompt_mask, response_mask[:, :stop]], 1), response_mask[:, :stop],
-        logprobs[:, :stop], temperature, torch.stack(support, 1) if truncated else None,
-    )  # fmt: skip
+    cuda = prompt_ids.device.type == "cuda"
+    sampler = _Sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id, (temperature, top_k, top_p))
+    step = sampler.step
+    for t in range(1, uniforms.shape[1]):
+        if not cuda or t % CHECK_EVERY == 0:
+            if not sampler.alive.any():
+                break
+            if not cuda:
+                sampler.drop_finished()
+        if cuda and t == 2:  # the first step has warmed everything up
+            step = sampler.recorded()
+        step()
+    return sampler.sequences()
 
 
-class _Decoder:
-    """GPT-2's forward pass over a key-value cache: read some tokens, get the logits that follow the last of them.
+CHECK_EVERY = 8  # tokens between looks at whether every row has ended: on CUDA, a look waits for the device
 
-    It runs on the library's own modules, one line per step of the paper's figure, without the library's per-token
-    bookkeeping. That it agrees with the library is a test, and is checked on the real model whenever training starts.
+
+class _Cache:
+    """Keys and values of every layer; new ones go to the columns named by self.columns."""
+
+    def __init__(self, policy: GPT2WithValueHead, batch: int, width: int) -> None:
+        config, device = policy.lm.config, policy.lm.device
+        shape = (config.n_layer, 2, batch, config.n_head, width, config.n_embd // config.n_head)
+        self.kept = torch.zeros(shape, dtype=policy.dtype, device=device)
+        self.columns = torch.arange(width, device=device)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values (B, heads, n, d) and return all of this layer (B, heads, width, d)."""
+        keys, values = self.kept[layer]
+        keys.index_copy_(2, self.columns, k)
+        values.index_copy_(2, self.columns, v)
+        return keys, values
+
+
+class _Sampler:
+    """Responses in the making. `step` gives each one more token, by operations on tensors of fixed shape alone:
+    nothing in it waits for the device, so that CUDA can record one step and replay it.
     """
 
-    def __init__(self, policy: GPT2WithValueHead, prompt_mask: Tensor, width: int) -> None:
-        self.policy, self.lm, self.used = policy, policy.lm, 0
-        (batch, prompt_len), config = prompt_mask.shape, policy.lm.config
-        shape = (2, batch, config.n_head, prompt_len + width, config.n_embd // config.n_head)
-        self.columns = output_columns(policy.lm.lm_head.weight, policy.dtype)
-        self.cache = [torch.zeros(shape, dtype=policy.dtype, device=prompt_mask.device) for _ in self.lm.transformer.h]
-        self.key_mask = F.pad(prompt_mask, (0, width), value=True)[:, None, None, :]  # (B, 1, 1, T)
+    def __init__(
+        self, policy: GPT2WithValueHead, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos_id: int,
+        warp: tuple[float, int, float],
+    ) -> None:  # fmt: skip
+        """Read the prompts and draw every first token."""
+        (batch, self.prompt_len), width, device = prompt_ids.shape, uniforms.shape[1], prompt_ids.device
+        self.policy, self.uniforms, self.eos_id, self.warp = policy, uniforms, eos_id, warp
+        self.lm = policy.lm if policy.dtype == torch.float32 else _with_projections_in(policy.dtype, policy.lm)
+        self.embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
+        # the answer, one row per prompt
+        self.tokens = F.pad(prompt_ids, (0, width))
+        self.attention_mask = F.pad(prompt_mask, (0, width))
+        self.logprobs = torch.zeros(batch, width, device=device)
+        truncated = warp[1] > 0 or warp[2] < 1
+        shape = (batch, width, len(self.embedding))
+        self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
+        # what the next step needs, one row per response that is still written to
+        self.rows = torch.arange(batch, device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.visible = F.pad(prompt_mask, (0, width))
+        self.positions = prompt_mask.sum(-1, keepdim=True) - 1  # of the newest token
+        self.newest = prompt_ids[:, -1:].clone()
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # response tokens so far
+        self.cache = _Cache(policy, batch, self.prompt_len + width)
 
-    def read(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, V) after tokens (B, n) at positions (B, n), whose keys and values join the cache."""
+        self.cache.columns = torch.arange(self.prompt_len, device=device)
+        keys = visible_keys(prompt_mask)
+        keys = _causal(self.prompt_len, device) if keys is None else keys
+        self._draw(self._read(prompt_ids, position_ids(prompt_mask), F.pad(keys, (0, width))))
+
+    def step(self) -> None:
+        """Read the newest tokens and draw the next."""
+        self.cache.columns = self.t + (self.prompt_len - 1)
+        self.visible.index_fill_(1, self.cache.columns, True)
+        self._draw(self._read(self.newest, self.positions, self.visible[:, None, None, :]))
+
+    def _read(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         with self.policy.autocast():
-            return self._read(tokens, positions)
+            return trunk(self.lm, tokens, positions, visible, tokens.shape[1] - 1, self.cache)[:, 0]
 
-    def _read(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        gpt2: GPT2Model = self.lm.transformer
-        (batch, n), heads, start = tokens.shape, self.lm.config.n_head, self.used
-        self.used = stop = start + n
-        visible = self.key_mask[..., :stop]
-        if n > 1:  # a padded place may see itself, because attention to nothing is not a number
-            square = torch.ones(n, stop, dtype=torch.bool, device=tokens.device)
-            visible = visible & square.tril(start) | square.tril(start).triu(start)
-        x = gpt2.wte(tokens) + gpt2.wpe(positions)
-        for layer, (block, (keys, values)) in enumerate(zip(gpt2.h, self.cache, strict=True)):
-            qkv = block.attn.c_attn(block.ln_1(x)).view(batch, n, 3, heads, -1)
-            q, keys[:, :, start:stop], values[:, :, start:stop] = qkv.permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(
-                q, keys[:, :, :stop], values[:, :, :stop], attn_mask=visible, scale=_attention_scale(self.lm, layer)
-            )
-            x = x + block.attn.c_proj(attended.transpose(1, 2).reshape(batch, n, -1))
-            x = x + block.mlp(block.ln_2(x))
-        return gpt2.ln_f(x[:, -1]).to(self.columns.dtype) @ self.columns
+    def _draw(self, hidden: Tensor) -> None:
+        logits = warp_logits(padded_logits(hidden.to(self.policy.dtype), self.embedding), *self.warp)
+        token, logprob = sample_tokens(logits, self.uniforms.index_select(1, self.t).squeeze(1))
+        column = self.t + self.prompt_len
+        self.tokens[self.rows, column] = torch.where(self.alive, token, 0)
+        self.attention_mask[self.rows, column] = self.alive
+        self.logprobs[self.rows, self.t] = torch.where(self.alive, logprob, 0)
+        if self.support is not None:
+            possible = logits[:, : len(self.embedding)].isfinite()
+            self.support[self.rows, self.t] = possible | ~self.alive[:, None]
+        self.alive.logical_and_(token != self.eos_id)
+        self.newest.copy_(token[:, None])
+        self.positions += 1
+        self.t += 1
+
+    def drop_finished(self) -> None:
+        """Go on with the responses that have not ended, once these are fewer than three in four."""
+        if 4 * int(self.alive.sum()) < 3 * len(self.alive):
+            going = self.alive.nonzero().squeeze(1)
+            for name in ("rows", "alive", "visible", "positions", "newest", "uniforms"):
+                setattr(self, name, getattr(self, name)[going])
+            self.cache.kept = self.cache.kept[:, :, going]
+
+    def recorded(self) -> Callable[[], None]:
+        """A call that replays one step as a single CUDA graph, recorded now (which by itself draws nothing)."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+    def sequences(self) -> Sequences:
+        """What was sampled, cut to the longest response."""
+        response_mask = self.attention_mask[:, self.prompt_len :]
+        width = int(response_mask.any(0).sum())
+        total = self.prompt_len + width
+        return Sequences(
+            self.tokens[:, :total], self.attention_mask[:, :total], response_mask[:, :width],
+            self.logprobs[:, :width], self.warp[0], None if self.support is None else self.support[:, :width],
+        )  # fmt: skip
 
 
-def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
-    scale = 1 / math.sqrt(lm.config.n_embd // lm.config.n_head) if lm.config.scale_attn_weights else 1.0
-    return scale / (layer + 1) if lm.config.scale_attn_by_inverse_layer_idx else scale
+def _with_projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The same model with its projections stored in `dtype`, which autocast would otherwise cast at every token."""
+    projections = [module for module in lm.modules() if isinstance(module, Conv1D)]
+    own = {id(weight) for module in projections for weight in module.parameters()}
+    copied = copy.deepcopy(lm, {id(weight): weight for weight in lm.parameters() if id(weight) not in own})
+    for module in copied.modules():
+        if isinstance(module, Conv1D):
+            module.to(dtype)
+    return copied

@@ -84,7 +84,7 @@ class Batch:
 
 
 def ppo_loss(
-    new_logprobs: Tensor, new_values: Tensor, entropy: Tensor, batch: Batch, cfg: TrainConfig, token_count: int
+    new_logprobs: Tensor, new_values: Tensor, entropy: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, clipped value loss and entropy bonus, summed over real tokens / token_count.
 
@@ -149,16 +149,11 @@ def _learn(
     policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, report: "Report"
 ) -> None:
     """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is."""
-    token_count = int(minibatch.sequences.response_mask.sum())
-    size = len(minibatch.logprobs)
+    size, token_count = len(minibatch.logprobs), minibatch.sequences.response_mask.sum()
     optimizer.zero_grad()
     found = Report()
-    for rows in torch.arange(size, device=minibatch.logprobs.device).split(cfg.micro_batch_size or size):
-        micro = minibatch.select(rows)
-        new = policy.evaluate_responses(micro.sequences, with_entropy=cfg.ent_coef > 0)
-        loss, sums = ppo_loss(*new, micro, cfg, token_count)
-        loss.backward()
-        found.add_sums(sums, int(micro.sequences.response_mask.sum()))
+    for rows in _split(size, cfg.micro_batch_size or size, minibatch.logprobs.device):
+        _backward(policy, minibatch.select(rows), cfg, token_count, found)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     if math.isfinite(grad_norm) and found.is_finite():
         optimizer.step()
@@ -169,20 +164,42 @@ def _learn(
         report.skipped += 1
 
 
+def _backward(policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_count: Tensor, report: "Report") -> None:
+    """Add the gradient of a micro-batch: one pass through GPT-2, the loss above it for a few responses at a time.
+
+    The loss is a sum over tokens, so each few can be taken back to the hidden states before the next; logits of all
+    tokens, of which GPT-2 has 50,257 each, never exist at once, and none are computed twice.
+    """
+    hidden = policy.response_hidden(micro.sequences)
+    states = hidden.detach().requires_grad_()
+    for rows in _split(len(states), policy.responses_at_a_time(micro.sequences), states.device):
+        few = micro.select(rows)
+        new = policy.evaluate_hidden(states[rows], few.sequences, with_entropy=cfg.ent_coef > 0)
+        loss, sums = ppo_loss(*new, few, cfg, token_count)
+        loss.backward()
+        report.add_sums(sums, few.sequences.response_mask.sum())
+    hidden.backward(states.grad)
+
+
+def _split(size: int, at_a_time: int, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.arange(size, device=device).split(at_a_time)
+
+
 class Report:
-    """Running sums of an update, so that every statistic is a mean over all tokens and not the last minibatch's."""
+    """Running sums of an update, so that every statistic is a mean over all tokens and not the last minibatch's.
+
+    They stay tensors on their device until asked for: on a GPU, looking at a number waits for all that was begun.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_frac"), 0.0)
-        self.ratio_max = self.grad_norms = 0.0
-        self.tokens = self.steps = self.skipped = 0
+        names = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
+        self.sums: dict[str, Tensor] = {name: torch.zeros(()) for name in names}
+        self.ratio_max = self.tokens = torch.zeros(())
+        self.grad_norms, self.steps, self.skipped = 0.0, 0, 0
 
-    def add_sums(self, sums: dict[str, Tensor], tokens: int) -> None:
-        """Add one micro-batch: sums over its `tokens` real tokens."""
-        for name in self.sums:
-            self.sums[name] += float(sums[name])
-        self.ratio_max = max(self.ratio_max, float(sums["ratio_max"]))
-        self.tokens += tokens
+    def add_sums(self, sums: dict[str, Tensor], tokens: Tensor) -> None:
+        """Add one micro-batch: sums over its real tokens, and how many these are."""
+        self._add(sums, sums["ratio_max"], tokens)
 
     def add_step(self, grad_norm: float) -> None:
         """Count one optimiser step and the norm of its gradient before clipping."""
@@ -191,27 +208,29 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Add all that another report holds."""
-        for name in self.sums:
-            self.sums[name] += other.sums[name]
-        self.ratio_max = max(self.ratio_max, other.ratio_max)
+        self._add(other.sums, other.ratio_max, other.tokens)
         self.grad_norms += other.grad_norms
-        self.tokens += other.tokens
         self.steps += other.steps
         self.skipped += other.skipped
 
+    def _add(self, sums: dict[str, Tensor], ratio_max: Tensor, tokens: Tensor) -> None:
+        self.sums = {name: total.to(tokens.device) + sums[name].detach() for name, total in self.sums.items()}
+        self.ratio_max = torch.maximum(self.ratio_max.to(tokens.device), ratio_max)
+        self.tokens = self.tokens.to(tokens.device) + tokens
+
     def is_finite(self) -> bool:
         """Whether every sum is a number."""
-        return all(map(math.isfinite, (*self.sums.values(), self.ratio_max)))
+        return bool(torch.stack([*self.sums.values(), self.ratio_max]).isfinite().all())
 
     def mean(self, name: str) -> float:
         """A sum divided by the tokens it runs over (NaN where every minibatch was skipped)."""
-        return self.sums[name] / self.tokens if self.tokens else math.nan
+        return float(self.sums[name] / self.tokens)
 
     def metrics(self) -> dict[str, float]:
         """All of it as one row."""
         return {
             **{name: self.mean(name) for name in self.sums},
-            "ratio_max": self.ratio_max,
+            "ratio_max": float(self.ratio_max),
             "grad_norm": self.grad_norms / self.steps if self.steps else math.nan,
             "updates": self.steps,
             "skipped": self.skipped,

@@ -36,7 +36,16 @@ from reward import SentimentReward
 from tools.audit import audit
 from tools.make_models import resolve_name
 from tools.plot import plot_curves
-from utils import load_tokenizer, quiet_libraries, require_hub, resolve_device, resolve_dtype, uniforms, write_whole
+from utils import (
+    keep_freed_memory,
+    load_tokenizer,
+    quiet_libraries,
+    require_hub,
+    resolve_device,
+    resolve_dtype,
+    uniforms,
+    write_whole,
+)  # fmt: skip
 
 SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
@@ -46,6 +55,7 @@ OWN_FILES = ("config.json", "metrics.csv", "samples.csv", "curves.png", "policy_
 def main(cfg: TrainConfig) -> Path:
     """Train, and return the run folder; wrong input raises UserError before anything is written."""
     quiet_libraries()
+    keep_freed_memory()
     run = RunFolder(cfg)
     cfg = resolve(cfg)
     parts = load_parts(cfg)

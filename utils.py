@@ -5,6 +5,7 @@ Nothing here knows of models, files or settings.
 """
 
 import contextlib
+import ctypes
 import math
 import pickle
 import threading
@@ -24,7 +25,8 @@ from config import UserError
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
                pickle.UnpicklingError)  # fmt: skip
-CHUNK_FLOATS = 8_000_000  # logits alive at a time: 32 MB in float32, about a CPU's last cache
+CHUNK_FLOATS = 24_000_000  # logits alive at a time, 64 MB in float32: large products are fast, and memory stays low
+BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 
 
 # --- randomness: every draw is a function of (seed, step, what it is for) -------------------------------------------
@@ -72,7 +74,7 @@ def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
 
 def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Float32 logits (..., V) of the distribution sampled from; tokens outside top-k or top-p get -inf."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     if top_p < 1:
@@ -83,23 +85,28 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
     return logits
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token per row by inverting the cumulative distribution at `uniform`.
+def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution at `uniform`, and say how likely it was.
 
-    logits (B, V), uniform (B,) float64 in [0, 1); returns (B,) int64. Two levels, blocks of 256 tokens and then the
-    tokens of one block, keep the running sums exact in float64 at the cost of one pass over the vocabulary.
+    logits (B, V), uniform (B,) float64 in [0, 1); returns tokens (B,) int64 and logprobs (B,). Two levels,
+    blocks of 256 tokens and then the tokens of one block, keep the running sums exact in float64 at the cost of one
+    pass over the vocabulary.
     """
-    probs = torch.nn.functional.pad(logits.softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))
-    block_ends = probs.sum(-1).double().cumsum(-1)
+    probs = logits.softmax(-1)
+    if logits.shape[-1] % BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, -logits.shape[-1] % BLOCK))
+    blocks = probs.unflatten(-1, (-1, BLOCK))
+    block_ends = blocks.sum(-1).double().cumsum(-1)
     target = uniform[:, None].to(block_ends) * block_ends[:, -1:]
     block = torch.searchsorted(block_ends, target, right=True).clamp(max=block_ends.shape[-1] - 1)
-    within = probs.gather(1, block[..., None].expand(-1, 1, 256)).squeeze(1).double()
+    within = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).double()
     target = target - (block_ends.gather(1, block) - within.sum(-1, keepdim=True))
     # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
-    last = 255 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
+    last = BLOCK - 1 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
     place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
     # Not-a-number logits must not name a token that does not exist: they are caught where the loss is not finite
-    return (block * 256 + place).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    token = (block * BLOCK + place).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(-1), probs.gather(1, token).log().squeeze(-1)
 
 
 # --- log-probabilities without the (tokens, V) matrix ---------------------------------------------------------------
@@ -112,8 +119,9 @@ def token_logprobs(
     """Log-probability of each token and entropy of the distribution it came from, float32 and differentiable.
 
     hidden (N, H) are the states that the tokens (N,) were chosen in, weight (V, H) the output embedding, support
-    (N, V) bool the tokens that could be chosen (None: all). Logits exist for `chunk_rows` rows at a time (0: as many
-    as stay in cache), forward and backward; the backward pass computes them again. Entropy is 0 where not wanted.
+    (N, V) bool the tokens that could be chosen (None: all). Logits exist for `chunk_rows` rows at a time (0: see
+    rows_at_a_time), forward and backward; the backward pass computes them again where there is more than one chunk.
+    Entropy is 0 where not wanted.
     """
     return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, chunk_rows, with_entropy)
 
@@ -127,14 +135,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, tokens, temperature, support, chunk_rows, with_entropy):  # type: ignore[no-untyped-def]
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.zeros_like(logprobs)
-        columns = output_columns(weight, hidden.dtype)
-        for rows in _chunks(len(hidden), len(weight), chunk_rows):
-            all_logprobs = _all_logprobs(hidden, columns, temperature, support, rows)
+        embedding = output_embedding(weight, hidden.dtype)
+        chunks = list(_chunks(len(hidden), len(weight), chunk_rows))
+        for rows in chunks:
+            all_logprobs = _all_logprobs(hidden, embedding, temperature, support, rows)
             logprobs[rows] = all_logprobs.gather(1, tokens[rows, None]).squeeze(1)
             if with_entropy:
-                entropy[rows] = _entropy(all_logprobs, all_logprobs.exp())
-        ctx.save_for_backward(hidden, weight, columns, tokens, entropy)
-        ctx.rest = temperature, support, chunk_rows
+                entropy[rows] = -_expectation(all_logprobs.exp(), all_logprobs, support, rows, len(weight))
+        ctx.save_for_backward(hidden, weight, embedding, tokens, entropy, all_logprobs if len(chunks) == 1 else None)
+        ctx.rest = chunks, temperature, support
         ctx.set_materialize_grads(False)
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -142,13 +151,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
-        hidden, weight, columns, tokens, entropy = ctx.saved_tensors
-        temperature, support, chunk_rows = ctx.rest
+        hidden, weight, embedding, tokens, entropy, kept = ctx.saved_tensors
+        chunks, temperature, support = ctx.rest
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
-        weight = weight.to(hidden.dtype)
-        for rows in _chunks(len(hidden), len(weight), chunk_rows):
-            all_logprobs = _all_logprobs(hidden, columns, temperature, support, rows)
+        for rows in chunks:
+            all_logprobs = kept if kept is not None else _all_logprobs(hidden, embedding, temperature, support, rows)
             grad = all_logprobs.exp()
             if grad_entropy is None:
                 grad *= -grad_logprobs[rows, None]
@@ -158,8 +166,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
             if temperature != 1:
                 grad /= temperature
-            grad = grad.to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
+            grad = grad[:, : len(weight)].to(hidden.dtype)
+            grad_hidden[rows] = grad @ embedding
             if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, hidden[rows])
             else:
@@ -177,45 +185,66 @@ def compare_policies(
     Shapes as in token_logprobs; each result is (N,) float32, the KL in nats over the whole vocabulary.
     """
     out = hidden.new_empty(4, len(hidden), dtype=torch.float32)
-    columns, ref_columns = output_columns(weight, hidden.dtype), output_columns(ref_weight, ref_hidden.dtype)
+    embedding, ref_embedding = output_embedding(weight, hidden.dtype), output_embedding(ref_weight, ref_hidden.dtype)
     for rows in _chunks(len(hidden), len(weight), chunk_rows):
-        lp = _all_logprobs(hidden, columns, temperature, support, rows)
-        ref_lp = _all_logprobs(ref_hidden, ref_columns, temperature, support, rows)
+        lp = _all_logprobs(hidden, embedding, temperature, support, rows)
+        ref_lp = _all_logprobs(ref_hidden, ref_embedding, temperature, support, rows)
         probs = lp.exp()
         out[0, rows] = lp.gather(1, tokens[rows, None]).squeeze(1)
         out[1, rows] = ref_lp.gather(1, tokens[rows, None]).squeeze(1)
-        out[2, rows] = _entropy(lp, probs)
-        gap = lp - ref_lp if support is None else (lp - ref_lp).nan_to_num(nan=0.0)  # -inf - -inf outside the support
-        out[3, rows] = (probs * gap).sum(-1)
+        gap = torch.sub(lp, ref_lp, out=ref_lp)
+        out[2, rows] = -_expectation(lp, probs, support, rows, len(weight))
+        out[3, rows] = _expectation(gap, probs, support, rows, len(weight))
     return out[0], out[1], out[2], out[3]
 
 
-def output_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output embedding as (H, V), laid out so that a CPU multiplies by it twice as fast as by its transpose.
+def output_embedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output embedding (V, H) as it is multiplied by.
 
     In half precision its mean row is taken out: that shifts all logits of a token alike, which no probability notices,
     and spares bfloat16 the large common offset of GPT-2's logits, next to which it could not tell tokens apart.
     """
-    centred = weight if dtype == torch.float32 else weight - weight.mean(0)
-    return centred.to(dtype).T.contiguous()
+    return weight if dtype == torch.float32 else (weight - weight.mean(0)).to(dtype)
+
+
+def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
+    """Float32 logits (N, V') of states (N, H), where V' is V rounded up to blocks and the columns added are -inf.
+
+    With GPT-2's 50,257 columns no row but the first would start at an address that matrix products like: they take up
+    to twice as long.
+    """
+    vocabulary = len(embedding)
+    logits = hidden.new_empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK)
+    torch.mm(hidden, embedding.T, out=logits[:, :vocabulary])
+    logits[:, vocabulary:] = -math.inf
+    return logits.float()
+
+
+def rows_at_a_time(vocabulary: int) -> int:
+    """How many rows of logits are held at a time."""
+    return max(1, CHUNK_FLOATS // vocabulary)
 
 
 def _chunks(rows: int, vocabulary: int, chunk_rows: int) -> Iterator[slice]:
-    size = chunk_rows or max(1, CHUNK_FLOATS // vocabulary)
+    size = chunk_rows or rows_at_a_time(vocabulary)
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
-def _all_logprobs(hidden: Tensor, columns: Tensor, temperature: float, support: Tensor | None, rows: slice) -> Tensor:
-    logits = (hidden[rows] @ columns).float()
+def _all_logprobs(hidden: Tensor, embedding: Tensor, temperature: float, support: Tensor | None, rows: slice) -> Tensor:
+    logits = padded_logits(hidden[rows], embedding)
     if temperature != 1:
         logits /= temperature
     if support is not None:
-        logits.masked_fill_(~support[rows], -math.inf)
-    return logits.log_softmax(-1)
+        logits[:, : len(embedding)].masked_fill_(~support[rows], -math.inf)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
-def _entropy(all_logprobs: Tensor, probs: Tensor) -> Tensor:
-    return -(probs * all_logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)  # 0 log 0 is 0
+def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, rows: slice, vocabulary: int) -> Tensor:
+    """Sum of probs * x over the tokens that can be chosen; x is overwritten, which saves a pass over memory."""
+    product = x.mul_(probs)[:, :vocabulary]
+    if support is not None:  # outside it both are without meaning: 0 times infinity
+        product.masked_fill_(~support[rows], 0)
+    return product.sum(-1)
 
 
 # --- rewards and advantages -----------------------------------------------------------------------------------------
@@ -265,6 +294,17 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse memory that it freed instead of giving it back to the system (glibc; elsewhere nothing).
+
+    A step frees and takes gigabytes; fresh pages cost up to eight times what it takes to fill them.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
 
 def quiet_libraries() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_policy, pad_more, ragged_prompts, real_tokens, same_weights, weights_of
 
+import model
 from config import TrainConfig
 from model import generate, score_responses
 from ppo import build_optimizer, make_rollout, ppo_update
@@ -56,3 +57,20 @@ def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch
     ppo_update(policy, build_optimizer(policy, moving), rollout, moving, 1)
     assert same_weights(reference, frozen)
     assert not same_weights(policy, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
+    dtype: torch.dtype, sampling: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(60).cuda()
+    policy.dtype = dtype
+    prompts = [x.cuda() for x in ragged_prompts(8, 6, 60)]
+    draw = lambda: generate(policy, *prompts, uniforms(0, 1, 8, 40).cuda(), eos_id=0, **sampling)  # noqa: E731
+    replayed = draw()
+    monkeypatch.setattr(model._Sampler, "recorded", lambda self: self.step)
+    one_by_one = draw()
+    assert torch.equal(replayed.tokens, one_by_one.tokens)
+    assert torch.equal(replayed.response_mask, one_by_one.response_mask)
+    assert torch.equal(replayed.logprobs, one_by_one.logprobs)

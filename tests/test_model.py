@@ -34,6 +34,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import model
 from config import UserError
 from model import (
     GPT2WithValueHead,
@@ -499,6 +500,53 @@ def test_bfloat16_concerns_matrix_products_only() -> None:
         assert x.dtype == torch.float32
     rough.evaluate_responses(seqs)[0].sum().backward()
     assert {weight.grad.dtype for weight in rough.lm.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
+def test_generate_is_unmoved_by_dropping_rows_that_ended(
+    sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, widths = make_policy(), []
+    read = model._Sampler._read
+    monkeypatch.setattr(model._Sampler, "_read", lambda self, *a: widths.append(len(a[0])) or read(self, *a))
+    found = sample(policy, rows=16, new=20, **sampling)
+    assert widths[0] == 16
+    assert widths[-1] <= 8, "rows were dropped, more than once"
+    monkeypatch.setattr(model._Sampler, "drop_finished", lambda self: None)
+    expected = sample(policy, rows=16, new=20, **sampling)
+    assert widths[-1] == 16
+    for name in ("tokens", "attention_mask", "response_mask"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert (found.support is None) == (expected.support is None)
+    if expected.support is not None:
+        assert torch.equal(found.support, expected.support)
+    assert torch.allclose(found.logprobs, expected.logprobs, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_sampling_step_keeps_every_tensor_in_its_place() -> None:
+    """What CUDA needs to record a step and replay it: no tensor is replaced, and no shape depends on the data."""
+    policy = make_policy()
+    prompts = ragged_prompts(8, 6, policy.lm.config.vocab_size)
+    sampler = model._Sampler(policy, *prompts, uniforms(0, 1, 8, 10), EOS, (0.8, 9, 0.9))
+    names = ("tokens", "attention_mask", "logprobs", "support", "rows", "alive", "visible", "positions", "newest", "t")
+    before = {name: getattr(sampler, name).data_ptr() for name in names} | {"": sampler.cache.kept.data_ptr()}
+    for _ in range(9):
+        sampler.step()
+    after = {name: getattr(sampler, name).data_ptr() for name in names} | {"": sampler.cache.kept.data_ptr()}
+    assert after == before
+    assert torch.equal(sampler.sequences().tokens, sample(policy, temperature=0.8, top_k=9, top_p=0.9).tokens)
+
+
+def test_the_copy_with_half_projections_shares_everything_else() -> None:
+    lm = make_lm()
+    copied = model._with_projections_in(torch.bfloat16, lm)
+    shared = {name for (name, a), b in zip(lm.named_parameters(), copied.parameters(), strict=True) if a is b}
+    projections = {name for name, _ in lm.named_parameters() if any(c in name for c in ("c_attn", "c_proj", "c_fc"))}
+    assert shared == {name for name, _ in lm.named_parameters()} - projections
+    for (name, a), b in zip(lm.named_parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a.bfloat16() if name in projections else a, b), name
+        assert a.dtype == torch.float32
 
 
 # ---- saving and loading

@@ -21,6 +21,7 @@ from conftest import (
 from torch import Tensor
 
 import ppo
+import utils
 from config import TrainConfig
 from model import GPT2WithValueHead, Sequences, generate
 from ppo import (
@@ -488,11 +489,17 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
     return weights_of(model)
 
 
-@pytest.mark.parametrize("micro", [0, 1, 2, 4, 8])
-def test_ppo_update_equals_float64_for_every_micro_batch_size(micro: int) -> None:
-    """Facts 6, 8, 9, 11 at once: three epochs of one minibatch, ragged rows, SGD."""
+@pytest.mark.parametrize(
+    ("micro", "few"), [(0, 99), (1, 99), (2, 99), (4, 99), (8, 99), (0, 1), (0, 2), (0, 3), (4, 3)]
+)
+def test_ppo_update_equals_float64_for_every_micro_batch_size(
+    micro: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Facts 6, 8, 9, 11 at once: three epochs of one minibatch, ragged rows, SGD; logits of a few rows at a time."""
     policy = make_policy(critic=True)
     rollout = rollout_of(policy)
+    monkeypatch.setattr(utils, "CHUNK_FLOATS", few * rollout.mask.shape[1] * policy.lm.config.vocab_size)
+    assert policy.responses_at_a_time(rollout.sequences) == few
     assert len(set(rollout.mask.sum(1).tolist())) > 2
     cfg = settings(ppo_epochs=3, lr=0.05, micro_batch_size=micro, gamma=0.98, ent_coef=0.02)
     expected, before = float64_update(policy, rollout, cfg), weights_of(policy)
@@ -600,17 +607,17 @@ def test_ppo_update_reports_the_mean_clip_fraction_and_kl(monkeypatch: pytest.Mo
 def visits(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig, step: int = 1) -> list[list[int]]:
     """Which rows of the rollout each forward pass of an update saw."""
     seen: list[list[int]] = []
-    original = policy.evaluate_responses
+    original = policy.response_hidden
     keys = {tuple(row.tolist()): i for i, row in enumerate(rollout.sequences.tokens)}
     assert len(keys) == len(rollout.scores), "rows must differ"
 
-    def spy(seqs: Sequences, **named: Any) -> Any:
+    def spy(seqs: Sequences) -> Any:
         seen.append([keys[tuple(row.tolist())] for row in seqs.tokens])
-        return original(seqs, **named)
+        return original(seqs)
 
-    policy.evaluate_responses = spy  # type: ignore[method-assign]
+    policy.response_hidden = spy  # type: ignore[method-assign]
     ppo_update(policy, sgd(policy), rollout, cfg, step)
-    del policy.evaluate_responses
+    del policy.response_hidden
     return seen
 
 

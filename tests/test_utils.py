@@ -181,7 +181,8 @@ def check_draws(logits: Tensor, u: Tensor) -> None:
     """
     p = torch.softmax(logits.double(), -1)
     rows = torch.arange(len(logits))
-    drawn = utils.sample_tokens(logits, u)
+    drawn, logprobs = utils.sample_tokens(logits, u)
+    np.testing.assert_allclose(logprobs, p.log()[rows, drawn], atol=2e-5)
     assert drawn.dtype == torch.int64
     assert drawn.shape == u.shape
     high = p.cumsum(-1)[rows, drawn]
@@ -199,7 +200,7 @@ def test_sample_tokens_inverts_the_cumulative_distribution(vocab: int) -> None:
     flat = torch.zeros(rows, vocab)
     check_draws(flat, u)
     # with equal probabilities the token is known in closed form
-    assert torch.equal(utils.sample_tokens(flat, u), (u * vocab).long())
+    assert torch.equal(utils.sample_tokens(flat, u)[0], (u * vocab).long())
 
 
 @pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000, 50257])
@@ -209,11 +210,11 @@ def test_sample_tokens_never_draws_what_has_no_probability(vocab: int) -> None:
     for k in alive:  # the only possible token
         logits = torch.full((4, vocab), -math.inf)
         logits[:, k] = 5.0
-        assert utils.sample_tokens(logits, edges).tolist() == [k] * 4
+        assert utils.sample_tokens(logits, edges)[0].tolist() == [k] * 4
     for first, last in itertools.pairwise(alive):  # the two ends of what is possible
         logits = torch.full((4, vocab), -math.inf)
         logits[:, [first, last]] = 0.0
-        drawn = utils.sample_tokens(logits, edges).tolist()
+        drawn = utils.sample_tokens(logits, edges)[0].tolist()
         assert drawn[:3] == [first, last, first]
         assert drawn[3] in (first, last)
 
@@ -222,20 +223,20 @@ def test_sample_tokens_at_the_ends_of_the_unit_interval() -> None:
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     for vocab in (2, 255, 256, 257, 50257):
         logits = torch.randn(1, vocab).expand(2, -1).clone()
-        assert utils.sample_tokens(logits, edges).tolist() == [0, vocab - 1]
+        assert utils.sample_tokens(logits, edges)[0].tolist() == [0, vocab - 1]
         if vocab == 2:
             continue
         logits[:, [0, vocab - 1]] = -math.inf  # zeros at either end are skipped
-        assert utils.sample_tokens(logits, edges).tolist() == [1, vocab - 2]
+        assert utils.sample_tokens(logits, edges)[0].tolist() == [1, vocab - 2]
         logits[:, : vocab // 2] = -2000.0  # exp of this is 0 as well
-        assert utils.sample_tokens(logits, edges)[0] == vocab // 2
+        assert utils.sample_tokens(logits, edges)[0][0] == vocab // 2
 
 
 def test_sample_tokens_is_unmoved_by_a_constant() -> None:
     logits = (torch.randn(200, 300) * 64).round() / 64  # still exact in float32 after the addition
     u = torch.rand(200, dtype=torch.float64)
     for shift in (4096, -4096):  # a softmax without its maximum taken off would over- or underflow
-        assert torch.equal(utils.sample_tokens(logits, u), utils.sample_tokens(logits + shift, u))
+        assert torch.equal(utils.sample_tokens(logits, u)[0], utils.sample_tokens(logits + shift, u)[0])
 
 
 # ---- log-probabilities

@@ -10,8 +10,8 @@ The floor is the time that the step's matrix products would take at the rate mea
 time to read the weights once per decoded token at the rate measured for copying.
 """
 
-import csv
 import re
+import resource
 import shlex
 import statistics
 import subprocess
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from config import TrainConfig, UserError, opt  # isort: skip  (before torch: see there)
 
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -38,7 +39,7 @@ from transformers.hf_argparser import HfArgumentParser
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
 from train import Parts, Stopwatch, act, load_parts, resolve
-from utils import quiet_libraries
+from utils import keep_freed_memory, quiet_libraries, write_whole
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print and append to the CSV file."""
     parser = HfArgumentParser(BenchConfig, allow_abbrev=False, description=__doc__)
     cfg = BenchConfig(**vars(parser.parse_args(argv)))
+    if cfg.steps < 1 or cfg.rounds < 1:
+        raise UserError("steps and rounds must be at least 1")
     quiet_libraries()
+    keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for work in sweep(SIZES[cfg.size], cfg.sweep):
             train_cfg = make_config(cfg, work, Path(folder))
             for turn in range(cfg.rounds):
-                row = {"size": cfg.size, **shapes(work), "turn": turn, **measure(train_cfg, cfg.steps)}
+                models = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
+                row = {"models": models, **shapes(work), "turn": turn, **measure(train_cfg, cfg.steps)}
                 if cfg.peer:
                     row |= measure_peer(cfg.peer)
                     row["times_faster"] = row["peer_seconds"] / row["seconds"]
+                    row["of_its_memory"] = row["peak_memory_mb"] / row["peer_memory_mb"]
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
                 rows.append(row)
     if cfg.csv:
@@ -196,8 +202,8 @@ def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
     dtype = getattr(torch, cfg.dtype)
     size = 8192 if cfg.device == "cuda" else size
     a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
-    memory = torch.ones(64 * 2**20, device=cfg.device)
-    return 2 * size**3 / best(lambda: a @ b, cfg), memory.nbytes / best(lambda: memory.clone(), cfg)
+    memory, target = torch.ones(2, (256 if cfg.device == "cuda" else 16) * 2**20, device=cfg.device)
+    return 2 * size**3 / best(lambda: a @ b, cfg), memory.nbytes / best(lambda: target.copy_(memory), cfg)
 
 
 def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:
@@ -218,6 +224,7 @@ def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
         c = model.lm.config
         tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
         trunk = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
+        trunk -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
         return cfg.batch_size * (trunk + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
 
     reward = parts.reward.model
@@ -230,24 +237,22 @@ def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
 
 
 def measure_peer(command: str) -> dict[str, float]:
-    """Run another program to its end and take the median of the step times that it prints, without the first."""
+    """Run another program to its end: median of the step times that it prints, without the first; its peak memory."""
     done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
     seconds = [float(x) for x in re.findall(r"total ([\d.]+) s", done.stdout)]
     if done.returncode or not seconds:
         raise UserError(f"peer={command!r} ended with code {done.returncode} and printed no step times")
-    return {"peer_seconds": statistics.median(seconds[1:] or seconds)}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {"peer_seconds": statistics.median(seconds[1:] or seconds), "peer_memory_mb": peak}
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with the command that made them."""
-    rows = [{**row, "command": "python -m tools.benchmark " + shlex.join(sys.argv[1:])} for row in rows]
+    """Append rows to a CSV file, with the command that made them; columns that one lacks stay empty."""
+    table = pd.DataFrame(rows).assign(command="python -m tools.benchmark " + shlex.join(sys.argv[1:]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    if path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+    write_whole(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
 if __name__ == "__main__":
