@@ -48,6 +48,7 @@ RANGES: dict[str, Range] = {
     "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
     "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
     "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_1,
+    "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "kl_budget": POSITIVE,
 }  # fmt: skip
 
 
@@ -110,9 +111,15 @@ class TrainConfig:
     max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.")
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
-    # What is kept
+    # What is kept and told
     save_every: int = opt(50, "Steps between checkpoints.")
-    sample_every: int = opt(10, "Steps between rows of samples.csv.")
+    sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
+    eval_every: int = opt(20, "Steps between evaluations on prompts that are never trained on (0: none).")
+    eval_prompts: int = opt(64, "How many prompts to keep back for that.")
+    kl_budget: float | None = opt(
+        None, "best/ keeps the highest sentiment evaluated within this KL, nats per response."
+    )
+    report_to: Literal["none", "tensorboard"] = opt("none", "Where else the columns of metrics.csv go.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -145,6 +152,9 @@ class EvalConfig:
     dataset: str | None = opt(None, "Prompts (default: the run's).")
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
+    label_column: str = opt("label", "Column of labels that the second judge is fitted on, where there is one.")
+    judge: str = opt("labels", "Second judge: labels (fitted on the training split's), none, or any classifier.")
+    frontier: int = opt(0, "Base responses per prompt for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
     batch_size: int = opt(50, "Prompts per forward pass.")
     max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
@@ -156,7 +166,9 @@ class EvalConfig:
     seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
-    out_csv: str = opt("eval_results.csv", "One row per prompt; eval_summary.json is written beside it.")
+    out_csv: str = opt(
+        "eval_results.csv", "One row per prompt; eval_summary.json and eval_report.html are written beside it."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -201,7 +213,7 @@ PRESETS[TrainConfig] = {
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
-        save_every=25, sample_every=5,
+        save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {

@@ -133,6 +133,15 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
+def keep_back(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Split prompts into those to train on and `count` (a tenth at most) that training never sees, not even a copy."""
+    order = np.random.default_rng(seed).permutation(len(prompts))[: min(count, max(1, len(prompts) // 10))]
+    back = [prompts[i] for i in order] if count else []
+    hidden = set(map(tuple, back))
+    kept = [prompt for prompt in prompts if tuple(prompt) not in hidden]
+    return kept or list(prompts), back
+
+
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists -> ids (B, P) int64 and mask (B, P) bool, padded on the left with 0, which the mask hides."""
     width = max(map(len, prompts))

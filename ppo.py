@@ -44,7 +44,7 @@ class Rollout:
         return self.sequences.response_mask
 
     def metrics(self) -> dict[str, float]:
-        """Averages over responses (sentiment_mean to kl_seq_exact, reward_mean, response_len) or over real tokens."""
+        """Averages over responses or, for kl_token and entropy, over real tokens; distinct_rate is a share of them."""
         means = {
             "sentiment_mean": self.scores.mean(),
             "positive_rate": (self.scores > 0).float().mean(),
@@ -55,7 +55,8 @@ class Rollout:
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
-        return {name: value.item() for name, value in means.items()}
+        different = len(self.sequences.responses.unique(dim=0)) / len(self.scores)
+        return {**{name: value.item() for name, value in means.items()}, "distinct_rate": different}
 
 
 def make_rollout(

@@ -34,41 +34,49 @@ class SentimentReward:
         longest = getattr(self.model.config, "max_position_embeddings", 512)
         self.max_length = min(self.tokenizer.model_max_length, longest)
 
-    @torch.no_grad()
     def score(self, texts: Sequence[str]) -> Tensor:
         """Texts -> scores (B,) float32 in [-1, 1], on the model's device; longer texts are cut at the end."""
-        scores = torch.empty(len(texts), device=self.model.device)
+        return (self.log_odds(texts) / 2).tanh()  # 2 sigmoid(x) - 1 = tanh(x / 2)
+
+    __call__ = score
+
+    @torch.no_grad()
+    def log_odds(self, texts: Sequence[str]) -> Tensor:
+        """log P(target) - log (1 - P(target)) of each text (B,): tells apart what scores near 1 or -1 no longer do."""
+        found = torch.empty(len(texts), device=self.model.device)
         if not texts:
-            return scores
+            return found
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         encoded = [ids or [self.tokenizer.pad_token_id] for ids in encoded]  # an empty text may have no token at all
         by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
         for first in range(0, len(texts), self.batch_size):
             rows = by_length[first : first + self.batch_size]
             batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
-            scores[rows] = 2 * self._probability(batch.to(self.model.device)) - 1
-        return scores
+            found[rows] = self._log_odds(batch.to(self.model.device))
+        return found
 
-    __call__ = score
-
-    def _probability(self, batch: dict[str, Tensor]) -> Tensor:
+    def _log_odds(self, batch: dict[str, Tensor]) -> Tensor:
         half = self.dtype != torch.float32
         with torch.autocast(self.model.device.type, self.dtype) if half else nullcontext():
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        independent = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
-        return (logits.sigmoid() if independent else logits.softmax(-1))[:, self.target]
+        target = logits[:, self.target]
+        if logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
+            return target  # each label stands alone
+        others = [i for i in range(logits.shape[1]) if i != self.target]
+        return target - logits[:, others].logsumexp(-1)
 
 
 def find_label(config: PretrainedConfig, target_label: str, name: str) -> int:
     """The index of a label by its name, whatever its case; pos, neg and neu count as their long forms."""
-    labels = {_full(label): int(index) for index, label in config.id2label.items()}
-    if _full(target_label) not in labels:
+    labels = {full_label(label): int(index) for index, label in config.id2label.items()}
+    if full_label(target_label) not in labels:
         known = ", ".join(config.id2label.values())
         raise UserError(f"target_label={target_label!r} is not a label of rm_name={name}: choose {known}")
-    return labels[_full(target_label)]
+    return labels[full_label(target_label)]
 
 
-def _full(label: str) -> str:
+def full_label(label: str) -> str:
+    """The long form of a label's name, in lower case."""
     return SHORT_NAMES.get(label.lower(), label.lower())
 
 

@@ -9,6 +9,7 @@ Owns the loop and the run folder. The algorithm itself is in ppo.py.
 
 import csv
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,15 +26,18 @@ from typing import Any
 
 from config import TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
 
+import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import PromptStream, load_examples, load_prompts
+from data import PromptStream, keep_back, load_examples, load_prompts
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference
 from ppo import KLController, Rollout, build_optimizer, make_rollout, ppo_update
 from reward import SentimentReward
 from tools.audit import audit
+from tools.doctor import Doctor
 from tools.make_models import resolve_name
 from tools.plot import plot_curves
 from utils import (
@@ -49,7 +53,8 @@ from utils import (
 
 SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
-OWN_FILES = ("config.json", "metrics.csv", "samples.csv", "curves.png", "policy_lm", "value_head.safetensors")
+OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
+             "value_head.safetensors", "best", "tensorboard")  # fmt: skip
 
 
 def main(cfg: TrainConfig) -> Path:
@@ -65,6 +70,8 @@ def main(cfg: TrainConfig) -> Path:
     optimizer = build_optimizer(parts.policy, cfg)
     kl = KLController(cfg.kl_coef, cfg.adaptive_kl_target)
     run.start(cfg, parts)
+    if cfg.eval_every:
+        run.evaluate(parts, cfg, 0)
 
     steps = tqdm(range(1, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True)
     with stop_signals() as stop, steps:
@@ -83,12 +90,15 @@ def main(cfg: TrainConfig) -> Path:
             # report
             row = {"step": step, "episodes": step * cfg.batch_size, "kl_coef": kl.coef, **rollout.metrics(), **update}
             run.log({**row, **watch.metrics(rollout)})
-            steps.set_postfix_str(f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}", refresh=False)
+            told = f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}, beta {kl.coef:.3g}"
+            steps.set_postfix_str(told, refresh=False)
             kl.update(row["kl_seq"])
             # keep
             last = step == cfg.total_steps or stop.signal is not None or run.must_give_up()
             if last or step % cfg.sample_every == 0:
                 run.add_samples(parts, rollout, cfg, step)
+            if cfg.eval_every and (last or step % cfg.eval_every == 0):
+                run.evaluate(parts, cfg, step)
             if last or step % cfg.save_every == 0:
                 run.save(parts)
             if last and step < cfg.total_steps:
@@ -108,6 +118,7 @@ class Parts:
     reward: SentimentReward
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptStream
+    held_out: PromptStream  # one step of it is all of it
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
@@ -133,17 +144,26 @@ def load_parts(cfg: TrainConfig) -> Parts:
     reward = SentimentReward(resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype)
     texts, _ = load_examples(resolve_name(cfg.dataset, cfg.split), cfg.split, cfg.text_column)
     prompts = load_prompts(tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
-    return Parts(policy, reference, reward, tokenizer, PromptStream(prompts, cfg.batch_size, cfg.seed))
+    kept, back = keep_back(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
+    streams = PromptStream(kept, cfg.batch_size, cfg.seed), PromptStream(back, len(back), cfg.seed)
+    return Parts(policy, reference, reward, tokenizer, *streams)
 
 
 def act(parts: Parts, cfg: TrainConfig, step: int, model: GPT2WithValueHead | None = None, rows: int = 0) -> Sequences:
     """Let the policy (or another model) answer the prompts of a step, or the first few of them."""
-    ids, mask = (x.to(cfg.device) for x in parts.prompts.batch(step))
-    noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens).to(cfg.device)
     rows = rows or cfg.batch_size
+    ids, mask = parts.prompts.batch(step)
+    noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
+    return answer(parts, cfg, ids[:rows], mask[:rows], noise[:rows], model)
+
+
+def answer(
+    parts: Parts, cfg: TrainConfig, ids: Tensor, mask: Tensor, noise: Tensor, model: GPT2WithValueHead | None = None
+) -> Sequences:
+    """Let the policy (or another model) answer prompts (B, P) with the random numbers (B, R)."""
     return generate(
-        model or parts.policy, ids[:rows], mask[:rows], noise[:rows], eos_id=int(parts.tokenizer.eos_token_id),
-        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+        model or parts.policy, ids.to(cfg.device), mask.to(cfg.device), noise.to(cfg.device),
+        eos_id=int(parts.tokenizer.eos_token_id), temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
     )  # fmt: skip
 
 
@@ -156,7 +176,9 @@ class RunFolder:
     def __init__(self, cfg: TrainConfig) -> None:
         """Refuse a folder that cannot be written or already holds a run (UserError); write nothing yet."""
         self.path = Path(cfg.ckpt_dir)
-        self.failed_steps = 0
+        self.failed_steps, self.best = 0, -math.inf
+        self.doctor = Doctor()
+        self.board = open_board(self.path / "tensorboard") if cfg.report_to == "tensorboard" else None
         if cfg.check:
             return
         try:
@@ -193,14 +215,28 @@ class RunFolder:
         print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {self.path}/")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.csv, flushed to disk, and explain what went wrong in the step, if anything did."""
+        """Append a row to metrics.csv, flushed to disk, and say what looks wrong, each thing once."""
         append_row(self.path / "metrics.csv", row)
         self.failed_steps = 0 if row["updates"] else self.failed_steps + 1
-        if row["skipped"]:
-            tqdm.write(
-                f"step {row['step']}: {row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, "
-                "because their loss or gradient was not finite; lower --lr, or check the reward for NaN"
-            )
+        for finding in self.doctor.look(row):
+            tqdm.write(f"step {row['step']}: {finding}")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def evaluate(self, parts: Parts, cfg: TrainConfig, step: int) -> None:
+        """Append to eval.csv how the policy does on the prompts kept back; keep it as best/ if none was better."""
+        noise = uniforms(cfg.seed, 0, len(parts.held_out.prompts), cfg.max_new_tokens)
+        seqs = answer(parts, cfg, *parts.held_out.batch(1), noise)
+        scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+        row = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef).metrics()
+        append_row(self.path / "eval.csv", {"step": step, **row})
+        within = cfg.kl_budget is None or row["kl_seq_exact"] <= cfg.kl_budget
+        if step and within and row["sentiment_mean"] > self.best:
+            self.best = row["sentiment_mean"]
+            fresh = self.path / ".partial"
+            save_policy(parts, fresh)
+            replace(fresh, self.path / "best")
 
     def must_give_up(self) -> bool:
         """Whether several steps in a row taught nothing; the policy is still that of the last good step."""
@@ -218,13 +254,17 @@ class RunFolder:
                 "step": step, "prompt": prompt, "base": text, "policy": answers[row],
                 "base_score": float(base_scores[row]), "policy_score": float(rollout.scores[row]),
             })  # fmt: skip
+            if row == 0:
+                shown = {"prompt": prompt, f"base   {base_scores[0]:+.2f}": text,
+                         f"policy {rollout.scores[0]:+.2f}": answers[0]}  # fmt: skip
+                tqdm.write("\n".join([f"step {step}", *(f"  {name:12} {one_line(x)}" for name, x in shown.items())]))
+        if step < cfg.total_steps:  # the last picture is drawn when saving
+            plot_curves(self.path / "metrics.csv", self.path / "curves.png")
 
     def save(self, parts: Parts) -> None:
         """Write policy, critic, tokenizer and picture beside the old ones, then put them in their place."""
         fresh = self.path / ".partial"
-        remove(fresh)
-        parts.policy.save_pretrained(fresh)
-        parts.tokenizer.save_pretrained(fresh / "policy_lm")
+        save_policy(parts, fresh)
         for name in ("policy_lm", "value_head.safetensors"):
             replace(fresh / name, self.path / name)
         remove(fresh)
@@ -241,10 +281,45 @@ class RunFolder:
                 f"error: stopped after step {step}: {FAILED_STEPS_ALLOWED} steps in a row had no finite loss; the last "
                 f"good policy is saved in {self.path}/; lower --lr, or check the reward for NaN"
             )
+        if cfg.eval_every:
+            print(before_after(self.path / "eval.csv"))
         flags = " --preset tiny" if cfg.preset == "tiny" else ""
         flags += "" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" --policy_path {self.path / 'policy_lm'}"
         print(f"done: see {self.path}/curves.png and samples.csv; compare with the base: python eval.py{flags}")
         return self.path
+
+
+def save_policy(parts: Parts, folder: Path) -> None:
+    """Write policy, critic and tokenizer into a new folder."""
+    remove(folder)
+    parts.policy.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder / "policy_lm")
+
+
+def before_after(eval_csv: Path) -> str:
+    """The first and the last evaluation, side by side."""
+    table = pd.read_csv(eval_csv)
+    names = {"sentiment_mean": "sentiment mean", "positive_rate": "share positive", "kl_seq_exact": "KL, nats",
+             "entropy": "entropy, nats per token", "response_len": "response length"}  # fmt: skip
+    lines = [f"{'prompts kept back':24}{'before':>9}{'after':>9}"]
+    lines += [f"{title:24}{table[name].iloc[0]:9.2f}{table[name].iloc[-1]:9.2f}" for name, title in names.items()]
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A text on one line, cut to what a terminal shows."""
+    text = " ".join(text.split())
+    width = max(40, shutil.get_terminal_size((120, 24)).columns - 16)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def open_board(folder: Path) -> Any:
+    """A TensorBoard writer (raises UserError where the package is missing)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("report_to=tensorboard needs a package: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder)
 
 
 def describe(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,6 +1,12 @@
 """eval.py: paired, reproducible, held out, recomputable, and honest intervals."""
 
+import html
+import itertools
 import json
+import math
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +16,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CORPUS
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as evaluation
 from config import EvalConfig, TrainConfig, run_cli
-from eval import bootstrap_ci, summarise
+from eval import summarise
 
 
 @pytest.fixture
@@ -70,10 +77,149 @@ def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_cs
     assert summary["kl_seq"] == pytest.approx(results.kl_seq.mean())
     assert results.policy_len.between(1, 8).all()
     assert "win-rate" in capsys.readouterr().out
-    again = json.loads(json.dumps(summarise(results, EvalConfig(n_samples=20))))
-    assert {k: v for k, v in again.items() if k not in ("settings", "seed")} == {
-        k: v for k, v in summary.items() if k not in ("settings", "seed")
-    }
+    again = json.loads(json.dumps(summarise(results)))
+    assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed")}
+
+
+def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run: Path, tmp_path: Path) -> None:
+    """With nothing but the table and a few lines of arithmetic."""
+    t, summary = run(finished_run, tmp_path, "--frontier", "4")
+    draws = np.array([row.split() for row in t.base_draws], dtype=float)
+    assert draws.shape == (20, 4)
+    for name in ("policy", "base"):
+        texts = [text.split() for text in t[f"{name}_text"]]
+        pairs = [pair for words in texts for pair in itertools.pairwise(words)]
+        triples = [list(zip(words, words[1:], words[2:], strict=False)) for words in texts]
+        expected = {
+            "sentiment_mean": t[f"{name}_score"].mean(),
+            "positive_rate": (t[f"{name}_score"] > 0).mean(),
+            "log_odds": t[f"{name}_log_odds"].mean(),
+            "perplexity": math.exp(t[f"{name}_nll_base"].sum() / t[f"{name}_len"].sum()),
+            "human_perplexity": math.exp(t[f"human_nll_{name}"].sum() / t.human_len.sum()),
+            "distinct_2": len(set(pairs)) / len(pairs),
+            "distinct_rate": t[f"{name}_text"].nunique() / 20,
+            "repetition_rate": sum(len(x) - len(set(x)) for x in triples) / sum(map(len, triples)),
+            "response_len": t[f"{name}_len"].mean(),
+            "eos_rate": t[f"{name}_eos"].mean(),
+        }
+        for key, value in expected.items():
+            assert summary[name][key] == pytest.approx(value), (name, key)
+            low, high = summary[name][{"sentiment_mean": "sentiment_ci", "positive_rate": "positive_ci",
+                                       "eos_rate": "eos_ci"}.get(key, f"{key}_ci")]  # fmt: skip
+            assert low <= summary[name][key] <= high
+        # score and log-odds are one quantity
+        assert np.allclose(t[f"{name}_score"], 2 / (1 + np.exp(-t[f"{name}_log_odds"])) - 1, atol=1e-6)
+    assert summary["kl_token_exact"] == pytest.approx(t.kl_seq_exact.sum() / t.policy_len.sum())
+    assert summary["best_of_n"][2]["sentiment_mean"] == pytest.approx(draws.max(1).mean())
+    assert summary["best_of_n"][0]["sentiment_mean"] == pytest.approx(draws.mean())
+    per_token = [json.loads(row) for row in t.policy_tokens]
+    assert [sum(kl for _, kl in row) for row in per_token] == pytest.approx(t.kl_seq_exact.tolist(), abs=5e-3)
+    assert [len(row) for row in per_token] == t.policy_len.tolist()
+
+
+def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path, gpt2_dir: Path) -> None:
+    """Of the base on the policy's answers and of both on what the authors wrote; also under another decoding."""
+    t, _ = run(finished_run, tmp_path, "--top_k", "20", "--temperature", "0.7")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    reviews = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])]
+    models = {"base": str(gpt2_dir), "policy": str(finished_run / "policy_lm")}
+    loaded = {name: GPT2LMHeadModel.from_pretrained(folder).eval() for name, folder in models.items()}
+
+    def nll(name: str, prompt: list[int], answer: list[int]) -> float:
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            return float(loaded[name](torch.tensor([prompt + answer]), labels=labels).loss) * len(answer)
+
+    for row in t.head(6).itertuples():
+        review = next(text for text in reviews if text.startswith(row.prompt.split()[0] + " "))
+        ids = tokenizer(review).input_ids
+        prompt, written = ids[:12], ids[12:20]
+        assert row.human_len == len(written)
+        for name, found in (("policy", row.human_nll_policy), ("base", row.human_nll_base)):
+            assert found == pytest.approx(nll(name, prompt, written), abs=2e-3)
+        answer = tokenizer(row.base_text).input_ids
+        if len(answer) == row.base_len:  # the text gives the tokens back, and no EOS was left out
+            assert row.base_nll_base == pytest.approx(nll("base", prompt, answer), abs=2e-3)
+
+
+def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
+    """Answers that the reward calls positive: once they are, once they only trip the reward up."""
+    rng = np.random.default_rng(0)
+    n = 400
+    base = np.where(rng.random(n) < 0.5, 0.8, -0.8)
+    seen_by_judge = np.where(rng.random(n) < 0.8, base, -base)  # it agrees on four in five
+    frame = {
+        "policy_score": np.full(n, 0.9), "base_score": base, "base_judge": seen_by_judge,
+        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}))
+    gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}))
+    assert not honest["gamed"]
+    assert "confirms" in honest["verdict"]
+    assert gamed["gamed"]
+    assert "WARNING" in gamed["verdict"]
+    assert "\n" not in honest["verdict"]
+
+
+def test_the_second_judge_is_fitted_on_labels_or_named(
+    finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, summary = run(finished_run, tmp_path / "a")
+    assert "no labels" in capsys.readouterr().out
+    assert "policy_judge" not in plain
+    assert "judge_gain" not in summary
+    named, summary = run(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
+    assert np.allclose(named.policy_judge, named.policy_score, atol=1e-5), "the same classifier as the reward"
+    assert summary["judge_gain"] == pytest.approx(summary["sentiment_gain"], abs=1e-5)
+    labelled = tmp_path / "labelled"
+    train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
+    rows = {"text": train, "label": [("pos", "neg")[i % 4 == 1] for i in range(len(train))]}
+    tests = {"text": [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])], "label": ["pos"] * 20}
+    splits = {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(tests)}
+    datasets.DatasetDict(splits).save_to_disk(labelled)
+    fitted, summary = run(finished_run, tmp_path / "c", "--dataset", str(labelled))
+    assert fitted.policy_judge.between(-1, 1).all()
+    assert "judge_mean" in summary["base"]
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_the_report_works_in_a_real_browser(finished_run: Path, tmp_path: Path) -> None:
+    """It opens from a file without a network, filters, shows long texts whole, and logs no error."""
+    results, summary = run(finished_run, tmp_path, "--frontier", "4")
+    page = (tmp_path / "eval_report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    probe = """<script>
+      const count = () => document.querySelectorAll("#samples article").length;
+      const set = (id, value) => { get(id).value = value; get(id).dispatchEvent(new Event("input")); return count(); };
+      const seen = [count(), set("change", "better"), set("change", "worse"), set("change", "all"), set("low", "0.2"),
+                    set("low", "-1"), set("word", "no such words")];
+      set("word", "");
+      const missing = [...document.images].filter(image => !image.naturalWidth).length;
+      const texts = [...document.querySelectorAll("#samples article")].map(a => a.textContent).join(" ");
+      document.title = JSON.stringify([seen, missing, rows.every(r => texts.includes(r.b))]);
+    </script></body>"""
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+         "--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'probe.html'}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    seen, missing, whole = json.loads(html.unescape(title[1]))
+    better, worse = (results.policy_score > results.base_score).sum(), (results.policy_score < results.base_score).sum()
+    high = (results.policy_score >= 0.2 - 1e-6).sum()
+    assert seen == [20, better, worse, 20, high, 20, 0]
+    assert missing == 0
+    assert whole
+    assert html.escape(summary["verdict"]) in page
 
 
 def test_eval_leaves_out_reviews_that_were_trained_on(finished_run: Path, tmp_path: Path) -> None:
@@ -135,15 +281,3 @@ def test_eval_wrong_input_is_one_line_and_exit_code_2(
     assert [line for line in err if line.startswith("error")] == err[-1:]
     assert "Traceback" not in "".join(err)
     assert all(word in err[-1] for word in words), err
-
-
-def test_bootstrap_intervals_cover_the_truth() -> None:
-    """95 % intervals of 400 synthetic evaluations whose mean is known; 400 trials scatter by 1.1 % around 95 %."""
-    rng = np.random.default_rng(0)
-    covered = {"score": 0, "win": 0}
-    for trial in range(400):
-        low, high = bootstrap_ci(np.tanh(rng.normal(size=500)), seed=trial)  # skew-free, true mean 0
-        covered["score"] += low <= 0 <= high
-        low, high = bootstrap_ci((rng.random(500) < 0.7).astype(float), seed=trial)
-        covered["win"] += low <= 0.7 <= high
-    assert all(0.92 <= n / 400 <= 0.98 for n in covered.values()), covered

@@ -11,12 +11,12 @@ time to read the weights once per decoded token at the rate measured for copying
 """
 
 import re
-import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -238,12 +238,26 @@ def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
 
 def measure_peer(command: str) -> dict[str, float]:
     """Run another program to its end: median of the step times that it prints, without the first; its peak memory."""
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
-    seconds = [float(x) for x in re.findall(r"total ([\d.]+) s", done.stdout)]
-    if done.returncode or not seconds:
-        raise UserError(f"peer={command!r} ended with code {done.returncode} and printed no step times")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    peak = 0.0
+    with tempfile.TemporaryFile("w+") as out:
+        peer = subprocess.Popen(shlex.split(command), stdout=out, stderr=subprocess.DEVNULL)
+        while peer.poll() is None:
+            peak = max(peak, peak_memory_mb(peer.pid))
+            time.sleep(0.2)
+        out.seek(0)
+        seconds = [float(x) for x in re.findall(r"total ([\d.]+) s", out.read())]
+    if peer.returncode or not seconds:
+        raise UserError(f"peer={command!r} ended with code {peer.returncode} and printed no step times")
     return {"peer_seconds": statistics.median(seconds[1:] or seconds), "peer_memory_mb": peak}
+
+
+def peak_memory_mb(pid: int) -> float:
+    """The most memory that a running process has held so far (Linux; 0 elsewhere)."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,58 @@
+"""What looks wrong in a run, the likely cause and the setting to change: each finding is told once."""
+
+import math
+from collections import deque
+from typing import Any
+
+STEPS = 10  # a critic is judged over this many
+
+
+class Doctor:
+    """Looks at the rows of metrics.csv as they come."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+        self.first_entropy = math.nan
+        self.critic: deque[float] = deque(maxlen=STEPS)
+
+    def look(self, row: dict[str, Any]) -> list[str]:
+        """Findings in a row that were not told before."""
+        if math.isnan(self.first_entropy):
+            self.first_entropy = row["entropy"]
+        if row["positive_rate"] < 0.9:  # where every return is alike there is nothing to explain
+            self.critic.append(row["explained_var"])
+        new = {name: text for name, text in self._findings(row).items() if name not in self.told}
+        self.told |= new.keys()
+        return list(new.values())
+
+    def _findings(self, row: dict[str, Any]) -> dict[str, str]:
+        critic = sum(self.critic) / STEPS if len(self.critic) == STEPS else 0.0
+        wrong = {
+            "skipped": row["skipped"] > 0,
+            "kl_negative": row["kl_seq"] < -2,
+            "kl_high": row["kl_seq_exact"] > 20,
+            "ratio": row["ratio_max"] > 10,
+            "clip": row["clip_frac"] > 0.3,
+            "entropy": row["entropy"] < 0.3 * self.first_entropy,
+            "same": row["distinct_rate"] < 0.5,
+            "critic": critic < -0.5,
+        }
+        texts = {
+            "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
+            "loss or gradient was not finite; lower --lr, or check the reward for NaN",
+            "kl_negative": f"KL is {row['kl_seq']:.1f} nats, far below 0, so what is sampled is not what is scored; "
+            "run with --check",
+            "kl_high": f"KL is {row['kl_seq_exact']:.0f} nats: the policy is leaving the language of the base; raise "
+            "--kl_coef, or lower --lr",
+            "ratio": f"a token became {row['ratio_max']:.0f} times likelier in one step: the step is too large; lower "
+            "--lr or --ppo_epochs",
+            "clip": f"{row['clip_frac']:.0%} of ratios were clipped: the step is too large for the batch; lower --lr "
+            "or --ppo_epochs",
+            "entropy": f"entropy fell from {self.first_entropy:.2f} to {row['entropy']:.2f} nats per token: the policy "
+            "narrows; raise --kl_coef or --ent_coef",
+            "same": f"only {row['distinct_rate']:.0%} of the responses differ: the reward is probably being gamed; "
+            "raise --kl_coef, and read samples.csv",
+            "critic": f"the critic explains nothing (explained_var {critic:.1f} over {STEPS} steps), which makes "
+            "advantages noisy; raise --value_coef or --batch_size",
+        }
+        return {name: texts[name] for name, is_so in wrong.items() if is_so}

@@ -1,0 +1,66 @@
+"""How far from the best possible: what reward any policy could have at a given KL to the base, from the base's samples.
+
+scores (P, N) are those of N responses of the base to each of P prompts. KL in nats per response.
+"""
+
+from dataclasses import dataclass
+from math import lgamma, log
+
+import numpy as np
+
+BETAS = np.geomspace(30, 0.01, 120)
+MIN_EFFECTIVE = 5.0  # samples: with fewer behind its average, a point of the curve is not to be trusted
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The optimal policies ref * exp(r / beta) for falling beta: kl, reward, effective sample size, each (P, K)."""
+
+    kl: np.ndarray
+    reward: np.ndarray
+    effective: np.ndarray
+    base: np.ndarray  # (P,) mean score of the base
+
+    @property
+    def certain(self) -> np.ndarray:
+        """At which beta (K,) enough samples stand behind the curve, on average over prompts."""
+        return self.effective.mean(0) >= MIN_EFFECTIVE
+
+    def optimal_reward(self, kl: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+        """Best mean reward at mean KL of kl (S,), with prompts counted `times` (S, P): flat beyond the curve's end."""
+        times = np.ones((len(kl), len(self.base))) if times is None else times
+        weights = times / times.sum(1, keepdims=True)
+        kls, rewards = weights @ self.kl, weights @ self.reward
+        return np.array([np.interp(x, k, r) for x, k, r in zip(kl, kls, rewards, strict=True)])
+
+
+def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
+    """The optimal reward-KL curve by self-normalised weights, prompt by prompt (Korbak et al. 2022, eq. 2).
+
+    Drawing N responses of the base and keeping one of them by these weights reaches at least this reward at no more
+    than this KL, so that the curve can be reached: the true optimum lies on it or above.
+    """
+    kl, reward, effective = (np.empty((len(scores), len(betas))) for _ in range(3))
+    for k, beta in enumerate(betas):
+        weights = np.exp((scores - scores.max(1, keepdims=True)) / beta)
+        weights /= weights.sum(1, keepdims=True)
+        reward[:, k] = (weights * scores).sum(1)
+        kl[:, k] = (weights * np.log(np.maximum(weights, 1e-300) * scores.shape[1])).sum(1)
+        effective[:, k] = 1 / (weights**2).sum(1)
+    return Frontier(kl, reward, effective, scores.mean(1))
+
+
+def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
+    """Expected best score (P,) among n of the N responses, over all ways of choosing them."""
+    total = scores.shape[1]
+    chance = [_choose(k, n - 1) - _choose(total, n) for k in range(total)]  # log: the k-th smallest is the best
+    return np.sort(scores, 1) @ np.exp(chance)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n to the base: log n - (n - 1) / n, exact without ties and a bound with them (Beirami 2024)."""
+    return log(n) - (n - 1) / n
+
+
+def _choose(n: int, k: int) -> float:
+    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) if 0 <= k <= n else -np.inf

@@ -1,0 +1,71 @@
+"""What eval.py computes from its results: intervals by resampling prompts, diversity and repetition of texts.
+
+Pure functions of arrays and strings. A word is what white space separates.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+GROUPS = 20
+
+
+def bootstrap_ci(
+    values: np.ndarray, weights: np.ndarray | None = None, seed: int = 0, level: float = 0.95
+) -> list[float]:
+    """Percentile bootstrap interval [low, high] of sum(values) / sum(weights), resampling prompts (Efron 1979).
+
+    values and weights (n,); without weights it is that of the mean.
+    """
+    times = resampled(len(values), seed)
+    with np.errstate(invalid="ignore"):  # a resample whose weights are all 0 says nothing
+        means = times @ values / (len(values) if weights is None else times @ weights)
+    return [float(x) for x in np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])]
+
+
+@functools.lru_cache(maxsize=2)
+def resampled(n: int, seed: int) -> np.ndarray:
+    """How often each of n prompts occurs in each resample: (RESAMPLES, n)."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
+
+
+def jackknife_ci(measure: Callable[[list[str]], float], texts: Sequence[str]) -> list[float]:
+    """Normal interval of a share measured on a whole set of texts, from leaving out a twentieth at a time (Tukey 1958).
+
+    For what counts distinct things, which a resample with its duplicates would misjudge.
+    """
+    groups = min(GROUPS, len(texts))
+    if groups < 2:
+        return [float("nan")] * 2
+    left = [measure([text for i, text in enumerate(texts) if i % groups != g]) for g in range(groups)]
+    spread = np.sqrt((groups - 1) / groups * ((np.array(left) - np.mean(left)) ** 2).sum())
+    value = measure(list(texts))
+    return [float(max(0, value - 1.96 * spread)), float(min(1, value + 1.96 * spread))]
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All runs of n words."""
+    words = text.split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams over all n-grams of a set of texts (Li et al. 2016); NaN where there are none."""
+    counts = Counter(gram for text in texts for gram in ngrams(text, n))
+    return len(counts) / counts.total() if counts else float("nan")
+
+
+def repeated_trigrams(text: str) -> tuple[int, int]:
+    """How many trigrams of a text occurred earlier in it, and how many it has."""
+    grams = ngrams(text, 3)
+    return len(grams) - len(set(grams)), len(grams)
+
+
+def distinct_responses(texts: Sequence[str]) -> float:
+    """Share of texts that are the first of their kind."""
+    return len(set(texts)) / len(texts)

@@ -1,0 +1,141 @@
+"""The evaluation as one page: eval_report.html, a single file that needs no network.
+
+Verdict and table, histograms, the reward-KL frontier, the curves of the run that made the policy, and a browser of
+samples. The page itself is report_template.html; this fills it in.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils import write_whole
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
+
+
+def write_report(
+    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_folder: Path, path: Path
+) -> None:
+    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table: rows of three texts."""
+    figures = [("Scores", scores_figure(results))]
+    if "optimal_curve" in summary:
+        figures.append(("How far from the best possible", frontier_figure(summary, read_csv(run_folder / "eval.csv"))))
+    metrics = read_csv(run_folder / "metrics.csv")
+    if metrics is not None and len(metrics) > 1:
+        figures.append(("The run", run_figure(metrics)))
+    settings = {k: v for k, v in summary["settings"].items() if v is not None and k != "preset"}
+    fields = {
+        "n": str(summary["n"]),
+        "verdict": html.escape(summary["verdict"]),
+        "table": pd.DataFrame(table, columns=["", "policy", "base"]).to_html(index=False, border=0),
+        "figures": "\n".join(f"<h2>{title}</h2>\n{picture}" for title, picture in figures),
+        "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
+        "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("</", "<\\/"),
+    }
+    page = TEMPLATE.read_text(encoding="utf-8")
+    write_whole(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
+
+
+def sample(row: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of one prompt."""
+    return {
+        "prompt": row["prompt"], "b": row["base_text"], "t": row["policy_text"], "p": json.loads(row["policy_tokens"]),
+        "bs": round(row["base_score"], 4), "ps": round(row["policy_score"], 4), "kl": round(row["kl_seq_exact"], 3),
+    }  # fmt: skip
+
+
+def read_csv(path: Path) -> pd.DataFrame | None:
+    """A table, if it is there and can be read."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError):
+        return None
+
+
+def scores_figure(results: pd.DataFrame) -> str:
+    """Histograms of the scores, policy over base."""
+    figure, (axis,) = _figure(1)
+    bins = np.linspace(-1, 1, 41).tolist()
+    axis.hist(results["base_score"], bins, color=BASE, alpha=0.6, label="base")
+    axis.hist(results["policy_score"], bins, color=POLICY, alpha=0.6, label="policy")
+    axis.set_xlabel("score, -1 to 1")
+    axis.set_ylabel("responses")
+    return _picture(figure, "Histogram of scores")
+
+
+def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
+    """The optimal reward at each KL, best-of-n, the policy, and the way it went during training."""
+    figure, (axis,) = _figure(1)
+    kl, reward = (np.array(summary["optimal_curve"][name]) for name in ("kl", "sentiment_mean"))
+    sure = kl <= summary["kl_certain"]
+    axis.plot(kl[sure], reward[sure], color=BEST, label="best possible")
+    if not sure.all():
+        axis.plot(kl[~sure], reward[~sure], color=BEST, linestyle=":", label="the same, less certain")
+    best = pd.DataFrame(summary["best_of_n"])
+    axis.plot(best["kl"], best["sentiment_mean"], "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
+    for n, x, y in best.itertuples(index=False):
+        axis.annotate(f"{n:.0f}", (x, y), xytext=(3, -11), textcoords="offset points", color=GREY, fontsize=8)
+    if path is not None:
+        axis.plot(path["kl_seq_exact"], path["sentiment_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
+    axis.plot(
+        summary["kl_seq_exact"], summary["policy"]["sentiment_mean"], "*", color=POLICY, markersize=14, label="policy"
+    )
+    axis.set_xlabel("KL to base, nats per response")
+    axis.set_ylabel("mean score")
+    return _picture(figure, "Reward against KL")
+
+
+def run_figure(metrics: pd.DataFrame) -> str:
+    """Sentiment, KL and entropy over the steps of the run."""
+    titles = {
+        "sentiment_mean": "sentiment",
+        "kl_seq_exact": "KL, nats per response",
+        "entropy": "entropy, nats per token",
+    }
+    figure, axes = _figure(3)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.plot(metrics["step"], metrics[name], color=POLICY)
+        axis.set_title(title, color=GREY, fontsize=10)
+        axis.set_xlabel("step")
+    return _picture(figure, "Curves of the run")
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    import matplotlib  # a second to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, panels, figsize=(9, 3.6 if panels == 1 else 2.6), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.tick_params(colors=GREY)
+        axis.xaxis.label.set_color(GREY)
+        axis.yaxis.label.set_color(GREY)
+        for spine in axis.spines.values():
+            spine.set_color(GREY)
+    return figure, axes[0]
+
+
+def _picture(figure: Any, what: str) -> str:
+    from matplotlib import pyplot as plt
+
+    for axis in figure.axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, labelcolor=GREY, fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", transparent=True)
+    plt.close(figure)
+    encoded = base64.b64encode(drawn.getvalue()).decode()
+    return f'<div class="wide"><img alt="{what}" src="data:image/svg+xml;base64,{encoded}"></div>'
