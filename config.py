@@ -4,6 +4,7 @@ Edit the defaults here, or pass a flag of the same name: `python train.py --lr 1
 project names a flag. This file needs no torch.
 """
 
+import json
 import math
 import os
 import sys
@@ -11,6 +12,7 @@ import typing
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
@@ -48,7 +50,8 @@ RANGES: dict[str, Range] = {
     "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
     "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
     "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_1,
-    "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "kl_budget": POSITIVE,
+    "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
+    "kl_budget": POSITIVE,
 }  # fmt: skip
 
 
@@ -70,7 +73,11 @@ class TrainConfig:
 
     # Where and how it runs
     ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
-    overwrite: bool = opt(False, "Replace a finished run in ckpt_dir.")
+    overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
+    resume: str | None = opt(
+        None, "Go on with the run in ckpt_dir (--resume alone), in another run folder, or from one of its states."
+    )
+    allow_changes: bool = opt(False, "Resume with other settings even where the result then differs.")
     check: bool = opt(False, "Only check, on the real models, the facts that PPO relies on; train nothing.")
     seed: int = opt(0, "Every random choice is a function of this seed and the step.")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
@@ -112,7 +119,8 @@ class TrainConfig:
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
     # What is kept and told
-    save_every: int = opt(50, "Steps between checkpoints.")
+    save_every: int = opt(50, "Steps between checkpoints, from which --resume goes on.")
+    keep_last: int = opt(2, "States kept for --resume; more than one guards against a damaged disk.")
     sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
     eval_every: int = opt(20, "Steps between evaluations on prompts that are never trained on (0: none).")
     eval_prompts: int = opt(64, "How many prompts to keep back for that.")
@@ -240,8 +248,46 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
         raise UserError(f"preset={name!r} is unknown: choose {' or '.join(PRESETS[cls])}")
     parser = _OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
     parser.set_defaults(**asdict(PRESETS[cls][name]))
+    for action in parser._actions:
+        if action.dest == "resume":
+            action.nargs, action.const = "?", NEWEST
     values = vars(parser.parse_args(argv))
+    if values.get("resume"):
+        saved, path = saved_settings(resume_folder(values["resume"], values["ckpt_dir"]) / "config.json")
+        if not saved and values["resume"] != NEWEST:
+            raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its states")
+        if saved:
+            _check_saved(cls, saved, path)
+            parser.set_defaults(**saved)
+            values = {**vars(parser.parse_args(argv)), "ckpt_dir": str(path.parent)}
     return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+NEWEST = "newest"
+
+
+def resume_folder(resume: str, ckpt_dir: str) -> Path:
+    """The run folder that --resume means: ckpt_dir, the folder named, or the one that the state named belongs to."""
+    if resume == NEWEST:
+        return Path(ckpt_dir)
+    path = Path(resume)
+    return path.parent.parent if (path / "state.json").is_file() else path
+
+
+def saved_settings(path: Path) -> tuple[dict[str, Any], Path]:
+    """The settings in a run's config.json, and where that is; none where there is no run (raises UserError)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}, path
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): mend it, or leave out what refers to it") from None
+
+
+def _check_saved(cls: type[Config], saved: dict[str, Any], path: Path) -> None:
+    try:
+        cls(**saved)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}): mend it, or start anew without --resume") from None
 
 
 def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:

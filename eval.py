@@ -54,7 +54,6 @@ Judge = Callable[[list[str]], np.ndarray]
 def main(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print the table, write results, summary and report; returns the summary."""
     quiet_libraries()
-    keep_freed_memory()
     out_csv = Path(cfg.out_csv)
     check_target(out_csv)
     results = evaluate(cfg)
@@ -101,6 +100,7 @@ def evaluate(cfg: EvalConfig) -> pd.DataFrame:
     reward = SentimentReward(resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype)
     judge = second_judge(cfg, run)
     prompts = held_out_prompts(cfg, run, tokenizer)
+    keep_freed_memory()
 
     def answer(model: GPT2WithValueHead, rows: slice, draw: int) -> Sequences:
         ids, mask = (x.to(run.device) for x in pad_left([ids[: run.max_prompt_len] for ids in prompts[rows]]))

@@ -2,10 +2,13 @@
 
     python train.py                  GPT-2 on IMDB
     python train.py --preset tiny    a small world made on the spot: no network, a few minutes
+    python train.py --resume         go on with a run that was stopped, as if it had not been
     python train.py --help           every setting
 
 Owns the loop and the run folder. The algorithm itself is in ppo.py.
 """
+
+from __future__ import annotations
 
 import csv
 import json
@@ -18,17 +21,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +45,7 @@ from tools.audit import audit
 from tools.doctor import Doctor
 from tools.make_models import resolve_name
 from tools.plot import plot_curves
+from tools.states import damage, load_state, lock, newest_good, remove, save_state, states
 from utils import (
     keep_freed_memory,
     load_tokenizer,
@@ -54,36 +60,58 @@ from utils import (
 SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
 OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
-             "value_head.safetensors", "best", "tensorboard")  # fmt: skip
+             "value_head.safetensors", "best", "state", "tensorboard")  # fmt: skip
+TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # which grow, and are cut back on resume
+SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # what may differ unsaid
+HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # what may differ and is said
 
 
 def main(cfg: TrainConfig) -> Path:
     """Train, and return the run folder; wrong input raises UserError before anything is written."""
     quiet_libraries()
-    keep_freed_memory()
-    run = RunFolder(cfg)
     cfg = resolve(cfg)
+    run = RunFolder(cfg)
+    if run.is_finished(cfg):
+        return run.path
     parts = load_parts(cfg)
     audit(parts.policy, parts.reference, parts.reward, parts.tokenizer, parts.prompts.batch(1), cfg, loud=cfg.check)
     if cfg.check:
         return run.path
+    keep_freed_memory()
     optimizer = build_optimizer(parts.policy, cfg)
     kl = KLController(cfg.kl_coef, cfg.adaptive_kl_target)
-    run.start(cfg, parts)
-    if cfg.eval_every:
-        run.evaluate(parts, cfg, 0)
+    with run.open(), stop_signals() as stop:
+        first = run.start(cfg, parts, optimizer, kl)
+        try:
+            last = train(cfg, parts, optimizer, kl, run, first, stop)
+        except (OSError, SafetensorError) as error:
+            sys.exit(f"error: ckpt_dir={run.path} cannot be written ({error}): make room, then {run.how_to_resume()}")
+    return run.finish(cfg, last, stop.signal)
 
-    steps = tqdm(range(1, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True)
-    with stop_signals() as stop, steps:
+
+def train(
+    cfg: TrainConfig, parts: Parts, optimizer: Optimizer, kl: KLController, run: RunFolder, first: int, stop: Stop
+) -> int:
+    """Take the steps first, first + 1, … and return the last one taken."""
+    if cfg.eval_every and first == 1:
+        run.evaluate(parts, cfg, 0)
+    steps = tqdm(range(first, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True,
+                 initial=first - 1, total=cfg.total_steps)  # fmt: skip
+    with steps:
         for step in steps:
             watch = Stopwatch(cfg.device)
-            # act
-            seqs = act(parts, cfg, step)
-            watch.lap("seconds_generate")
-            # score
-            scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
-            rollout = make_rollout(parts.policy, parts.reference, seqs, scores, kl.coef)
-            watch.lap("seconds_score")
+            try:
+                with stop.may_abandon():
+                    # act
+                    seqs = act(parts, cfg, step)
+                    watch.lap("seconds_generate")
+                    # score
+                    scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+                    rollout = make_rollout(parts.policy, parts.reference, seqs, scores, kl.coef)
+                    watch.lap("seconds_score")
+            except Abandoned:
+                run.save(parts, optimizer, kl, step - 1)
+                return step - 1
             # learn
             update = ppo_update(parts.policy, optimizer, rollout, cfg, step)
             watch.lap("seconds_update")
@@ -94,16 +122,17 @@ def main(cfg: TrainConfig) -> Path:
             steps.set_postfix_str(told, refresh=False)
             kl.update(row["kl_seq"])
             # keep
-            last = step == cfg.total_steps or stop.signal is not None or run.must_give_up()
-            if last or step % cfg.sample_every == 0:
+            done = step == cfg.total_steps
+            if done or step % cfg.sample_every == 0:
                 run.add_samples(parts, rollout, cfg, step)
-            if cfg.eval_every and (last or step % cfg.eval_every == 0):
+            if cfg.eval_every and (done or step % cfg.eval_every == 0):
                 run.evaluate(parts, cfg, step)
-            if last or step % cfg.save_every == 0:
-                run.save(parts)
-            if last and step < cfg.total_steps:
+            stopped = stop.signal is not None or run.must_give_up()
+            if done or stopped or step % cfg.save_every == 0:
+                run.save(parts, optimizer, kl, step)
+            if stopped:
                 break
-    return run.finish(cfg, step, stop.signal)
+    return step
 
 
 # --- what is trained, and on what -----------------------------------------------------------------------------------
@@ -177,8 +206,12 @@ class RunFolder:
         """Refuse a folder that cannot be written or already holds a run (UserError); write nothing yet."""
         self.path = Path(cfg.ckpt_dir)
         self.failed_steps, self.best = 0, -math.inf
+        self.seconds_saving, self.started = 0.0, time.perf_counter()
         self.doctor = Doctor()
-        self.board = open_board(self.path / "tensorboard") if cfg.report_to == "tensorboard" else None
+        self.board_type = tensorboard_writer() if cfg.report_to == "tensorboard" else None
+        self.board: Any = None
+        self.keep_last = cfg.keep_last
+        self.state: Path | None = None
         if cfg.check:
             return
         try:
@@ -188,31 +221,90 @@ class RunFolder:
             raise UserError(f"ckpt_dir={self.path} cannot be used ({error.strerror}): choose another folder") from None
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"ckpt_dir={self.path} cannot be written: choose another folder")
-        if present and not cfg.overwrite:
+        if present and not cfg.overwrite and not cfg.resume:
             raise UserError(
-                f"ckpt_dir={self.path} already holds {present[0]}: choose another folder, or replace that run with "
-                "--overwrite"
+                f"ckpt_dir={self.path} already holds {present[0]}: choose another folder, go on with that run with "
+                "--resume, or replace it with --overwrite"
             )
         if present and not is_run(self.path):
             raise UserError(f"ckpt_dir={self.path} holds {present[0]}, but not from a run: choose another folder")
         for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
             if name and self.path.absolute() in Path(name).absolute().parents:
                 raise UserError(f"ckpt_dir={self.path} holds {name}, which this run needs: choose another folder")
+        if cfg.resume:
+            self.state = self.find_state(cfg)
 
-    def start(self, cfg: TrainConfig, parts: Parts) -> None:
-        """Clear the way, record the settings, and say in two lines what is about to happen."""
-        description = json.dumps(describe(cfg), indent=2) + "\n"
+    def find_state(self, cfg: TrainConfig) -> Path | None:
+        """The state to go on from: the one named, else the newest good one; None to start anew (raises UserError)."""
+        named = Path(str(cfg.resume))
+        if (named / "state.json").is_file():
+            if problem := damage(named):
+                raise UserError(f"resume={named} is damaged ({problem}): choose another, or --resume alone")
+            state: Path | None = named
+        else:
+            state, wrong = newest_good(self.path / "state")
+            for problem in wrong:
+                print(f"note: {problem}; the state before it is used")
+        saved, _ = saved_settings(self.path / "config.json")
+        changed = {name: (old, getattr(cfg, name)) for name, old in saved.items() if getattr(cfg, name) != old}
+        told = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
+        breaking = [name for name in changed if name not in HARMLESS | SILENT]
+        if breaking and not cfg.allow_changes:
+            raise UserError(f"--resume with changed settings would give another result ({told}): leave them out, or "
+                            "say --allow_changes")  # fmt: skip
+        if told:
+            print(f"note: resuming with changed settings: {told}")
+        if "total_steps" in changed and cfg.lr_schedule == "linear":
+            print("note: the step size falls to 0 at the new last step, so that it jumps where the run goes on")
+        return state
+
+    def is_finished(self, cfg: TrainConfig) -> bool:
+        """Whether there is nothing left to resume."""
+        finished = not cfg.check and self.state is not None and step_of(self.state) >= cfg.total_steps
+        if finished:
+            print(f"{self.path}/ is finished: raise --total_steps to go on")
+        return finished
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder for this run alone (raises UserError)."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in OWN_FILES:
-                remove(self.path / name)
-            write_whole(self.path / "config.json", description)
+            with lock(self.path):
+                yield
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"ckpt_dir={self.path} {reason}: choose another folder") from None
+
+    def start(self, cfg: TrainConfig, parts: Parts, optimizer: Optimizer, kl: KLController) -> int:
+        """Clear the way or restore the state, say in two lines what is about to happen; returns the first step."""
         size = sum(p.numel() for p in parts.policy.parameters())
+        first = 1
+        if self.state is not None:
+            counters = load_state(self.state, parts.policy, optimizer)
+            first, kl.coef, self.failed_steps = counters["step"] + 1, counters["kl_coef"], counters["failed_steps"]
+            self.best = -math.inf if counters["best"] is None else counters["best"]
+            for name, length in counters["lengths"].items():
+                cut(self.path / name, length)
+            for newer in states(self.path / "state"):
+                if newer.name > self.state.name:  # damaged, or of the future that is now written anew
+                    remove(newer)
+        else:
+            for name in OWN_FILES:
+                remove(self.path / name)
+        write_whole(self.path / "config.json", json.dumps(describe(cfg), indent=2) + "\n")
+        if self.board_type is not None:
+            self.board = self.board_type(self.path / "tensorboard")
         print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
         print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {self.path}/")
+        if self.state is not None:
+            print(f"going on after step {first - 1}, from {self.state}/")
+        return first
+
+    def how_to_resume(self) -> str:
+        """The command that goes on with this run."""
+        folder = "" if str(self.path) == TrainConfig.ckpt_dir else f" {self.path}"
+        return f"python train.py --resume{folder}"
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.csv, flushed to disk, and say what looks wrong, each thing once."""
@@ -261,20 +353,27 @@ class RunFolder:
         if step < cfg.total_steps:  # the last picture is drawn when saving
             plot_curves(self.path / "metrics.csv", self.path / "curves.png")
 
-    def save(self, parts: Parts) -> None:
-        """Write policy, critic, tokenizer and picture beside the old ones, then put them in their place."""
+    def save(self, parts: Parts, optimizer: Optimizer, kl: KLController, step: int) -> None:
+        """Write a state to resume from, then policy, critic and tokenizer beside the old ones and in their place."""
+        begun = time.perf_counter()
+        lengths = {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in TABLES}
+        best = self.best if math.isfinite(self.best) else None
+        counters = {"step": step, "kl_coef": kl.coef, "best": best, "failed_steps": self.failed_steps}
+        save_state(self.path / "state", parts.policy, optimizer, {**counters, "lengths": lengths}, self.keep_last)
         fresh = self.path / ".partial"
         save_policy(parts, fresh)
         for name in ("policy_lm", "value_head.safetensors"):
             replace(fresh / name, self.path / name)
         remove(fresh)
-        plot_curves(self.path / "metrics.csv", self.path / "curves.png")
+        if lengths["metrics.csv"]:
+            plot_curves(self.path / "metrics.csv", self.path / "curves.png")
+        self.seconds_saving += time.perf_counter() - begun
 
     def finish(self, cfg: TrainConfig, step: int, received: int | None) -> Path:
         """Say where things are; leave with 128 + signal after a signal, with 1 after giving up."""
         if received is not None:
             name = signal.Signals(received).name
-            print(f"stopped after step {step} by {name}; saved in {self.path}/", file=sys.stderr)
+            print(f"stopped after step {step} by {name}; saved. To go on: {self.how_to_resume()}", file=sys.stderr)
             sys.exit(128 + received)
         if self.must_give_up():
             sys.exit(
@@ -283,6 +382,8 @@ class RunFolder:
             )
         if cfg.eval_every:
             print(before_after(self.path / "eval.csv"))
+        share = self.seconds_saving / (time.perf_counter() - self.started)
+        print(f"saving took {self.seconds_saving:.1f} s, {share:.1%} of the time")
         flags = " --preset tiny" if cfg.preset == "tiny" else ""
         flags += "" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" --policy_path {self.path / 'policy_lm'}"
         print(f"done: see {self.path}/curves.png and samples.csv; compare with the base: python eval.py{flags}")
@@ -313,13 +414,13 @@ def one_line(text: str) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def open_board(folder: Path) -> Any:
-    """A TensorBoard writer (raises UserError where the package is missing)."""
+def tensorboard_writer() -> Any:
+    """TensorBoard's writer class (raises UserError where the package is missing)."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("report_to=tensorboard needs a package: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 
 def describe(cfg: TrainConfig) -> dict[str, Any]:
@@ -353,18 +454,23 @@ def is_run(folder: Path) -> bool:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a CSV file, with a header if it is new, in a single write that is on disk when this returns."""
-    new = not path.exists()
+    size = path.stat().st_size if path.exists() else 0
     texts = any(isinstance(value, str) for value in row.values())
-    with path.open("a", newline="", encoding="utf-8") as file:
-        # a text may hold any character, a lone \r too
-        writer = csv.DictWriter(
-            file, row, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if texts else csv.QUOTE_MINIMAL
-        )
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            # a text may hold any character, a lone \r too
+            writer = csv.DictWriter(
+                file, row, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if texts else csv.QUOTE_MINIMAL
+            )
+            if not size:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # such as a full disk: no half row stays
+        with suppress(OSError):
+            cut(path, size)
+        raise
 
 
 def replace(fresh: Path, place: Path) -> None:
@@ -377,12 +483,17 @@ def replace(fresh: Path, place: Path) -> None:
     remove(old)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+def cut(path: Path, length: int) -> None:
+    """Take off what was appended to a file after it had this length; remove it if that is 0."""
+    if length == 0:
         path.unlink(missing_ok=True)
+    elif path.exists():
+        os.truncate(path, length)
+
+
+def step_of(state: Path) -> int:
+    """The step that a state was saved after."""
+    return int(json.loads((state / "state.json").read_text(encoding="utf-8"))["step"])
 
 
 # --- clock and signals ----------------------------------------------------------------------------------------------
@@ -413,23 +524,41 @@ class Stopwatch:
         return time.perf_counter()
 
 
+class Abandoned(Exception):
+    """The run was asked to stop while nothing had been learnt yet in this step."""
+
+
 @dataclass
 class Stop:
     """The signal that asked the run to stop, if one did."""
 
     signal: int | None = None
+    abandoning: bool = False
+
+    @contextmanager
+    def may_abandon(self) -> Iterator[None]:
+        """Where a request to stop need not wait: what is begun here is forgotten (raises Abandoned)."""
+        self.abandoning = True
+        try:
+            if self.signal is not None:
+                raise Abandoned
+            yield
+        finally:
+            self.abandoning = False
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM finish the step and save; a second one stops at once."""
+    """Let the first Ctrl-C or SIGTERM stop the run at the next place where it can be saved; a second stops at once."""
     stop = Stop()
 
     def ask(number: int, frame: object) -> None:
         if stop.signal is not None:
             sys.exit(128 + number)
         stop.signal = number
-        tqdm.write("stopping after this step (again: at once)", file=sys.stderr)
+        tqdm.write("stopping (again: at once)", file=sys.stderr)
+        if stop.abandoning:
+            raise Abandoned
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,6 +9,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,9 +27,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import train
+from config import TrainConfig, run_cli
 from model import GPT2WithValueHead, Sequences, generate
 from utils import uniforms
 
+TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
 EOS = 0  # also BOS, and the id that fills padding, as with the real GPT-2
 
 CORPUS: Sequence[str] = [
@@ -223,3 +228,29 @@ def save_classifier(folder: Path, id2label: dict[int, str], swap: bool = False) 
 def classifier_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny sentiment classifier."""
     return save_classifier(tmp_path_factory.mktemp("classifier"), {0: "negative", 1: "positive"})
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = [{"text": f"{i} {text}", "label": "positive"} for i, text in enumerate(CORPUS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "policy_name": str(gpt2_dir), "rm_name": str(classifier_dir), "dataset": str(reviews),
+        "ckpt_dir": str(tmp_path / "run"), "device": "cpu", "dtype": "float32", "total_steps": "3", "batch_size": "8",
+        "minibatch_size": "4", "ppo_epochs": "2", "max_prompt_len": "12", "min_prompt_len": "4",
+        "max_new_tokens": "8", "lr": "1e-3", "sample_every": "2", "save_every": "2",
+    }  # fmt: skip
+
+
+def run(flags: dict[str, str], *extra: str) -> Path:
+    """Train in this process, by the command line's own way; returns the run folder."""
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    sys.argv = ["train.py", *argv, *extra]
+    run_cli(TrainConfig, train.main)
+    return Path(flags["ckpt_dir"])

@@ -2,24 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, save_classifier
+from conftest import TIMINGS, run, save_classifier
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import train
 import utils
-from config import TrainConfig, UserError, run_cli
+from config import TrainConfig, UserError
 from model import GPT2WithValueHead
 from reward import SentimentReward
 
@@ -27,33 +29,6 @@ REPOSITORY = Path(train.__file__).parent
 CONTRACT = """step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
 policy_loss value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score
 seconds_update tokens_per_second peak_memory_mb"""
-TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
-
-
-@pytest.fixture(scope="session")
-def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
-    rows = [{"text": f"{i} {text}", "label": "positive"} for i, text in enumerate(CORPUS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -> dict[str, str]:
-    return {
-        "policy_name": str(gpt2_dir), "rm_name": str(classifier_dir), "dataset": str(reviews),
-        "ckpt_dir": str(tmp_path / "run"), "device": "cpu", "dtype": "float32", "total_steps": "3", "batch_size": "8",
-        "minibatch_size": "4", "ppo_epochs": "2", "max_prompt_len": "12", "min_prompt_len": "4",
-        "max_new_tokens": "8", "lr": "1e-3", "sample_every": "2", "save_every": "2",
-    }  # fmt: skip
-
-
-def run(flags: dict[str, str], *extra: str) -> Path:
-    """Train in this process, by the command line's own way; returns the run folder."""
-    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    sys.argv = ["train.py", *argv, *extra]
-    run_cli(TrainConfig, train.main)
-    return Path(flags["ckpt_dir"])
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -63,7 +38,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
     folder = run(flags)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "curves.png", "metrics.csv", "policy_lm", "samples.csv", "value_head.safetensors",
+        "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv",
+        "value_head.safetensors",
     ]  # fmt: skip
     metrics = pd.read_csv(folder / "metrics.csv")
     assert set(CONTRACT.split()) <= set(metrics.columns)
@@ -78,6 +54,88 @@ def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> N
     assert samples.step.tolist() == [2] * 4 + [3] * 4
     assert {"prompt", "base", "policy", "base_score", "policy_score"} <= set(samples.columns)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_evaluates_on_prompts_that_it_never_trains_on(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held: list[train.Parts] = []
+    load_parts = train.load_parts
+    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
+    folder = run(flags, "--eval_every", "2", "--eval_prompts", "3")
+    table = pd.read_csv(folder / "eval.csv")
+    assert table.step.tolist() == [0, 2, 3]
+    assert table.kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
+    assert table.kl_seq_exact[1] > 0
+    kept_back = {tuple(prompt) for prompt in held[0].held_out.prompts}
+    assert len(kept_back) == 3
+    assert not kept_back & {tuple(prompt) for prompt in held[0].prompts.prompts}
+    assert len(held[0].prompts.prompts) + 3 == 40
+    told = capsys.readouterr().out
+    assert re.search(r"sentiment mean +-?\d\.\d\d +-?\d\.\d\d", told), "a table before and after"
+    without = run({**flags, "ckpt_dir": str(folder) + "2"}, "--eval_every", "0")
+    assert not (without / "eval.csv").exists()
+
+
+def test_best_is_the_highest_sentiment_within_the_kl_budget(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sentiment rises at every evaluation; the last is beyond the budget."""
+    weights = []
+    save = train.save_policy
+    monkeypatch.setattr(train, "save_policy", lambda parts, folder: (save(parts, folder), weights.append(
+        load_file(folder / "policy_lm" / "model.safetensors"))))  # fmt: skip
+    scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
+    make = train.make_rollout
+
+    class Told:
+        def __init__(self, rollout: Any) -> None:
+            self.rollout = rollout
+
+        def metrics(self) -> dict[str, float]:
+            return {**self.rollout.metrics(), "sentiment_mean": next(scores), "kl_seq_exact": next(kls)}
+
+    evaluate = train.RunFolder.evaluate
+
+    def evaluate_told(self: Any, *args: Any) -> None:
+        monkeypatch.setattr(train, "make_rollout", lambda *a: Told(make(*a)))
+        evaluate(self, *args)
+        monkeypatch.setattr(train, "make_rollout", make)
+
+    monkeypatch.setattr(train.RunFolder, "evaluate", evaluate_told)
+    folder = run(flags, "--eval_every", "1", "--kl_budget", "2.5")
+    best = load_file(folder / "best" / "policy_lm" / "model.safetensors")
+    final = load_file(folder / "policy_lm" / "model.safetensors")
+    assert any(not torch.equal(best[name], final[name]) for name in best)
+    assert all(torch.equal(best[name], weights[-2 if len(weights) > 3 else 1][name]) for name in best)
+    assert AutoModelForCausalLM.from_pretrained(folder / "best" / "policy_lm")
+
+
+def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is missing
+    with pytest.raises(SystemExit) as stop:
+        run(flags, "--report_to", "tensorboard")
+    assert stop.value.code == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not Path(flags["ckpt_dir"]).exists()
+
+    rows: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: Path) -> None:
+            assert folder == Path(flags["ckpt_dir"]) / "tensorboard"
+
+        def add_scalar(self, *row: Any) -> None:
+            rows.append(row)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    folder = run(flags, "--report_to", "tensorboard")
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert {name for name, _, _ in rows} == set(metrics.columns)
+    found = [value for name, value, _ in rows if name == "sentiment_mean"]
+    assert found == pytest.approx(metrics.sentiment_mean.tolist())
 
 
 def test_train_saves_a_policy_that_plain_transformers_loads(flags: dict[str, str]) -> None:

@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.steps < 1 or cfg.rounds < 1:
         raise UserError("steps and rounds must be at least 1")
     quiet_libraries()
-    keep_freed_memory()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for work in sweep(SIZES[cfg.size], cfg.sweep):
@@ -171,6 +170,7 @@ def word_tokenizer(size: int, **special: str) -> PreTrainedTokenizerFast:
 def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     """Median seconds of each phase over `steps` steps after one to warm up, with rates and the floor."""
     parts = load_parts(cfg)
+    keep_freed_memory()
     optimizer = build_optimizer(parts.policy, cfg)
     laps: list[dict[str, float]] = []
     for step in range(1, steps + 2):

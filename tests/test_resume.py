@@ -1,0 +1,289 @@
+"""Nothing is lost: N steps are k steps and a resume, bit for bit; damage is found; what would break this is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TIMINGS, run
+
+import train
+from config import TrainConfig, UserError, parse_config
+from tools.states import damage, lock, newest_good, save_state, states
+from tools.torture import TortureConfig, remains, torture
+
+
+def exact(folder: Path) -> dict[str, bytes]:
+    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
+    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
+
+
+def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Path:
+    """A run that dies, as by a kill, right after step `at` was logged."""
+    log = train.RunFolder.log
+
+    def die(self: Any, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RunFolder, "log", die)
+        with pytest.raises(SystemExit):
+            run(flags, *extra)
+    return Path(flags["ckpt_dir"])
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly a second each, and no part of what must be the same."""
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("at", "extra"),
+    [
+        (1, ""),
+        (2, ""),
+        (5, ""),
+        (5, "--adaptive_kl_target 0.5"),
+        (5, "--lr_schedule constant --warmup_steps 2 --top_k 9"),
+        (5, "--micro_batch_size 2 --ent_coef 0.01"),
+    ],
+)
+def test_n_steps_equal_k_steps_and_a_resume(
+    at: int, extra: str, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Fact 18; killed before anything was saved, right where it was saved, and between two saves."""
+    words = ["--total_steps", "7", "--eval_every", "3", *extra.split()]
+    whole = run({**flags, "ckpt_dir": str(tmp_path / "whole")}, *words)
+    broken = interrupted(flags, at, monkeypatch, *words)
+    capsys.readouterr()
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    out = capsys.readouterr().out
+    if at > 2:
+        assert "going on after step 4" in out
+    assert exact(broken) == exact(whole)
+    assert [state.name for state in states(broken / "state")] == ["step_000006", "step_000007"]
+
+
+def test_resume_of_a_finished_run_can_only_make_it_longer(
+    flags: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = run({**flags, "ckpt_dir": str(tmp_path / "long")}, "--total_steps", "5", "--lr_schedule", "constant",
+               "--eval_every", "0", "--sample_every", "5")  # fmt: skip
+    short = run(flags, "--lr_schedule", "constant", "--eval_every", "0", "--sample_every", "5")
+    before = exact(short)
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert "--total_steps" in capsys.readouterr().out
+    assert exact(short) == before
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps", "5")
+    assert "total_steps from 3 to 5" in capsys.readouterr().out
+    same = [name for name in exact(long) if "samples" not in name]  # the shorter run also sampled at its end
+    assert {name: exact(short)[name] for name in same} == {name: exact(long)[name] for name in same}
+
+
+def test_resume_can_name_a_run_or_a_state(flags: dict[str, str], tmp_path: Path) -> None:
+    folder = run(flags, "--total_steps", "6", "--keep_last", "9")
+    expected = exact(folder)
+    for name in (folder, folder / "state" / "step_000002", folder / "state" / "step_000004"):
+        sys.argv = ["train.py", "--resume", str(name)]
+        train.run_cli(TrainConfig, train.main)
+        assert exact(folder) == expected
+    with pytest.raises(UserError, match="resume"):
+        parse_config(TrainConfig, ["--resume", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("change", "fine"),
+    [("--batch_size=4", False), ("--lr=0.5", False), ("--seed=3", False), ("--max_new_tokens=7", False),
+     ("--save_every=5", True), ("--keep_last=1", True), ("--total_steps=9", True)],
+)  # fmt: skip
+def test_changed_settings_are_named_and_refused_where_they_break_the_promise(
+    change: str,
+    fine: bool,
+    flags: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(flags)
+    name = change.partition("=")[0].removeprefix("--")
+    before = remains(Path(flags["ckpt_dir"]))
+    if not fine:
+        with pytest.raises(SystemExit) as stop:
+            run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", change)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert "--allow_changes" in error
+        assert remains(Path(flags["ckpt_dir"])) == before
+        change = f"{change} --allow_changes --total_steps=4"
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", *change.split())
+    assert f"{name} from" in capsys.readouterr().out
+
+
+# ---- states
+
+
+@pytest.mark.parametrize("file", ["policy.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "empty"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(
+    file: str,
+    harm: str,
+    flags: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = run(flags, "--total_steps", "4")
+    expected = exact(folder)
+    path = folder / "state" / "step_000004" / file
+    data = bytearray(path.read_bytes())
+    if harm == "missing":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes({"cut": bytes(data[:-7]), "flipped": bytes(data), "empty": b""}[harm])
+    if file == "state.json" and harm == "flipped":
+        path.write_bytes(b"\xff" + path.read_bytes())  # one bit in its middle may still be a number
+    capsys.readouterr()
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    out = capsys.readouterr().out
+    assert "step_000004" in out
+    assert "going on after step 2" in out
+    assert exact(folder) == expected
+    assert damage(folder / "state" / "step_000004") is None
+
+
+def test_states_are_renamed_into_place_and_the_old_go_last(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    for step in (1, 2, 3):
+        save_state(tmp_path, model, optimizer, {"step": step}, keep_last=2)
+    assert [state.name for state in states(tmp_path)] == ["step_000002", "step_000003"]
+    assert newest_good(tmp_path) == (tmp_path / "step_000003", [])
+    assert not (tmp_path / ".partial").exists()
+    assert {path.suffix for path in (tmp_path / "step_000003").iterdir()} == {".json", ".safetensors"}
+
+
+# ---- faults
+
+
+def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
+    flags: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
+    for function in ("append_row", "save_state", "save_policy", "plot_curves"):
+        right, calls = getattr(train, function), []
+
+        def fail(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return right(*args)
+
+        target = {**flags, "ckpt_dir": str(tmp_path / function)}
+        with monkeypatch.context() as patch:
+            patch.setattr(train, function, fail)
+            with pytest.raises(SystemExit) as stop:
+                run(target, "--total_steps", "4")
+        message = str(stop.value.code)
+        assert message.startswith("error: ")
+        assert "No space left" in message
+        assert "--resume" in message
+        run({"ckpt_dir": target["ckpt_dir"]}, "--resume")
+        assert exact(tmp_path / function) == whole, function
+
+
+def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path) -> None:
+    """On a file system of half a megabyte, where mounting one is allowed."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "none", small], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run({**flags, "ckpt_dir": str(small / "run")}, "--total_steps", "40", "--save_every", "2")
+        assert "No space left" in str(stop.value.code) or "cannot be written" in str(stop.value.code)
+        found = pd.read_csv(small / "run" / "metrics.csv") if (small / "run" / "metrics.csv").exists() else None
+        assert found is None or found.notna().drop(columns=["explained_var"]).all().all()
+        good, _ = newest_good(small / "run" / "state")
+        assert good is None or damage(good) is None
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time\nfrom pathlib import Path\nfrom tools.states import lock\n"
+         f"with lock(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"],
+        stdout=subprocess.PIPE, cwd=Path(train.__file__).parent,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), lock(tmp_path):
+        pass
+    holder.kill()  # which leaves the file behind
+    holder.wait()
+    assert (tmp_path / ".lock").exists()
+    with lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_soon_saves_and_says_how_to_resume(
+    number: signal.Signals,
+    flags: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    flags |= {"save_every": "20", "sample_every": "20", "eval_every": "30"}
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "60"))
+    words = [f"--{name}={value}" for name, value in flags.items() if name != "total_steps"] + ["--total_steps=60"]
+    process = subprocess.Popen([sys.executable, train.__file__, *words], stderr=subprocess.PIPE, text=True)
+    folder = Path(flags["ckpt_dir"])
+    while not (folder / "metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    begun = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 128 + number
+    assert f"python train.py --resume {folder}" in err
+    assert "Traceback" not in err
+    assert len(pd.read_csv(folder / "metrics.csv")) < 60
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert exact(folder) == whole
+
+
+def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
+    runs, _, lost = torture(TortureConfig(kills=2, steps=8), tmp_path)
+    assert runs >= 1
+    assert lost == []
+
+
+def test_torture_notices_a_difference(tmp_path: Path, flags: dict[str, str]) -> None:
+    """The harness itself: one changed bit, one lost row, and it would have told."""
+    folder = run(flags)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert remains(copy) == remains(folder)
+    table = pd.read_csv(copy / "metrics.csv")
+    table.assign(**dict.fromkeys(TIMINGS, 1.0)).to_csv(copy / "metrics.csv", index=False)
+    assert json.dumps(sorted(remains(copy))) == json.dumps(sorted(remains(folder)))
+    table.iloc[:-1].to_csv(copy / "metrics.csv", index=False)
+    assert remains(copy) != remains(folder)

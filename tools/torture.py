@@ -1,0 +1,110 @@
+"""Kills training at random moments, resumes it, and compares what is left with a run that nobody disturbed.
+
+    python -m tools.torture --kills 100
+
+SIGKILL, which no program can catch, falls anywhere: while loading, sampling, learning, saving or drawing. Every run
+must end with the same weights, optimiser and tables, bit for bit.
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, opt  # isort: skip  (before torch: see there)
+
+import pandas as pd
+from tqdm import tqdm
+from transformers.hf_argparser import HfArgumentParser
+
+from tools.benchmark import Work, make_random_models
+from tools.states import states
+
+ROOT = Path(__file__).parent.parent
+SMALL = Work((2, 32, 2), (1, 32, 2), batch=8, prompt=8, response=8, minibatch=4)
+TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TortureConfig:
+    """Settings of `python -m tools.torture`."""
+
+    kills: int = opt(20, "How often to kill, over as many runs as that takes.")
+    steps: int = opt(30, "PPO steps of a run.")
+    seed: int = opt(0, "Of the moments to kill at.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Torture, and say what was lost; exit code 1 if anything was."""
+    cfg = TortureConfig(**vars(HfArgumentParser(TortureConfig, description=__doc__).parse_args(argv)))
+    if cfg.kills < 1 or cfg.steps < 2:
+        raise UserError("kills must be at least 1, steps at least 2")
+    with tempfile.TemporaryDirectory() as folder:
+        runs, resumed, lost = torture(cfg, Path(folder))
+    print(f"{cfg.kills} kills in {runs} runs, resumed after steps {sorted(resumed)}")
+    print("\n".join(lost) or "nothing was lost: every run ended bit for bit like the undisturbed one")
+    sys.exit(1 if lost else 0)
+
+
+def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]:
+    """How many runs there were, after which steps they were resumed, and what differed at their ends."""
+    names = make_random_models(SMALL, folder / "models", vocabulary=300)
+    flags = [f"--{name}={value}" for name, value in names.items()]
+    flags += [f"--total_steps={cfg.steps}", "--batch_size=8", "--minibatch_size=4", "--max_prompt_len=8", "--lr=1e-3",
+              "--max_new_tokens=8", "--save_every=3", "--sample_every=4", "--eval_every=5", "--device=cpu"]  # fmt: skip
+    begun = time.monotonic()
+    start(flags, folder / "undisturbed").wait()
+    duration = time.monotonic() - begun
+    expected = remains(folder / "undisturbed")
+    moments, kills, runs, resumed, lost = random.Random(cfg.seed), 0, 0, set[int](), list[str]()
+    with tqdm(total=cfg.kills, desc="killing", dynamic_ncols=True) as bar:
+        while kills < cfg.kills:
+            runs += 1
+            victim = folder / f"run{runs}"
+            while True:
+                process = start(flags, victim)
+                patience = None if kills == cfg.kills else moments.uniform(0.3, 1.1) * duration
+                try:
+                    code = process.wait(patience)
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    kills += 1
+                    bar.update()
+                    resumed |= {int(state.name.removeprefix("step_")) for state in states(victim / "state")[-1:]}
+            found = remains(victim)
+            differing = [name for name in expected if found.get(name) != expected[name]]
+            if code or differing:
+                lost.append(f"run {runs} ended with code {code}; differing: {', '.join(differing)}")
+            shutil.rmtree(victim, ignore_errors=True)
+    return runs, resumed, lost
+
+
+def start(flags: list[str], run: Path) -> "subprocess.Popen[bytes]":
+    """Start a run, or go on with it."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--ckpt_dir={run}", "--resume"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def remains(run: Path) -> dict[str, bytes]:
+    """What a run left behind and must be the same every time: all but timings and pictures."""
+    patterns = ("**/*.safetensors", "samples.csv", "eval.csv")
+    kept = [path for pattern in patterns for path in sorted(run.glob(pattern))]
+    found = {str(path.relative_to(run)): path.read_bytes() for path in kept}
+    if (run / "metrics.csv").is_file():
+        table = pd.read_csv(run / "metrics.csv", dtype=str).drop(columns=TIMINGS)
+        found["metrics.csv"] = table.to_csv(index=False).encode()
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
