@@ -40,6 +40,7 @@ from utils import (
     quiet_libraries,
     resolve_device,
     resolve_dtype,
+    spreadsheet_safe,
     uniforms,
     write_whole,
 )  # fmt: skip
@@ -118,6 +119,8 @@ def evaluate(cfg: EvalConfig) -> pd.DataFrame:
         human = human_continuations(prompts[rows], run.max_prompt_len, run.max_new_tokens, run.device)
         parts.append(part.assign(**compare_on_human(human, policy, base)))
     results = pd.concat(parts, ignore_index=True)
+    for name in ("prompt", "policy_text", "base_text"):
+        results[name] = results[name].map(spreadsheet_safe)
     if judge is not None:
         for name in ("policy", "base"):
             results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())

@@ -129,12 +129,12 @@ def ppo_update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
-    report = Report()
+    report, size = Report(), cfg.micro_batch_size or cfg.minibatch_size
     for epoch in range(cfg.ppo_epochs):
         order = permutation(cfg.seed, step, epoch, len(rollout.mask)).to(rollout.mask.device)
         epoch_report = Report()
         for rows in order.split(cfg.minibatch_size):
-            _learn(policy, optimizer, data.select(rows), cfg, epoch_report)
+            size = _learn(policy, optimizer, data.select(rows), cfg, size, epoch_report)
         report.add(epoch_report)
         if cfg.target_kl is not None and epoch_report.mean("approx_kl") > cfg.target_kl:
             break
@@ -142,19 +142,32 @@ def ppo_update(
         **report.metrics(),
         "explained_var": explained_variance(returns, rollout.values, rollout.mask),
         "epochs": epoch + 1,
+        "micro_batch_size": size,
         "lr": learning_rate(cfg, step),
     }
 
 
 def _learn(
-    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, report: "Report"
-) -> None:
-    """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is."""
-    size, token_count = len(minibatch.logprobs), minibatch.sequences.response_mask.sum()
-    optimizer.zero_grad()
-    found = Report()
-    for rows in _split(size, cfg.micro_batch_size or size, minibatch.logprobs.device):
-        _backward(policy, minibatch.select(rows), cfg, token_count, found)
+    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, size: int, report: "Report"
+) -> int:
+    """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is.
+
+    Where memory does not suffice for micro-batches of `size` responses they are halved, and the minibatch is begun
+    anew: the gradient is the same, because nothing in it is random. Returns the size that sufficed.
+    """
+    token_count = minibatch.sequences.response_mask.sum()
+    while True:
+        optimizer.zero_grad()
+        found = Report()
+        try:
+            for rows in _split(len(minibatch.logprobs), size, minibatch.logprobs.device):
+                _backward(policy, minibatch.select(rows), cfg, token_count, found)
+            break
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+        torch.cuda.empty_cache()  # out here the failed pass is no longer held
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     if math.isfinite(grad_norm) and found.is_finite():
         optimizer.step()
@@ -163,6 +176,7 @@ def _learn(
     else:
         optimizer.zero_grad()
         report.skipped += 1
+    return size
 
 
 def _backward(policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_count: Tensor, report: "Report") -> None:

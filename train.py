@@ -53,6 +53,7 @@ from utils import (
     require_hub,
     resolve_device,
     resolve_dtype,
+    spreadsheet_safe,
     uniforms,
     write_whole,
 )  # fmt: skip
@@ -106,7 +107,7 @@ def train(
                     seqs = act(parts, cfg, step)
                     watch.lap("seconds_generate")
                     # score
-                    scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+                    scores = score(parts, cfg, seqs)
                     rollout = make_rollout(parts.policy, parts.reference, seqs, scores, kl.coef)
                     watch.lap("seconds_score")
             except Abandoned:
@@ -196,6 +197,20 @@ def answer(
     )  # fmt: skip
 
 
+def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
+    """The reward's scores (B,) of the responses (raises UserError where it fails or returns something else)."""
+    try:
+        scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+    except (Abandoned, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"rm_name={cfg.rm_name} failed on a batch ({type(error).__name__}: {error})") from error
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(seqs.tokens),):
+        found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"rm_name={cfg.rm_name} returned {found} instead of one real number per response")
+    return scores
+
+
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +222,7 @@ class RunFolder:
         self.path = Path(cfg.ckpt_dir)
         self.failed_steps, self.best = 0, -math.inf
         self.seconds_saving, self.started = 0.0, time.perf_counter()
-        self.doctor = Doctor()
+        self.doctor = Doctor(cfg.micro_batch_size or cfg.minibatch_size)
         self.board_type = tensorboard_writer() if cfg.report_to == "tensorboard" else None
         self.board: Any = None
         self.keep_last = cfg.keep_last
@@ -320,7 +335,7 @@ class RunFolder:
         """Append to eval.csv how the policy does on the prompts kept back; keep it as best/ if none was better."""
         noise = uniforms(cfg.seed, 0, len(parts.held_out.prompts), cfg.max_new_tokens)
         seqs = answer(parts, cfg, *parts.held_out.batch(1), noise)
-        scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+        scores = score(parts, cfg, seqs)
         row = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef).metrics()
         append_row(self.path / "eval.csv", {"step": step, **row})
         within = cfg.kl_budget is None or row["kl_seq_exact"] <= cfg.kl_budget
@@ -337,7 +352,7 @@ class RunFolder:
     def add_samples(self, parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> None:
         """Append a few prompts with the answers of policy and base, drawn with the same random numbers."""
         base = act(parts, cfg, step, parts.reference, rows=SHOWN)
-        base_scores = parts.reward(base.texts(parts.tokenizer, cfg.reward_on_prompt))
+        base_scores = score(parts, cfg, base)
         answers = rollout.sequences.texts(parts.tokenizer)
         for row, (prompt, text) in enumerate(
             zip(base.prompts(parts.tokenizer), base.texts(parts.tokenizer), strict=True)
@@ -456,6 +471,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one row to a CSV file, with a header if it is new, in a single write that is on disk when this returns."""
     size = path.stat().st_size if path.exists() else 0
     texts = any(isinstance(value, str) for value in row.values())
+    row = {name: spreadsheet_safe(value) if isinstance(value, str) else value for name, value in row.items()}
     try:
         with path.open("a", newline="", encoding="utf-8") as file:
             # a text may hold any character, a lone \r too

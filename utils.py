@@ -289,6 +289,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> 
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def spreadsheet_safe(text: str) -> str:
+    """A text that no spreadsheet takes for a formula: an apostrophe goes before what would begin one."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and move it there, so that it is never seen half-written."""
     partial = path.with_name(f".{path.name}.partial")

@@ -36,8 +36,10 @@ COUNTS = {
     "save_every",
     "sample_every",
     "n_samples",
+    "eval_prompts",
+    "keep_last",
 }
-FROM_ZERO = {"micro_batch_size", "top_k", "warmup_steps", "seed"}
+FROM_ZERO = {"micro_batch_size", "top_k", "warmup_steps", "seed", "eval_every", "frontier"}
 REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
 REAL_POSITIVE = {
     "temperature",
@@ -46,6 +48,7 @@ REAL_POSITIVE = {
     "value_clip_range",
     "max_grad_norm",
     "target_kl",
+    "kl_budget",
 }
 UNIT = {"gamma", "gae_lambda"}
 SHARES = {"top_p"}

@@ -141,22 +141,24 @@ def test_judge_learns_the_labels_and_knows_nothing_of_random_ones() -> None:
 HEALTHY = {
     "kl_seq": 2.0, "kl_seq_exact": 2.0, "ratio_max": 1.5, "clip_frac": 0.02, "entropy": 4.0, "distinct_rate": 1.0,
     "explained_var": 0.2, "positive_rate": 0.6, "skipped": 0, "updates": 8,
+    "micro_batch_size": 16,
 }  # fmt: skip
 SICK = {
     "kl_seq": (-5.0, "--check"), "kl_seq_exact": (50.0, "--kl_coef"), "ratio_max": (40.0, "--lr"),
     "clip_frac": (0.5, "--ppo_epochs"), "entropy": (0.5, "--ent_coef"), "distinct_rate": (0.1, "samples.csv"),
     "explained_var": (-3.0, "--value_coef"), "skipped": (2, "--lr"),
+    "micro_batch_size": (4, "--micro_batch_size 4"),
 }  # fmt: skip
 
 
 def test_doctor_has_nothing_to_say_of_a_healthy_run() -> None:
-    doctor = Doctor()
+    doctor = Doctor(micro_batch_size=16)
     assert not any(doctor.look(HEALTHY) for _ in range(30))
 
 
 @pytest.mark.parametrize("name", SICK)
 def test_doctor_tells_each_finding_once_with_the_setting_to_change(name: str) -> None:
-    doctor = Doctor()
+    doctor = Doctor(micro_batch_size=16)
     assert doctor.look(HEALTHY) == []
     value, remedy = SICK[name]
     told = [text for _ in range(30) for text in doctor.look({**HEALTHY, name: value})]

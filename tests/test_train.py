@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 import train
 import utils
-from config import TrainConfig, UserError
+from config import UserError
 from model import GPT2WithValueHead
 from reward import SentimentReward
+from tools.states import states
 
 REPOSITORY = Path(train.__file__).parent
 CONTRACT = """step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
@@ -38,7 +39,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
     folder = run(flags)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv",
+        ".lock", "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv", "state",
         "value_head.safetensors",
     ]  # fmt: skip
     metrics = pd.read_csv(folder / "metrics.csv")
@@ -61,7 +62,7 @@ def test_train_evaluates_on_prompts_that_it_never_trains_on(
 ) -> None:
     held: list[train.Parts] = []
     load_parts = train.load_parts
-    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
+    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[-1])
     folder = run(flags, "--eval_every", "2", "--eval_prompts", "3")
     table = pd.read_csv(folder / "eval.csv")
     assert table.step.tolist() == [0, 2, 3]
@@ -413,23 +414,27 @@ def test_check_refuses_to_train_when_a_fact_fails(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_train_a_signal_finishes_the_step_saves_and_exits(
-    number: int, code: int, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("phase", "kept"), [("act", [1]), ("make_rollout", [1]), ("ppo_update", [1, 2])])
+def test_train_a_signal_abandons_what_taught_nothing_yet_saves_and_exits(
+    number: int, code: int, phase: str, kept: list[int], flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act = train.act
+    """In the second step: while it acts or scores it is given up, while it learns it is finished."""
+    right, calls = getattr(train, phase), []
 
-    def interrupted(parts: train.Parts, cfg: TrainConfig, step: int, *rest: Any, **named: Any) -> Any:
-        if step == 2 and not rest:
+    def interrupted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
             os.kill(os.getpid(), number)
-        return act(parts, cfg, step, *rest, **named)
+        return right(*args, **named)
 
-    monkeypatch.setattr(train, "act", interrupted)
+    monkeypatch.setattr(train, phase, interrupted)
     with pytest.raises(SystemExit) as stop:
-        run({**flags, "total_steps": "9", "save_every": "9"})
+        run({**flags, "total_steps": "9", "save_every": "9", "eval_every": "0", "sample_every": "9"})
     assert stop.value.code == code
     folder = Path(flags["ckpt_dir"])
-    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2]
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == kept
     GPT2WithValueHead.load(folder)
+    assert [state.name for state in states(folder / "state")] == [f"step_{kept[-1]:06d}"]
 
 
 def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(

@@ -10,7 +10,9 @@ STEPS = 10  # a critic is judged over this many
 class Doctor:
     """Looks at the rows of metrics.csv as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batch_size: int = 0) -> None:
+        """micro_batch_size: what the settings ask for."""
+        self.micro_batch_size = micro_batch_size
         self.told: set[str] = set()
         self.first_entropy = math.nan
         self.critic: deque[float] = deque(maxlen=STEPS)
@@ -29,6 +31,7 @@ class Doctor:
         critic = sum(self.critic) / STEPS if len(self.critic) == STEPS else 0.0
         wrong = {
             "skipped": row["skipped"] > 0,
+            "memory": row["micro_batch_size"] < self.micro_batch_size,
             "kl_negative": row["kl_seq"] < -2,
             "kl_high": row["kl_seq_exact"] > 20,
             "ratio": row["ratio_max"] > 10,
@@ -40,6 +43,8 @@ class Doctor:
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
             "loss or gradient was not finite; lower --lr, or check the reward for NaN",
+            "memory": f"memory sufficed for micro-batches of {row['micro_batch_size']} only, which changes no result; "
+            f"set --micro_batch_size {row['micro_batch_size']} to spare the attempts",
             "kl_negative": f"KL is {row['kl_seq']:.1f} nats, far below 0, so what is sampled is not what is scored; "
             "run with --check",
             "kl_high": f"KL is {row['kl_seq_exact']:.0f} nats: the policy is leaving the language of the base; raise "

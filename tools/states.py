@@ -38,7 +38,8 @@ def save_state(folder: Path, policy: nn.Module, optimizer: Optimizer, counters: 
     for name, tensors in zip(FILES, (weights, _moments(policy, optimizer)), strict=True):
         save_file(tensors, fresh / name)
         flush(fresh / name)
-    record = {**counters, "sha256": {name: checksum(fresh / name) for name in FILES}}
+    sums = {name: checksum(fresh / name) for name in FILES}
+    record = {**counters, "sha256": {**sums, "counters": _checksum_of(counters)}}
     (fresh / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     flush(fresh / "state.json")
     remove(place)
@@ -77,13 +78,16 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str | None:
     """What is wrong with a state, if anything: a file missing, cut short or changed."""
     try:
-        expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]
+        counters = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        expected = counters.pop("sha256")
+        if _checksum_of(counters) != expected["counters"]:
+            return "state.json is damaged"
         for name in FILES:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if checksum(path / name) != expected[name]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"state.json cannot be read ({error})"
     return None
 
@@ -113,6 +117,10 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_of(counters: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(counters, sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path) -> None:
