@@ -27,14 +27,14 @@ def is_file(dataset: str) -> bool:
 
 
 def load_examples(
-    dataset: str, split: str, text_column: str, label_column: str | None = None
+    dataset: str, split: str, text_column: str, label_column: str | None = None, revision: str | None = None
 ) -> tuple[list[str], list[str | int | None] | None]:
     """Read the texts of a data set, and its labels where a column is named.
 
     `<br />` becomes a space and empty rows are left out. Class ids with known names become the names; a missing
     label (-1 in Hugging Face data sets) becomes None. Raises UserError where the data set, split or column is missing.
     """
-    table = _read_file(dataset, text_column) if is_file(dataset) else _read_dataset(dataset, split)
+    table = _read_file(dataset, text_column) if is_file(dataset) else _read_dataset(dataset, split, revision)
     for setting, column in (("text_column", text_column), ("label_column", label_column)):
         if column is not None and column not in table:
             raise UserError(f"{setting}={column!r} is not in {dataset}: its columns are {', '.join(map(str, table))}")
@@ -74,7 +74,7 @@ def _read_file(name: str, text_column: str) -> pd.DataFrame:
         raise UserError(f"dataset {name} cannot be read as {path.suffix}: {error}") from None
 
 
-def _read_dataset(name: str, split: str) -> pd.DataFrame:
+def _read_dataset(name: str, split: str, revision: str | None) -> pd.DataFrame:
     import datasets  # 1 s to import, and not needed for files
 
     require_hub("dataset", name)
@@ -87,7 +87,7 @@ def _read_dataset(name: str, split: str) -> pd.DataFrame:
                 raise UserError(f"split={split!r} is not in dataset {name}: choose {', '.join(found)}")
             table = found[split] if isinstance(found, datasets.DatasetDict) else found
         else:
-            table = datasets.load_dataset(name, split=split)
+            table = datasets.load_dataset(name, split=split, revision=revision)
     except (ValueError, KeyError) as error:
         raise UserError(f"split={split!r} of dataset {name} cannot be loaded: {error}") from None
     except (OSError, datasets.exceptions.DatasetsError, datasets.exceptions.DataFilesNotFoundError) as error:

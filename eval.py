@@ -79,6 +79,9 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
     except (ValueError, TypeError, OSError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or move the policy to a folder without it") from None
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in OF_RUN and getattr(cfg, f.name) is not None}
+    for name, revision in (("rm_name", "rm_revision"), ("dataset", "dataset_revision")):
+        if name in flags and flags[name] != getattr(run, name):
+            flags[revision] = None  # it belonged to another
     device = resolve_device(cfg.device)
     return with_changes(
         run, **{"ref_name": run.policy_name if run.ref_name is None else run.ref_name, **flags},
@@ -96,9 +99,12 @@ def evaluate(cfg: EvalConfig) -> pd.DataFrame:
     policy_name, ref_name = resolve_name(cfg.policy_path), resolve_name(str(run.ref_name))
     tokenizer = load_tokenizer("policy_path", policy_name)
     policy = GPT2WithValueHead.from_pretrained(policy_name, "policy_path", dtype).to(run.device)
-    base = load_reference(ref_name, dtype=dtype).to(run.device)
+    revision = run.policy_revision if run.ref_name == run.policy_name else None
+    base = load_reference(ref_name, dtype=dtype, revision=revision).to(run.device)
     check_fit(policy, base, tokenizer, run.max_prompt_len + run.max_new_tokens)
-    reward = SentimentReward(resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype)
+    reward = SentimentReward(
+        resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype, revision=run.rm_revision
+    )
     judge = second_judge(cfg, run)
     prompts = held_out_prompts(cfg, run, tokenizer)
     keep_freed_memory()
@@ -143,7 +149,7 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         return lambda texts: model(texts).cpu().numpy()
     try:
         name = resolve_name(run.dataset, run.split)
-        texts, labels = load_examples(name, run.split, run.text_column, cfg.label_column)
+        texts, labels = load_examples(name, run.split, run.text_column, cfg.label_column, run.dataset_revision)
     except UserError:
         texts, labels = [], []
     known = [
@@ -166,12 +172,15 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     Each is followed by what its author wrote next, max_new_tokens at most.
     """
     longest = run.max_prompt_len + run.max_new_tokens
-    texts, _ = load_examples(resolve_name(run.dataset, cfg.split), cfg.split, run.text_column)
+    texts, _ = load_examples(
+        resolve_name(run.dataset, cfg.split), cfg.split, run.text_column, revision=run.dataset_revision
+    )
     texts = list(dict.fromkeys(texts))
     if is_file(run.dataset) or cfg.split == run.split:
         print(f"note: if {run.dataset} was trained on, these prompts are not held out")
     else:
-        seen = set(load_examples(resolve_name(run.dataset, run.split), run.split, run.text_column)[0])
+        name = resolve_name(run.dataset, run.split)
+        seen = set(load_examples(name, run.split, run.text_column, revision=run.dataset_revision)[0])
         texts = [text for text in texts if text not in seen]
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     prompts: list[list[int]] = []

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from config import UserError
 from utils import (
+    MAIN,
     compare_policies,
     decode,
     loading,
@@ -136,10 +137,10 @@ class GPT2WithValueHead(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, setting: str = "policy_name", dtype: torch.dtype = torch.float32
+        cls, name: str, setting: str = "policy_name", dtype: torch.dtype = torch.float32, revision: str | None = None
     ) -> "GPT2WithValueHead":
         """A GPT-2 from the hub or a folder, with a fresh critic (raises UserError)."""
-        return cls(load_gpt2(name, setting), dtype)
+        return cls(load_gpt2(name, setting, revision), dtype)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "GPT2WithValueHead":
@@ -155,13 +156,15 @@ class GPT2WithValueHead(nn.Module):
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
 
-def load_gpt2(name: str, setting: str) -> GPT2LMHeadModel:
+def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
     """A GPT-2 language model in float32 from the hub or a folder, complete or not at all (raises UserError)."""
     with loading(setting, name, "GPT-2"):
-        kind = GPT2Config.get_config_dict(name)[0].get("model_type")
+        kind = GPT2Config.get_config_dict(name, revision=revision or MAIN)[0].get("model_type")
         if kind != "gpt2":
             raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
-        lm, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        lm, info = GPT2LMHeadModel.from_pretrained(
+            name, revision=revision or MAIN, dtype=torch.float32, output_loading_info=True
+        )
     refuse_missing(setting, name, info, "GPT-2 language model")
     if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
         for block in lm.transformer.h:
@@ -169,9 +172,11 @@ def load_gpt2(name: str, setting: str) -> GPT2LMHeadModel:
     return lm
 
 
-def load_reference(name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32) -> GPT2WithValueHead:
+def load_reference(
+    name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> GPT2WithValueHead:
     """The frozen anchor: the same class as the policy, without gradients."""
-    return GPT2WithValueHead(load_gpt2(name, setting), dtype).requires_grad_(False)
+    return GPT2WithValueHead(load_gpt2(name, setting, revision), dtype).requires_grad_(False)
 
 
 def check_fit(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from config import UserError
-from utils import load_tokenizer, loading, refuse_missing
+from utils import MAIN, load_tokenizer, loading, refuse_missing
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 
@@ -22,11 +22,11 @@ class SentimentReward:
 
     def __init__(
         self, name: str, target_label: str = "positive", device: str | torch.device = "cpu", batch_size: int = 64,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, revision: str | None = None,
     ) -> None:  # fmt: skip
         """Load the classifier (raises UserError where it, its tokenizer or its label is missing)."""
-        self.model: Any = _load_classifier(name).to(device).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer("rm_name", name)
+        self.model: Any = _load_classifier(name, revision).to(device).eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer("rm_name", name, revision)
         if self.tokenizer.pad_token_id is None:
             raise UserError(f"rm_name={name} has a tokenizer without a padding token: save one with it")
         self.target = find_label(self.model.config, target_label, name)
@@ -80,11 +80,16 @@ def full_label(label: str) -> str:
     return SHORT_NAMES.get(label.lower(), label.lower())
 
 
-def _load_classifier(name: str) -> torch.nn.Module:
+def _load_classifier(name: str, revision: str | None) -> torch.nn.Module:
     with loading("rm_name", name, "sequence classifier"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision or MAIN, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            name,
+            revision=revision or MAIN,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     refuse_missing("rm_name", name, info, "sequence classifier")
     return model

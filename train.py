@@ -53,6 +53,7 @@ from utils import (
     require_hub,
     resolve_device,
     resolve_dtype,
+    resolved_commit,
     spreadsheet_safe,
     uniforms,
     write_whole,
@@ -167,12 +168,16 @@ def load_parts(cfg: TrainConfig) -> Parts:
     """Load everything that a run needs (raises UserError)."""
     policy_name, ref_name = resolve_name(cfg.policy_name), resolve_name(cfg.ref_name or cfg.policy_name)
     dtype = getattr(torch, cfg.dtype)
-    tokenizer = load_tokenizer("policy_name", policy_name)
-    policy = GPT2WithValueHead.from_pretrained(policy_name, dtype=dtype).to(cfg.device)
-    reference = load_reference(ref_name, dtype=dtype).to(cfg.device)
+    tokenizer = load_tokenizer("policy_name", policy_name, cfg.policy_revision)
+    policy = GPT2WithValueHead.from_pretrained(policy_name, dtype=dtype, revision=cfg.policy_revision).to(cfg.device)
+    reference = load_reference(ref_name, dtype=dtype, revision=ref_revision(cfg)).to(cfg.device)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
-    reward = SentimentReward(resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype)
-    texts, _ = load_examples(resolve_name(cfg.dataset, cfg.split), cfg.split, cfg.text_column)
+    reward = SentimentReward(
+        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision
+    )
+    texts, _ = load_examples(
+        resolve_name(cfg.dataset, cfg.split), cfg.split, cfg.text_column, revision=cfg.dataset_revision
+    )
     prompts = load_prompts(tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
     kept, back = keep_back(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
     streams = PromptStream(kept, cfg.batch_size, cfg.seed), PromptStream(back, len(back), cfg.seed)
@@ -438,13 +443,24 @@ def tensorboard_writer() -> Any:
     return SummaryWriter
 
 
+def ref_revision(cfg: TrainConfig) -> str | None:
+    """The reference's revision: the policy's where it is the same model."""
+    return cfg.policy_revision if cfg.ref_name in (None, cfg.policy_name) else None
+
+
 def describe(cfg: TrainConfig) -> dict[str, Any]:
-    """What config.json holds: every setting as resolved, versions, git commit and machine."""
+    """What config.json holds: every setting as resolved, versions, commits and machine."""
+    revisions = {"policy_name": cfg.policy_revision, "ref_name": ref_revision(cfg), "rm_name": cfg.rm_revision,
+                 "dataset": cfg.dataset_revision}  # fmt: skip
     return {
         **asdict(cfg),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "tokenizers")},
         "python": sys.version.split()[0],
         "git_commit": git_commit(),
+        "hub_commits": {
+            setting: resolved_commit(setting, str(getattr(cfg, setting)), revision)
+            for setting, revision in revisions.items()
+        },
         "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
     }
 

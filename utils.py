@@ -26,6 +26,7 @@ from config import UserError
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
                pickle.UnpicklingError)  # fmt: skip
 CHUNK_FLOATS = 24_000_000  # logits alive at a time, 64 MB in float32: large products are fast, and memory stays low
+MAIN = "main"  # the revision where none is named
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 
 
@@ -407,13 +408,23 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
 
 
-def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(setting: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model (raises UserError where there is none: the library would make one up)."""
     with loading(setting, name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or MAIN, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{setting}={name} has no tokenizer: save it with the model")
     return tokenizer
+
+
+def resolved_commit(setting: str, name: str, revision: str | None = None) -> str | None:
+    """The commit that a name from the hub stood for when it was loaded; None for a folder or a file."""
+    kind = "datasets" if setting.startswith("dataset") else "models"
+    cache = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
+    if Path(name).exists() or not cache.is_dir():
+        return None
+    reference = cache / "refs" / (revision or MAIN)
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
 
 
 def refuse_missing(setting: str, name: str, info: dict[str, Any], what: str) -> None:

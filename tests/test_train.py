@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TIMINGS, run, save_classifier
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -452,3 +453,36 @@ def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
     start, kept = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in
                    (flags["policy_name"], folder / "policy_lm"))  # fmt: skip
     assert all(torch.equal(start[name], kept[name]) for name in start)
+
+
+# --- revisions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_revision_chooses_among_commits_and_is_recorded(
+    flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits of one name in a hub's cache, with different weights."""
+    cache = tmp_path / "hub" / "models--someone--gpt2"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for revision, commit in commits.items():
+        shutil.copytree(gpt2_dir, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+    weights = cache / "snapshots" / commits["v1"] / "model.safetensors"
+    changed = {name: weight + 0.01 for name, weight in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path / "hub"))
+    still = {**flags, "policy_name": "someone/gpt2", "lr": "0", "total_steps": "1"}
+    for revision in (None, "v1", commits["v1"]):
+        words = [] if revision is None else ["--policy_revision", revision]
+        folder = run({**still, "ckpt_dir": str(tmp_path / str(revision))}, *words)
+        commit = commits["main" if revision is None else "v1"]
+        recorded = json.loads((folder / "config.json").read_text())["hub_commits"]
+        assert recorded == {"policy_name": commit, "ref_name": commit, "rm_name": None, "dataset": None}
+        kept = load_file(folder / "policy_lm" / "model.safetensors")
+        expected = load_file(cache / "snapshots" / commit / "model.safetensors")
+        assert all(torch.equal(kept[name], expected[name]) for name in expected)
+        assert pd.read_csv(folder / "metrics.csv").kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(SystemExit):
+        run({**still, "ckpt_dir": str(tmp_path / "none")}, "--policy_revision", "v2")
