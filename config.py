@@ -183,6 +183,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.frontier == 1:
+            raise UserError("frontier=1 draws nothing to choose from: take 0, or 2 and more")
         if self.min_prompt_len is not None and self.max_prompt_len is not None:
             check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
 
@@ -261,7 +263,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
             raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its states")
         if saved:
             _check_saved(cls, saved, path)
-            parser.set_defaults(**saved)
+            once = ("resume", "allow_changes", "overwrite", "check")  # said of one start, not of the run
+            parser.set_defaults(**{name: value for name, value in saved.items() if name not in once})
             values = {**vars(parser.parse_args(argv)), "ckpt_dir": str(path.parent)}
     return cls(**{f.name: values[f.name] for f in fields(cls)})
 

@@ -48,7 +48,10 @@ def load_examples(
 def _label(value: Any) -> str | int | None:
     if isinstance(value, str):
         return value or None
-    return None if pd.isna(value) or value == -1 else int(value)
+    try:
+        return None if pd.isna(value) or value == -1 else int(value)
+    except (TypeError, ValueError):  # a list, say
+        raise UserError(f"label_column holds {value!r}, which is no label: choose another") from None
 
 
 def _read_file(name: str, text_column: str) -> pd.DataFrame:
@@ -95,7 +98,7 @@ def _read_dataset(name: str, split: str, revision: str | None) -> pd.DataFrame:
     frame = table.to_pandas()
     for column, feature in table.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            frame[column] = [feature.names[i] if i >= 0 else None for i in frame[column]]
+            frame[column] = [feature.names[int(i)] if i >= 0 else None for i in frame[column]]
     return frame
 
 

@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
+from config import EvalConfig, TrainConfig, UserError, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
@@ -71,13 +71,13 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
     folder = Path(cfg.policy_path)
     if cfg.policy_path == EvalConfig.policy_path and not folder.exists():
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
-    path = folder.parent / "config.json"
+    home = run_folder(cfg.policy_path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        of_run = "total_steps" in found  # and not the config.json of a model, say
-        run = TrainConfig(**{f.name: found[f.name] for f in fields(TrainConfig) if of_run and f.name in found})
-    except (ValueError, TypeError, OSError, UserError) as error:
-        raise UserError(f"{path} is damaged ({error}): mend it, or move the policy to a folder without it") from None
+        run = TrainConfig(**saved_settings(home / "config.json")[0]) if home else TrainConfig()
+    except UserError as error:
+        raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
+    if home is None and not cfg.policy_path.startswith("tiny:"):
+        print(f"note: {cfg.policy_path} lies in no run, so what no flag says is as train.py's defaults")
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in OF_RUN and getattr(cfg, f.name) is not None}
     for name, revision in (("rm_name", "rm_revision"), ("dataset", "dataset_revision")):
         if name in flags and flags[name] != getattr(run, name):
@@ -87,6 +87,20 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
         run, **{"ref_name": run.policy_name if run.ref_name is None else run.ref_name, **flags},
         device=device, dtype=resolve_dtype(cfg.dtype, device),
     )  # fmt: skip
+
+
+def run_folder(policy_path: str) -> Path | None:
+    """The folder of the run that made a policy, whether it is its policy_lm or that of best/; None if it is in none."""
+    parents = Path(policy_path).absolute().parents
+    return next((p for p in parents[:2] if saved_or_none(p / "config.json")), None)
+
+
+def saved_or_none(path: Path) -> bool:
+    """Whether there is a run's config.json, whole or damaged, and not that of a model."""
+    try:
+        return path.is_file() and "total_steps" in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
@@ -151,6 +165,8 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         name = resolve_name(run.dataset, run.split)
         texts, labels = load_examples(name, run.split, run.text_column, cfg.label_column, run.dataset_revision)
     except UserError:
+        if cfg.label_column != EvalConfig.label_column:
+            raise
         texts, labels = [], []
     known = [
         (text, full_label(str(label))) for text, label in zip(texts, labels or [], strict=True) if label is not None
@@ -282,7 +298,7 @@ PAIRED = {
     "sentiment_gain": ("sentiment gained", SIGNED),
     "win_rate": ("win-rate, % (a tie is half)", PERCENT),
     "judge_gain": ("gained, says the second judge", SIGNED),
-    "judge_gap_rate": ("positives it does not confirm, %", PERCENT),
+    "judge_gap_rate": ("gain in positives it does not see, %", PERCENT),
     "kl_seq": ("KL to base, nats per response", PLAIN),
     "kl_seq_exact": ("  the same, exact per token", PLAIN),
     "kl_token": ("KL to base, nats per token", LONG),
@@ -348,18 +364,20 @@ def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -
 
 
 def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the second judge makes of the gain, and whether the reward was gamed: it sees less than half of what it
-    should, given how often it agrees with the reward about the base's responses.
+    """What the second judge makes of the gain, and whether the reward was gamed: the judge sees less than half of what
+    it should, given how much more often it finds those base responses positive which the reward does.
     """
-    more = (column["policy_score"] > 0).astype(float) - (column["base_score"] > 0)
-    more_by_judge = (column["policy_judge"] > 0).astype(float) - (column["base_judge"] > 0)
-    agreement = float(((column["base_score"] > 0) == (column["base_judge"] > 0)).mean())
-    expected = (2 * agreement - 1) * more.mean()
+    positive = {name: column[name] > 0 for name in ("policy_score", "base_score", "policy_judge", "base_judge")}
+    more = positive["policy_score"].astype(float) - positive["base_score"]
+    more_by_judge = positive["policy_judge"].astype(float) - positive["base_judge"]
+    liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
+    slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
+    expected = slope * more.mean()
     return {
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
         **_estimate("judge_gap_rate", more - more_by_judge),
-        "judge_agreement": agreement,
-        "gamed": bool(agreement > 0.6 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
+        "judge_slope": slope,
+        "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
     }
 
 
@@ -378,14 +396,16 @@ def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
         "base_draws_mean": float(best.base.mean()),
     }  # fmt: skip
 
-    def share(times: np.ndarray) -> np.ndarray:
+    def gains(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weights = times / times.sum(1, keepdims=True)
         base = weights @ best.base
-        return (weights @ ours - base) / (best.optimal_reward(weights @ kl, times) - base)
+        return weights @ ours - base, best.optimal_reward(weights @ kl, times) - base
 
-    if kl.mean() > 0:
-        low, high = np.quantile(share(resampled(len(ours), 0)[:400]), [0.025, 0.975])
-        found["optimal_share_rate"] = float(share(np.ones((1, len(ours))))[0])
+    gain, possible = gains(np.ones((1, len(ours))))
+    if possible[0] > 0.02:  # next to the base there is no gain to have a share of
+        resampled_gain, resampled_possible = gains(resampled(len(ours), 0)[:400])
+        low, high = np.quantile(resampled_gain / resampled_possible, [0.025, 0.975])
+        found["optimal_share_rate"] = float(gain[0] / possible[0])
         found["optimal_share_rate_ci"] = [float(low), float(high)]
     return found
 
@@ -397,17 +417,18 @@ def verdict(summary: dict[str, Any]) -> str:
     """The whole comparison in plain words, on one line."""
     ours, base = summary["policy"], summary["base"]
     low, high = summary["sentiment_gain_ci"]
-    kind = "more" if low > 0 else "less" if high < 0 else "neither more nor less surely"
+    kind = "more" if low > 0 else "less" if high < 0 else "about as"
+    than = "as" if kind == "about as" else "than"
     words = [
-        f"The policy writes {kind} positively than base: {ours['positive_rate']:.0%} against "
-        f"{base['positive_rate']:.0%} positive, ahead on {summary['win_rate']:.0%} of prompts, "
+        f"The policy writes {kind} {'positively ' + than} base: {ours['positive_rate']:.0%} against "
+        f"{base['positive_rate']:.0%} positive, win-rate {summary['win_rate']:.0%}, "
         f"at {summary['kl_seq_exact']:.1f} nats from base."
     ]  # fmt: skip
     if "optimal_share_rate" in summary:
         ends = max(summary["optimal_curve"]["kl"])  # beyond its end the curve is flat: the best response always
         certain = min(summary["kl_seq_exact"], ends) <= summary["kl_certain"]
         doubt = "" if certain else " (more draws would be needed to be certain)"
-        words.append(f"It has {summary['optimal_share_rate']:.0%} of the gain possible at that KL{doubt}.")
+        words.append(f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}.")
     losses = [
         f"{what} ({form.format(ours[key])} against {form.format(base[key])})"
         for key, sign, what, form in (
@@ -478,8 +499,8 @@ def write(results: pd.DataFrame, summary: dict[str, Any], out_csv: Path) -> None
     try:
         write_whole(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
         write_whole(beside(out_csv, "summary.json"), json.dumps(summary, indent=2) + "\n")
-        run_folder = Path(summary["settings"]["policy_path"]).parent
-        write_report(results, summary, table_rows(summary), run_folder, beside(out_csv, "report.html"))
+        home = run_folder(summary["settings"]["policy_path"])
+        write_report(results, summary, table_rows(summary), home, beside(out_csv, "report.html"))
     except OSError as error:
         raise UserError(f"out_csv={out_csv} cannot be written ({error.strerror}): choose another file") from None
 

@@ -183,7 +183,7 @@ def _backward(policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_c
     """Add the gradient of a micro-batch: one pass through GPT-2, the loss above it for a few responses at a time.
 
     The loss is a sum over tokens, so each few can be taken back to the hidden states before the next; logits of all
-    tokens, of which GPT-2 has 50,257 each, never exist at once, and none are computed twice.
+    tokens, of which GPT-2 has 50,257 each, never exist at once.
     """
     hidden = policy.response_hidden(micro.sequences)
     states = hidden.detach().requires_grad_()

@@ -63,6 +63,7 @@ SHOWN = 4  # prompts per visit to samples.csv
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which no minibatch could be learnt from
 OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
              "value_head.safetensors", "best", "state", "tensorboard")  # fmt: skip
+EXPORTED = "exported"  # in a state whose policy is that of policy_lm
 TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # which grow, and are cut back on resume
 SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # what may differ unsaid
 HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # what may differ and is said
@@ -86,6 +87,10 @@ def main(cfg: TrainConfig) -> Path:
         first = run.start(cfg, parts, optimizer, kl)
         try:
             last = train(cfg, parts, optimizer, kl, run, first, stop)
+        except torch.OutOfMemoryError:
+            raise UserError("memory does not suffice: lower batch_size, eval_prompts or max_new_tokens") from None
+        except BrokenPipeError:
+            raise
         except (OSError, SafetensorError) as error:
             sys.exit(f"error: ckpt_dir={run.path} cannot be written ({error}): make room, then {run.how_to_resume()}")
     return run.finish(cfg, last, stop.signal)
@@ -95,8 +100,11 @@ def train(
     cfg: TrainConfig, parts: Parts, optimizer: Optimizer, kl: KLController, run: RunFolder, first: int, stop: Stop
 ) -> int:
     """Take the steps first, first + 1, … and return the last one taken."""
-    if cfg.eval_every and first == 1:
+    if cfg.eval_every and not (run.path / "eval.csv").exists():
         run.evaluate(parts, cfg, 0)
+    step = first - 1
+    if step >= cfg.total_steps:  # killed after the last state was written and before the policy was
+        run.save(parts, optimizer, kl, step)
     steps = tqdm(range(first, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True,
                  initial=first - 1, total=cfg.total_steps)  # fmt: skip
     with steps:
@@ -114,6 +122,9 @@ def train(
             except Abandoned:
                 run.save(parts, optimizer, kl, step - 1)
                 return step - 1
+            except UserError:  # a reward that failed: what was learnt before is kept
+                run.save(parts, optimizer, kl, step - 1)
+                raise
             # learn
             update = ppo_update(parts.policy, optimizer, rollout, cfg, step)
             watch.lap("seconds_update")
@@ -206,7 +217,7 @@ def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
     """The reward's scores (B,) of the responses (raises UserError where it fails or returns something else)."""
     try:
         scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
-    except (Abandoned, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UserError(f"rm_name={cfg.rm_name} failed on a batch ({type(error).__name__}: {error})") from error
@@ -220,7 +231,7 @@ def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
 
 
 class RunFolder:
-    """Everything that a run leaves behind; each file is written whole or not at all."""
+    """Everything that a run leaves behind; a file or folder is written beside its place and renamed into it."""
 
     def __init__(self, cfg: TrainConfig) -> None:
         """Refuse a folder that cannot be written or already holds a run (UserError); write nothing yet."""
@@ -249,7 +260,7 @@ class RunFolder:
         if present and not is_run(self.path):
             raise UserError(f"ckpt_dir={self.path} holds {present[0]}, but not from a run: choose another folder")
         for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
-            if name and self.path.absolute() in Path(name).absolute().parents:
+            if name and self.path.resolve() in Path(name).resolve().parents:
                 raise UserError(f"ckpt_dir={self.path} holds {name}, which this run needs: choose another folder")
         if cfg.resume:
             self.state = self.find_state(cfg)
@@ -263,6 +274,12 @@ class RunFolder:
             state: Path | None = named
         else:
             state, wrong = newest_good(self.path / "state")
+            if state is None and (wrong or (self.path / "policy_lm").exists()):
+                problem = wrong[0] if wrong else f"{self.path / 'state'} holds none"
+                raise UserError(
+                    f"ckpt_dir={self.path} has no good state to resume ({problem}): its policy_lm is still whole; "
+                    "start anew in another folder, or with --overwrite"
+                )
             for problem in wrong:
                 print(f"note: {problem}; the state before it is used")
         saved, _ = saved_settings(self.path / "config.json")
@@ -281,6 +298,7 @@ class RunFolder:
     def is_finished(self, cfg: TrainConfig) -> bool:
         """Whether there is nothing left to resume."""
         finished = not cfg.check and self.state is not None and step_of(self.state) >= cfg.total_steps
+        finished = finished and (Path(str(self.state)) / EXPORTED).exists()
         if finished:
             print(f"{self.path}/ is finished: raise --total_steps to go on")
         return finished
@@ -303,14 +321,14 @@ class RunFolder:
         if self.state is not None:
             counters = load_state(self.state, parts.policy, optimizer)
             first, kl.coef, self.failed_steps = counters["step"] + 1, counters["kl_coef"], counters["failed_steps"]
-            self.best = -math.inf if counters["best"] is None else counters["best"]
+            for newer in states(self.path / "state"):
+                if int(newer.name.removeprefix("step_")) >= first:  # damaged, or of a future that is now written anew
+                    remove(newer)
             for name, length in counters["lengths"].items():
                 cut(self.path / name, length)
-            for newer in states(self.path / "state"):
-                if newer.name > self.state.name:  # damaged, or of the future that is now written anew
-                    remove(newer)
+            self.best = best_so_far(self.path / "eval.csv", cfg.kl_budget)
         else:
-            for name in OWN_FILES:
+            for name in OWN_FILES[1:]:  # config.json is replaced in one go: it says that this is a run
                 remove(self.path / name)
         write_whole(self.path / "config.json", json.dumps(describe(cfg), indent=2) + "\n")
         if self.board_type is not None:
@@ -377,14 +395,15 @@ class RunFolder:
         """Write a state to resume from, then policy, critic and tokenizer beside the old ones and in their place."""
         begun = time.perf_counter()
         lengths = {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in TABLES}
-        best = self.best if math.isfinite(self.best) else None
-        counters = {"step": step, "kl_coef": kl.coef, "best": best, "failed_steps": self.failed_steps}
-        save_state(self.path / "state", parts.policy, optimizer, {**counters, "lengths": lengths}, self.keep_last)
+        counters: dict[str, Any] = {"step": step, "kl_coef": kl.coef, "failed_steps": self.failed_steps}
+        counters["lengths"] = lengths
+        state = save_state(self.path / "state", parts.policy, optimizer, counters, self.keep_last)
         fresh = self.path / ".partial"
         save_policy(parts, fresh)
         for name in ("policy_lm", "value_head.safetensors"):
             replace(fresh / name, self.path / name)
         remove(fresh)
+        (state / EXPORTED).touch()
         if lengths["metrics.csv"]:
             plot_curves(self.path / "metrics.csv", self.path / "curves.png")
         self.seconds_saving += time.perf_counter() - begun
@@ -415,6 +434,13 @@ def save_policy(parts: Parts, folder: Path) -> None:
     remove(folder)
     parts.policy.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder / "policy_lm")
+
+
+def best_so_far(eval_csv: Path, kl_budget: float | None) -> float:
+    """The highest sentiment among the evaluations within the KL budget, the one before training left out."""
+    table = pd.read_csv(eval_csv) if eval_csv.exists() else pd.DataFrame(columns=["step", "kl_seq_exact"])
+    within = table[(table["step"] > 0) & (table["kl_seq_exact"] <= (math.inf if kl_budget is None else kl_budget))]
+    return float(within["sentiment_mean"].max()) if len(within) else -math.inf
 
 
 def before_after(eval_csv: Path) -> str:
@@ -516,10 +542,12 @@ def replace(fresh: Path, place: Path) -> None:
 
 
 def cut(path: Path, length: int) -> None:
-    """Take off what was appended to a file after it had this length; remove it if that is 0."""
+    """Take off what was appended to a file after it had this length; remove it if that is 0 (raises UserError)."""
     if length == 0:
         path.unlink(missing_ok=True)
-    elif path.exists():
+    elif not path.exists() or path.stat().st_size < length:
+        raise UserError(f"{path} is shorter than when the state was saved: put it back, or resume from an older state")
+    else:
         os.truncate(path, length)
 
 
@@ -556,7 +584,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class Abandoned(Exception):
+class Abandoned(BaseException):
     """The run was asked to stop while nothing had been learnt yet in this step."""
 
 
@@ -588,7 +616,8 @@ def stop_signals() -> Iterator[Stop]:
         if stop.signal is not None:
             sys.exit(128 + number)
         stop.signal = number
-        tqdm.write("stopping (again: at once)", file=sys.stderr)
+        with suppress(OSError, RuntimeError):  # nobody may be listening any more
+            tqdm.write("stopping (again: at once)", file=sys.stderr)
         if stop.abandoning:
             raise Abandoned
 

@@ -25,7 +25,7 @@ from config import UserError
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
                pickle.UnpicklingError)  # fmt: skip
-CHUNK_FLOATS = 24_000_000  # logits alive at a time, 64 MB in float32: large products are fast, and memory stays low
+CHUNK_FLOATS = 24_000_000  # logits alive at a time, 96 MB in float32: large products are fast, and memory stays low
 MAIN = "main"  # the revision where none is named
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 

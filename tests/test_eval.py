@@ -184,6 +184,28 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     assert "judge_mean" in summary["base"]
 
 
+def test_a_judge_that_knows_nothing_accuses_nobody() -> None:
+    """It agrees with the reward often, because nearly all responses are negative to both."""
+    rng = np.random.default_rng(0)
+    n = 1000
+    frame = {
+        "policy_score": np.where(rng.random(n) < 0.6, 0.9, -0.9),
+        "base_score": np.where(rng.random(n) < 0.1, 0.9, -0.9),
+        **{f"{m}_judge": np.where(rng.random(n) < 0.05, 0.5, -0.5) for m in ("policy", "base")},
+        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    assert not summarise(pd.DataFrame(frame))["gamed"]
+
+
+def test_best_is_evaluated_with_the_settings_of_its_run(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "policy_lm", finished_run / "best" / "policy_lm")
+    plain, _ = run(finished_run, tmp_path / "a")
+    best, _ = run(finished_run / "best", tmp_path / "b")
+    pd.testing.assert_frame_equal(plain, best)
+
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -541,6 +541,7 @@ def test_ppo_update_and_its_metrics_are_unmoved_by_padding_and_micro_batches() -
         finals.append(weights_of(model))
     assert rows[0]["approx_kl"] > 1e-4
     assert rows[0]["ratio_max"] > 1.05
+    assert [row.pop("micro_batch_size") for row in rows] == [4, 4, 1, 2]
     for row, weights in zip(rows[1:], finals[1:], strict=True):
         assert row == pytest.approx(rows[0], rel=1e-3, abs=1e-5)
         for name, weight in weights.items():

@@ -198,12 +198,12 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
-    """What this machine reaches now: FLOP/s of one large matrix product, bytes/s read while copying."""
+    """What this machine reaches now: FLOP/s of one large matrix product, bytes/s read and written by a copy."""
     dtype = getattr(torch, cfg.dtype)
     size = 8192 if cfg.device == "cuda" else size
     a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
     memory, target = torch.ones(2, (256 if cfg.device == "cuda" else 16) * 2**20, device=cfg.device)
-    return 2 * size**3 / best(lambda: a @ b, cfg), memory.nbytes / best(lambda: target.copy_(memory), cfg)
+    return 2 * size**3 / best(lambda: a @ b, cfg), 2 * memory.nbytes / best(lambda: target.copy_(memory), cfg)
 
 
 def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:

@@ -30,7 +30,9 @@ class Frontier:
         """Best mean reward at mean KL of kl (S,), with prompts counted `times` (S, P): flat beyond the curve's end."""
         times = np.ones((len(kl), len(self.base))) if times is None else times
         weights = times / times.sum(1, keepdims=True)
-        kls, rewards = weights @ self.kl, weights @ self.reward
+        nothing = np.zeros((len(weights), 1))  # the curve begins at the base itself
+        kls = np.hstack([nothing, weights @ self.kl])
+        rewards = np.hstack([(weights @ self.base)[:, None], weights @ self.reward])
         return np.array([np.interp(x, k, r) for x, k, r in zip(kl, kls, rewards, strict=True)])
 
 

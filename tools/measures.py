@@ -11,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 2000
 GROUPS = 20
+T19 = 2.093  # 97.5 % of Student's t with GROUPS - 1 degrees of freedom
 
 
 def bootstrap_ci(
@@ -35,7 +36,7 @@ def resampled(n: int, seed: int) -> np.ndarray:
 
 
 def jackknife_ci(measure: Callable[[list[str]], float], texts: Sequence[str]) -> list[float]:
-    """Normal interval of a share measured on a whole set of texts, from leaving out a twentieth at a time (Tukey 1958).
+    """Interval of a share measured on a whole set of texts, from leaving out a twentieth at a time (Tukey 1958).
 
     For what counts distinct things, which a resample with its duplicates would misjudge.
     """
@@ -45,7 +46,7 @@ def jackknife_ci(measure: Callable[[list[str]], float], texts: Sequence[str]) ->
     left = [measure([text for i, text in enumerate(texts) if i % groups != g]) for g in range(groups)]
     spread = np.sqrt((groups - 1) / groups * ((np.array(left) - np.mean(left)) ** 2).sum())
     value = measure(list(texts))
-    return [float(max(0, value - 1.96 * spread)), float(min(1, value + 1.96 * spread))]
+    return [float(max(0, value - T19 * spread)), float(min(1, value + T19 * spread))]
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -23,13 +23,16 @@ GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readabl
 
 
 def write_report(
-    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_folder: Path, path: Path
+    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_folder: Path | None, path: Path
 ) -> None:
-    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table: rows of three texts."""
+    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table rows of three texts.
+
+    run_folder is that of the run which made the policy, if it is known.
+    """
     figures = [("Scores", scores_figure(results))]
     if "optimal_curve" in summary:
-        figures.append(("How far from the best possible", frontier_figure(summary, read_csv(run_folder / "eval.csv"))))
-    metrics = read_csv(run_folder / "metrics.csv")
+        figures.append(("How far from the best possible", frontier_figure(summary, read_csv(run_folder, "eval.csv"))))
+    metrics = read_csv(run_folder, "metrics.csv")
     if metrics is not None and len(metrics) > 1:
         figures.append(("The run", run_figure(metrics)))
     settings = {k: v for k, v in summary["settings"].items() if v is not None and k != "preset"}
@@ -39,7 +42,7 @@ def write_report(
         "table": pd.DataFrame(table, columns=["", "policy", "base"]).to_html(index=False, border=0),
         "figures": "\n".join(f"<h2>{title}</h2>\n{picture}" for title, picture in figures),
         "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
-        "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("</", "<\\/"),
+        "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("<", "\\u003c"),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
     write_whole(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
@@ -53,10 +56,10 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_csv(path: Path) -> pd.DataFrame | None:
-    """A table, if it is there and can be read."""
+def read_csv(folder: Path | None, name: str) -> pd.DataFrame | None:
+    """A table of a run, if there is a run and the table can be read."""
     try:
-        return pd.read_csv(path)
+        return None if folder is None else pd.read_csv(folder / name)
     except (OSError, ValueError):
         return None
 

@@ -61,7 +61,8 @@ def _moments(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def states(folder: Path) -> list[Path]:
     """All states in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:

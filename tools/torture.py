@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from tools.benchmark import Work, make_random_models
 from tools.states import states
+from utils import quiet_libraries
 
 ROOT = Path(__file__).parent.parent
 SMALL = Work((2, 32, 2), (1, 32, 2), batch=8, prompt=8, response=8, minibatch=4)
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = TortureConfig(**vars(HfArgumentParser(TortureConfig, description=__doc__).parse_args(argv)))
     if cfg.kills < 1 or cfg.steps < 2:
         raise UserError("kills must be at least 1, steps at least 2")
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         runs, resumed, lost = torture(cfg, Path(folder))
     print(f"{cfg.kills} kills in {runs} runs, resumed after steps {sorted(resumed)}")
