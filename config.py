@@ -258,7 +258,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
             action.nargs, action.const = "?", NEWEST
     values = vars(parser.parse_args(argv))
     if values.get("resume"):
-        saved, path = saved_settings(resume_folder(values["resume"], values["ckpt_dir"]) / "config.json")
+        path = resume_folder(values["resume"], values["ckpt_dir"]) / "config.json"
+        saved = saved_settings(path)
         if not saved and values["resume"] != NEWEST:
             raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its states")
         if saved:
@@ -280,11 +281,11 @@ def resume_folder(resume: str, ckpt_dir: str) -> Path:
     return path.parent.parent if (path / "state.json").is_file() else path
 
 
-def saved_settings(path: Path) -> tuple[dict[str, Any], Path]:
-    """The settings in a run's config.json, and where that is; none where there is no run (raises UserError)."""
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.json; none where there is no run (raises UserError)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}, path
+        return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or leave out what refers to it") from None
 

@@ -73,7 +73,7 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
     home = run_folder(cfg.policy_path)
     try:
-        run = TrainConfig(**saved_settings(home / "config.json")[0]) if home else TrainConfig()
+        run = TrainConfig(**saved_settings(home / "config.json")) if home else TrainConfig()
     except UserError as error:
         raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
@@ -92,10 +92,10 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
 def run_folder(policy_path: str) -> Path | None:
     """The folder of the run that made a policy, whether it is its policy_lm or that of best/; None if it is in none."""
     parents = Path(policy_path).absolute().parents
-    return next((p for p in parents[:2] if saved_or_none(p / "config.json")), None)
+    return next((p for p in parents[:2] if is_of_run(p / "config.json")), None)
 
 
-def saved_or_none(path: Path) -> bool:
+def is_of_run(path: Path) -> bool:
     """Whether there is a run's config.json, whole or damaged, and not that of a model."""
     try:
         return path.is_file() and "total_steps" in path.read_text(encoding="utf-8", errors="replace")

@@ -282,7 +282,7 @@ class RunFolder:
                 )
             for problem in wrong:
                 print(f"note: {problem}; the state before it is used")
-        saved, _ = saved_settings(self.path / "config.json")
+        saved = saved_settings(self.path / "config.json")
         changed = {name: (old, getattr(cfg, name)) for name, old in saved.items() if getattr(cfg, name) != old}
         told = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
         breaking = [name for name in changed if name not in HARMLESS | SILENT]
