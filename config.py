@@ -37,6 +37,7 @@ def opt(default: T, help: str) -> T:
 Range = tuple[str, Callable[[float], bool]]
 AT_LEAST_0: Range = ("at least 0", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Range = ("at least 1", lambda x: 1 <= x < math.inf)
+AT_LEAST_2: Range = ("at least 2, for an interval", lambda x: 2 <= x < math.inf)
 POSITIVE: Range = ("more than 0", lambda x: 0 < x < math.inf)
 UNIT: Range = ("between 0 and 1", lambda x: 0 <= x <= 1)
 UNIT_OPEN: Range = ("more than 0 and at most 1", lambda x: 0 < x <= 1)
@@ -49,7 +50,7 @@ RANGES: dict[str, Range] = {
     "lr": AT_LEAST_0, "warmup_steps": AT_LEAST_0, "kl_coef": AT_LEAST_0, "adaptive_kl_target": POSITIVE,
     "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
     "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
-    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_1,
+    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_2,
     "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
     "kl_budget": POSITIVE,
 }  # fmt: skip
@@ -149,6 +150,11 @@ class TrainConfig:
             )
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
 
+    @property
+    def ref_revision(self) -> str | None:
+        """The reference's revision: the policy's where it is the same model."""
+        return self.policy_revision if self.ref_name in (None, self.policy_name) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -167,7 +173,7 @@ class EvalConfig:
     judge: str = opt("labels", "Second judge: labels (fitted on the training split's), none, or any classifier.")
     frontier: int = opt(0, "Base responses per prompt for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
-    batch_size: int = opt(50, "Prompts per forward pass.")
+    batch_size: int = opt(100, "Prompts per forward pass.")
     max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
     min_prompt_len: int | None = opt(None, "Reviews with fewer tokens are left out (default: the run's).")
     max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
@@ -178,7 +184,8 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
     out_csv: str = opt(
-        "eval_results.csv", "One row per prompt; eval_summary.json and eval_report.html are written beside it."
+        "eval_results.csv",
+        "One row per prompt; eval_summary.json and eval_report.html (named after it) are written beside it.",
     )
 
     def __post_init__(self) -> None:
@@ -288,6 +295,14 @@ def saved_settings(path: Path) -> dict[str, Any]:
         return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or leave out what refers to it") from None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder's config.json, whole or damaged, is that of a run and not of a model, say."""
+    try:
+        return "total_steps" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _check_saved(cls: type[Config], saved: dict[str, Any], path: Path) -> None:

@@ -14,11 +14,11 @@ import csv
 import json
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
+from config import EvalConfig, TrainConfig, UserError, is_run, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
@@ -29,11 +29,10 @@ from transformers import PreTrainedTokenizerBase
 from data import is_file, load_examples, load_prompts, pad_left
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference, score_responses
 from reward import SentimentReward, full_label
-from tools.frontier import best_of_n, best_of_n_kl, frontier
 from tools.judge import FittedJudge
 from tools.make_models import resolve_name
-from tools.measures import bootstrap_ci, distinct, distinct_responses, jackknife_ci, repeated_trigrams, resampled
 from tools.report import write_report
+from tools.summary import summarise, table, table_rows
 from utils import (
     keep_freed_memory,
     load_tokenizer,
@@ -57,9 +56,10 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
     quiet_libraries()
     out_csv = Path(cfg.out_csv)
     check_target(out_csv)
-    results = evaluate(cfg)
+    run = settings_of_run(cfg)
+    results = evaluate(cfg, run)
     summary = summarise(results)
-    summary |= {"seed": cfg.seed, "settings": {f.name: getattr(cfg, f.name) for f in fields(cfg)}}
+    summary |= {"seed": cfg.seed, "settings": {**asdict(cfg), **{name: getattr(run, name) for name in sorted(OF_RUN)}}}
     write(results, summary, out_csv)
     print(table(summary))
     print(f"\nwritten: {out_csv}, {beside(out_csv, 'summary.json')}, and to look at: {beside(out_csv, 'report.html')}")
@@ -92,29 +92,20 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
 def run_folder(policy_path: str) -> Path | None:
     """The folder of the run that made a policy, whether it is its policy_lm or that of best/; None if it is in none."""
     parents = Path(policy_path).absolute().parents
-    return next((p for p in parents[:2] if is_of_run(p / "config.json")), None)
-
-
-def is_of_run(path: Path) -> bool:
-    """Whether there is a run's config.json, whole or damaged, and not that of a model."""
-    try:
-        return path.is_file() and "total_steps" in path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    return next((p for p in parents[:2] if is_run(p)), None)
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
 
 
-def evaluate(cfg: EvalConfig) -> pd.DataFrame:
+def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
     """Let policy and base answer held-out prompts; one row per prompt with texts, scores, lengths, KL and so on."""
-    run = settings_of_run(cfg)
+    run = run or settings_of_run(cfg)
     dtype = getattr(torch, run.dtype)
     policy_name, ref_name = resolve_name(cfg.policy_path), resolve_name(str(run.ref_name))
     tokenizer = load_tokenizer("policy_path", policy_name)
     policy = GPT2WithValueHead.from_pretrained(policy_name, "policy_path", dtype).to(run.device)
-    revision = run.policy_revision if run.ref_name == run.policy_name else None
-    base = load_reference(ref_name, dtype=dtype, revision=revision).to(run.device)
+    base = load_reference(ref_name, dtype=dtype, revision=run.ref_revision).to(run.device)
     check_fit(policy, base, tokenizer, run.max_prompt_len + run.max_new_tokens)
     reward = SentimentReward(
         resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype, revision=run.rm_revision
@@ -139,6 +130,8 @@ def evaluate(cfg: EvalConfig) -> pd.DataFrame:
         human = human_continuations(prompts[rows], run.max_prompt_len, run.max_new_tokens, run.device)
         parts.append(part.assign(**compare_on_human(human, policy, base)))
     results = pd.concat(parts, ignore_index=True)
+    if not np.isfinite(results["kl_seq"]).all():
+        raise UserError(f"policy_path={cfg.policy_path} computes numbers that are not finite: try --dtype float32")
     for name in ("prompt", "policy_text", "base_text"):
         results[name] = results[name].map(spreadsheet_safe)
     if judge is not None:
@@ -205,10 +198,10 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
             prompts += load_prompts(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest)
         if len(prompts) >= cfg.n_samples:
             break
-    if not prompts:
+    if len(prompts) < 2:
         raise UserError(
-            f"no review of split={cfg.split} of {run.dataset} has min_prompt_len={run.min_prompt_len} tokens and was "
-            "not trained on: lower it, or change --dataset"
+            f"fewer than 2 reviews of split={cfg.split} of {run.dataset} have min_prompt_len={run.min_prompt_len} "
+            "tokens and were not trained on: lower it, or change --dataset"
         )
     if len(prompts) < cfg.n_samples:
         print(f"note: only {len(prompts)} prompts are long enough; n_samples={cfg.n_samples} was asked for")
@@ -275,217 +268,18 @@ def compare_on_human(
     return {"human_len": human.response_mask.sum(1).tolist(), **nll}
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
-
-PERCENT, SIGNED, PLAIN, LONG = "{:.1f}", "{:+.3f}", "{:.2f}", "{:.3f}"
-TABLE = {  # key in eval_summary.json -> its name in the table, and how it is written
-    "sentiment_mean": ("sentiment mean, -1 to 1", SIGNED),
-    "positive_rate": ("positive responses, %", PERCENT),
-    "log_odds": ("log-odds of positive", PLAIN),
-    "judge_mean": ("second judge, -1 to 1", SIGNED),
-    "judge_positive_rate": ("second judge: positive, %", PERCENT),
-    "perplexity": ("perplexity under base", PLAIN),
-    "human_perplexity": ("perplexity on human text", PLAIN),
-    "distinct_1": ("distinct words", LONG),
-    "distinct_2": ("distinct pairs", LONG),
-    "distinct_3": ("distinct triples", LONG),
-    "distinct_rate": ("distinct responses, %", PERCENT),
-    "repetition_rate": ("repeated triples, %", PERCENT),
-    "response_len": ("response length, tokens", PLAIN),
-    "eos_rate": ("responses that end themselves, %", PERCENT),
-}
-PAIRED = {
-    "sentiment_gain": ("sentiment gained", SIGNED),
-    "win_rate": ("win-rate, % (a tie is half)", PERCENT),
-    "judge_gain": ("gained, says the second judge", SIGNED),
-    "judge_gap_rate": ("gain in positives it does not see, %", PERCENT),
-    "kl_seq": ("KL to base, nats per response", PLAIN),
-    "kl_seq_exact": ("  the same, exact per token", PLAIN),
-    "kl_token": ("KL to base, nats per token", LONG),
-    "kl_token_exact": ("  the same, exact", LONG),
-    "optimal_share_rate": ("% of the best gain at this KL", PERCENT),
-}
-INTERVALS = {"sentiment_mean": "sentiment_ci", "positive_rate": "positive_ci", "eos_rate": "eos_ci"}
-
-
-def summarise(results: pd.DataFrame) -> dict[str, Any]:
-    """Estimates with 95 % intervals, all of them from the results alone; rates are shares between 0 and 1."""
-    column = {name: results[name].to_numpy(dtype=float) for name in results.select_dtypes("number")}
-    summary: dict[str, Any] = {"n": len(results)}
-    for name in ("policy", "base"):
-        texts, length = results[f"{name}_text"].tolist(), column[f"{name}_len"]
-        repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
-        summary[name] = {
-            **_estimate("sentiment_mean", column[f"{name}_score"]),
-            **_estimate("positive_rate", column[f"{name}_score"] > 0),
-            **_estimate("log_odds", column[f"{name}_log_odds"]),
-            **_estimate("response_len", length),
-            **_estimate("eos_rate", column[f"{name}_eos"]),
-            **_estimate("repetition_rate", repeated, triples),
-            **_exponential("perplexity", column[f"{name}_nll_base"], length),
-            **_of_all("distinct_rate", distinct_responses, texts),
-        }
-        for n in (1, 2, 3):
-            summary[name] |= _of_all(f"distinct_{n}", lambda some, n=n: distinct(some, n), texts)  # type: ignore[misc]
-        if "human_len" in column:
-            written = np.nan_to_num(column["human_len"])
-            summary[name] |= _exponential("human_perplexity", np.nan_to_num(column[f"human_nll_{name}"]), written)
-        if f"{name}_judge" in column:
-            summary[name] |= _estimate("judge_mean", column[f"{name}_judge"])
-            summary[name] |= _estimate("judge_positive_rate", column[f"{name}_judge"] > 0)
-    gain = column["policy_score"] - column["base_score"]
-    summary |= _estimate("sentiment_gain", gain)
-    summary |= _estimate("win_rate", (np.sign(gain) + 1) / 2)  # a tie is half a win
-    for key in ("kl_seq", "kl_seq_exact"):
-        summary |= _estimate(key, column[key])
-        summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
-    if "policy_judge" in column:
-        summary |= _judge_summary(column)
-    if "base_draws" in results:
-        summary |= _frontier_summary(results)
-    return summary | {"verdict": verdict(summary)}
-
-
-def _estimate(key: str, values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
-    """A mean, or a ratio of sums, with its interval (none where the weights are all 0)."""
-    values = np.asarray(values, dtype=float)
-    if weights is not None and not weights.any():
-        return {}
-    mean = values.sum() / (len(values) if weights is None else weights.sum())
-    return {key: float(mean), INTERVALS.get(key, f"{key}_ci"): bootstrap_ci(values, weights)}
-
-
-def _exponential(key: str, values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    return {name: np.exp(value).tolist() for name, value in _estimate(key, values, weights).items()}
-
-
-def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -> dict[str, Any]:
-    return {key: measure(texts), f"{key}_ci": jackknife_ci(measure, texts)}
-
-
-def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What the second judge makes of the gain, and whether the reward was gamed: the judge sees less than half of what
-    it should, given how much more often it finds those base responses positive which the reward does.
-    """
-    positive = {name: column[name] > 0 for name in ("policy_score", "base_score", "policy_judge", "base_judge")}
-    more = positive["policy_score"].astype(float) - positive["base_score"]
-    more_by_judge = positive["policy_judge"].astype(float) - positive["base_judge"]
-    liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
-    slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
-    expected = slope * more.mean()
-    return {
-        **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
-        **_estimate("judge_gap_rate", more - more_by_judge),
-        "judge_slope": slope,
-        "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
-    }
-
-
-def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
-    """Best-of-n, the optimal curve, and the policy's share of the gain that is possible at its KL."""
-    scores = np.array([row.split() for row in results["base_draws"]], dtype=float)
-    best = frontier(scores)
-    ours, kl = results["policy_score"].to_numpy(), results["kl_seq_exact"].to_numpy()
-    sizes = [2**k for k in range(scores.shape[1].bit_length())]
-    found: dict[str, Any] = {
-        "best_of_n": [
-            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(best_of_n(scores, n).mean())} for n in sizes
-        ],
-        "optimal_curve": {"kl": best.kl.mean(0).tolist(), "sentiment_mean": best.reward.mean(0).tolist()},
-        "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
-        "base_draws_mean": float(best.base.mean()),
-    }  # fmt: skip
-
-    def gains(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weights = times / times.sum(1, keepdims=True)
-        base = weights @ best.base
-        return weights @ ours - base, best.optimal_reward(weights @ kl, times) - base
-
-    gain, possible = gains(np.ones((1, len(ours))))
-    if possible[0] > 0.02:  # next to the base there is no gain to have a share of
-        resampled_gain, resampled_possible = gains(resampled(len(ours), 0)[:400])
-        low, high = np.quantile(resampled_gain / resampled_possible, [0.025, 0.975])
-        found["optimal_share_rate"] = float(gain[0] / possible[0])
-        found["optimal_share_rate_ci"] = [float(low), float(high)]
-    return found
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
-
-
-def verdict(summary: dict[str, Any]) -> str:
-    """The whole comparison in plain words, on one line."""
-    ours, base = summary["policy"], summary["base"]
-    low, high = summary["sentiment_gain_ci"]
-    kind = "more" if low > 0 else "less" if high < 0 else "about as"
-    than = "as" if kind == "about as" else "than"
-    words = [
-        f"The policy writes {kind} {'positively ' + than} base: {ours['positive_rate']:.0%} against "
-        f"{base['positive_rate']:.0%} positive, win-rate {summary['win_rate']:.0%}, "
-        f"at {summary['kl_seq_exact']:.1f} nats from base."
-    ]  # fmt: skip
-    if "optimal_share_rate" in summary:
-        ends = max(summary["optimal_curve"]["kl"])  # beyond its end the curve is flat: the best response always
-        certain = min(summary["kl_seq_exact"], ends) <= summary["kl_certain"]
-        doubt = "" if certain else " (more draws would be needed to be certain)"
-        words.append(f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}.")
-    losses = [
-        f"{what} ({form.format(ours[key])} against {form.format(base[key])})"
-        for key, sign, what, form in (
-            ("distinct_2", -1, "less varied", LONG), ("repetition_rate", 1, "more repetitive", "{:.1%}"),
-            ("human_perplexity", 1, "more surprised by human text", PLAIN),
-        )
-        if key in ours and key in base and sign * (ours[key] - base[key]) > 0.1 * abs(base[key]) + 0.005
-    ]  # fmt: skip
-    if abs(ours["response_len"] - base["response_len"]) > 0.15 * base["response_len"]:
-        longer = "longer" if ours["response_len"] > base["response_len"] else "shorter"
-        losses.append(f"{longer} ({ours['response_len']:.0f} against {base['response_len']:.0f} tokens)")
-    words.append(f"It is {', '.join(losses)}." if losses else "Variety, repetition and length are about as before.")
-    if summary.get("gamed"):
-        words.append("WARNING: a second judge does not confirm the gain; the reward may have been gamed.")
-    elif "judge_gain" in summary and kind == "more":
-        confirms = "confirms" if summary["judge_gain_ci"][0] > 0 else "cannot confirm"
-        words.append(f"A second judge {confirms} it ({summary['judge_gain']:+.2f}).")
-    return " ".join(words)
-
-
-def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Title, policy and base of each row of the table; what compares both stands under policy."""
-    ours, base = summary["policy"], summary["base"]
-    both = [(key, *row) for key, row in TABLE.items() if key in ours and key in base]
-    paired = [(key, *row) for key, row in PAIRED.items() if key in summary]
-    return [
-        *((title, _shown(key, form, ours), _shown(key, form, base)) for key, title, form in both),
-        *((title, _shown(key, form, summary), "") for key, title, form in paired),
-    ]
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary as a table of fixed-width columns, policy beside base, and the verdict."""
-    lines = [f"{summary['n']} prompts, 95 % intervals in brackets", ""]
-    lines += [f"{title:34}{ours:>30}{base:>30}" for title, ours, base in [("", "policy", "base"), *table_rows(summary)]]
-    return "\n".join([*map(str.rstrip, lines), "", summary["verdict"]])
-
-
-def _shown(key: str, form: str, estimates: dict[str, Any]) -> str:
-    scale = 100 if form == PERCENT else 1
-    mean, low, high = (form.format(scale * x) for x in (estimates[key], *estimates[INTERVALS.get(key, f"{key}_ci")]))
-    return f"{mean} [{low}, {high}]"
+# --- what is written ------------------------------------------------------------------------------------------------
 
 
 def beside(out_csv: Path, ending: str) -> Path:
-    """Where a file that goes with the results lies: eval_summary.json and eval_report.html."""
-    return out_csv.with_name(f"eval_{ending}")
+    """Where a file that goes with the results lies: eval_summary.json and eval_report.html with eval_results.csv."""
+    return out_csv.with_name(f"{out_csv.stem.removesuffix('_results')}_{ending}")
 
 
 def check_target(out_csv: Path) -> None:
     """Refuse a file that cannot be written, before the work (raises UserError)."""
     try:
-        if (
-            out_csv.is_dir()
-            or not out_csv.name
-            or out_csv in (beside(out_csv, "summary.json"), beside(out_csv, "report.html"))
-        ):
+        if out_csv.is_dir() or not out_csv.name:
             raise UserError(f"out_csv={out_csv} is not a name for a CSV file: choose another")
         out_csv.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(out_csv.parent, os.W_OK):

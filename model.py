@@ -365,6 +365,8 @@ class _Sampler:
     def _draw(self, hidden: Tensor) -> None:
         logits = warp_logits(padded_logits(hidden.to(self.policy.dtype), self.embedding), *self.warp)
         token, logprob = sample_tokens(logits, self.uniforms.index_select(1, self.t).squeeze(1))
+        # not-a-number logits must name a token that exists: they are caught where the loss is not finite
+        token = token.clamp(max=len(self.embedding) - 1)
         column = self.t + self.prompt_len
         self.tokens[self.rows, column] = torch.where(self.alive, token, 0)
         self.attention_mask[self.rows, column] = self.alive

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, is_run, run_cli, saved_settings, with_changes  # isort: skip  (before torch: see there)
 
 import pandas as pd
 import torch
@@ -181,7 +181,7 @@ def load_parts(cfg: TrainConfig) -> Parts:
     dtype = getattr(torch, cfg.dtype)
     tokenizer = load_tokenizer("policy_name", policy_name, cfg.policy_revision)
     policy = GPT2WithValueHead.from_pretrained(policy_name, dtype=dtype, revision=cfg.policy_revision).to(cfg.device)
-    reference = load_reference(ref_name, dtype=dtype, revision=ref_revision(cfg)).to(cfg.device)
+    reference = load_reference(ref_name, dtype=dtype, revision=cfg.ref_revision).to(cfg.device)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
     reward = SentimentReward(
         resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision
@@ -469,14 +469,9 @@ def tensorboard_writer() -> Any:
     return SummaryWriter
 
 
-def ref_revision(cfg: TrainConfig) -> str | None:
-    """The reference's revision: the policy's where it is the same model."""
-    return cfg.policy_revision if cfg.ref_name in (None, cfg.policy_name) else None
-
-
 def describe(cfg: TrainConfig) -> dict[str, Any]:
     """What config.json holds: every setting as resolved, versions, commits and machine."""
-    revisions = {"policy_name": cfg.policy_revision, "ref_name": ref_revision(cfg), "rm_name": cfg.rm_revision,
+    revisions = {"policy_name": cfg.policy_revision, "ref_name": cfg.ref_revision, "rm_name": cfg.rm_revision,
                  "dataset": cfg.dataset_revision}  # fmt: skip
     return {
         **asdict(cfg),
@@ -499,14 +494,6 @@ def git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder's config.json is that of a run, and not of a model, say."""
-    try:
-        return "total_steps" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

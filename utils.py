@@ -105,7 +105,6 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
     last = BLOCK - 1 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
     place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
-    # Not-a-number logits must not name a token that does not exist: they are caught where the loss is not finite
     token = (block * BLOCK + place).clamp(max=logits.shape[-1] - 1)
     return token.squeeze(-1), probs.gather(1, token).log().squeeze(-1)
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as evaluation
 from config import EvalConfig, TrainConfig, run_cli
-from eval import summarise
+from tools.summary import summarise
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_rev
 
 def run(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
     sys.argv = ["eval.py", "--policy_path", str(folder / "policy_lm"), "--n_samples", "20", "--batch_size", "8",
-                "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", *extra]  # fmt: skip
+                "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
+                *extra]  # fmt: skip
     run_cli(EvalConfig, evaluation.main)
     results = pd.read_csv(out / "eval_results.csv", keep_default_na=False)
     return results, json.loads((out / "eval_summary.json").read_text())
@@ -88,7 +89,8 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
     assert draws.shape == (20, 4)
     for name in ("policy", "base"):
         texts = [text.split() for text in t[f"{name}_text"]]
-        pairs = [pair for words in texts for pair in itertools.pairwise(words)]
+        shorter = [min(len(a.split()), len(b.split())) for a, b in zip(t.policy_text, t.base_text, strict=True)]
+        pairs = [p for words, n in zip(texts, shorter, strict=True) for p in itertools.pairwise(words[:n])]
         triples = [list(zip(words, words[1:], words[2:], strict=False)) for words in texts]
         expected = {
             "sentiment_mean": t[f"{name}_score"].mean(),
@@ -107,6 +109,12 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
             low, high = summary[name][{"sentiment_mean": "sentiment_ci", "positive_rate": "positive_ci",
                                        "eos_rate": "eos_ci"}.get(key, f"{key}_ci")]  # fmt: skip
             assert low <= summary[name][key] <= high
+        # Wilson's interval holds the shares p for which the observed one is no further than 1.96 standard errors away
+        for key in ("positive_rate", "eos_rate"):
+            share = summary[name][key]
+            for p in summary[name][key.replace("rate", "ci")]:
+                if p != pytest.approx(share, abs=1e-9):
+                    assert abs(p - share) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 20), abs=1e-6)
         # score and log-odds are one quantity
         assert np.allclose(t[f"{name}_score"], 2 / (1 + np.exp(-t[f"{name}_log_odds"])) - 1, atol=1e-6)
     assert summary["kl_token_exact"] == pytest.approx(t.kl_seq_exact.sum() / t.policy_len.sum())
@@ -250,6 +258,34 @@ def test_eval_leaves_out_reviews_that_were_trained_on(finished_run: Path, tmp_pa
     assert sorted(numbers) == list(range(100, 120))
 
 
+def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run: Path, tmp_path: Path) -> None:
+    run(finished_run, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("eval_*")}
+    assert before.keys() == {"eval_results.csv", "eval_summary.json", "eval_report.html"}
+    run(finished_run, tmp_path, "--out_csv", str(tmp_path / "other.csv"), "--seed", "5")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("eval_*")} == before
+    assert (tmp_path / "other_report.html").exists()
+    settings = json.loads((tmp_path / "other_summary.json").read_text())["settings"]
+    assert settings["max_new_tokens"] == 8, "as the run had it, which no flag said"
+
+
+def test_a_broken_policy_is_told(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = GPT2LMHeadModel.from_pretrained(finished_run / "policy_lm")
+    with torch.no_grad():
+        lm.transformer.ln_f.weight.fill_(torch.nan)
+    lm.save_pretrained(finished_run / "policy_lm")
+    with pytest.raises(SystemExit):
+        run(finished_run, tmp_path)
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_tables_of_the_run_are_left_out_of_the_report(finished_run: Path, tmp_path: Path) -> None:
+    (finished_run / "metrics.csv").write_text("step,loss\n1,2\n2,3\n")
+    (finished_run / "eval.csv").write_text("\x00,\n" * 3)
+    run(finished_run, tmp_path, "--frontier", "2")
+    assert "The run" not in (tmp_path / "eval_report.html").read_text()
+
+
 def test_eval_is_a_function_of_the_seed(finished_run: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run(finished_run, tmp_path / name, "--seed", seed)
@@ -283,7 +319,7 @@ def test_eval_batch_size_changes_no_answer(finished_run: Path, tmp_path: Path) -
     [
         ("--policy_path ckpts/policy_lm", ["policy_path", "python train.py"]),
         ("--policy_path nowhere/policy_lm", ["policy_path", "nowhere"]),
-        ("--n_samples 0", ["n_samples"]),
+        ("--n_samples 1", ["n_samples", "interval"]),
         ("--split validation", ["split", "validation"]),
         ("--out_csv /dev/null/x.csv", ["out_csv"]),
         ("--temperature 0", ["temperature"]),

@@ -9,7 +9,16 @@ import pytest
 from tools.doctor import Doctor
 from tools.frontier import best_of_n, best_of_n_kl, frontier
 from tools.judge import FittedJudge
-from tools.measures import bootstrap_ci, distinct, distinct_responses, jackknife_ci, ngrams, repeated_trigrams
+from tools.measures import (
+    bootstrap_ci,
+    distinct,
+    distinct_responses,
+    equally_long,
+    jackknife_ci,
+    ngrams,
+    repeated_trigrams,
+    wilson_ci,
+)
 
 TRIALS = 600  # 95 % +- 0.9 %
 
@@ -34,6 +43,20 @@ def test_bootstrap_of_a_constant_ratio_has_no_width() -> None:
     assert bootstrap_ci(3 * lengths, lengths) == pytest.approx([3.0, 3.0])
 
 
+def test_wilson_intervals_cover_shares_also_near_one() -> None:
+    """Exactly: over all outcomes of n = 300 yes-or-no trials, and never without width."""
+    n, outcomes = 300, np.arange(301)
+    intervals = [wilson_ci(np.arange(n) < k) for k in outcomes]
+    log_choose = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in outcomes]
+    for p in (0.5, 0.7, 0.9, 0.97):
+        chance = np.exp(np.array(log_choose) + outcomes * math.log(p) + (n - outcomes) * math.log(1 - p))
+        covered = sum(c for c, (low, high) in zip(chance, intervals, strict=True) if low <= p <= high)
+        assert 0.93 <= covered <= 0.97, p
+    assert intervals[n][0] == pytest.approx(n / (n + 1.959964**2))
+    assert intervals[n][1] == 1
+    assert intervals[0][0] == 0
+
+
 def test_jackknife_intervals_cover_the_diversity_of_a_known_source() -> None:
     """Responses of 5 words, evenly from 400: n = 100 responses have 400 (1 - (1 - 1/400)^500) different ones."""
     rng = np.random.default_rng(1)
@@ -53,6 +76,7 @@ def test_diversity_and_repetition_by_hand() -> None:
     assert distinct(["a b a", "a c"], 1) == 3 / 5
     assert distinct(["a b a", "a b"], 2) == 2 / 3
     assert math.isnan(distinct(["", "a"], 2))
+    assert equally_long(["a b c", "d"], ["x  y", "u v w"]) == (["a b", "d"], ["x y", "u"])
     assert repeated_trigrams("x y z x y z x") == (2, 5)
     assert repeated_trigrams("x y") == (0, 0)
     assert distinct_responses(["a", "b", "a", "a"]) == 0.5

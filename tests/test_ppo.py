@@ -432,7 +432,7 @@ def test_ppo_update_with_lr_0_changes_nothing(sampling: dict[str, float]) -> Non
     for step in (1, 2):
         row = ppo_update(policy, optimizer, rollout_of(policy, **sampling), cfg, step)
         assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
-        assert row["approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert row["approx_kl"] == pytest.approx(0, abs=1e-7)
         assert row["clip_frac"] == 0
         assert row["updates"] == 12
         assert row["skipped"] == 0

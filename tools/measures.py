@@ -11,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 2000
 GROUPS = 20
+Z95 = 1.959964  # 97.5 % of the normal distribution
 T19 = 2.093  # 97.5 % of Student's t with GROUPS - 1 degrees of freedom
 
 
@@ -21,7 +22,8 @@ def bootstrap_ci(
 
     values and weights (n,); without weights it is that of the mean.
     """
-    times = resampled(len(values), seed)
+    times, values = resampled(len(values), seed), np.asarray(values, dtype=np.float32)
+    weights = None if weights is None else np.asarray(weights, dtype=np.float32)
     with np.errstate(invalid="ignore"):  # a resample whose weights are all 0 says nothing
         means = times @ values / (len(values) if weights is None else times @ weights)
     return [float(x) for x in np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])]
@@ -29,10 +31,20 @@ def bootstrap_ci(
 
 @functools.lru_cache(maxsize=2)
 def resampled(n: int, seed: int) -> np.ndarray:
-    """How often each of n prompts occurs in each resample: (RESAMPLES, n)."""
+    """How often each of n prompts occurs in each resample: (RESAMPLES, n) float32."""
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(n, size=(RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
-    return np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
+    times = np.empty((RESAMPLES, n), dtype=np.float32)
+    for row in times:
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    return times
+
+
+def wilson_ci(successes: np.ndarray) -> list[float]:
+    """Interval of a share from n yes-or-no outcomes (Wilson 1927): honest where all of them agree, too."""
+    n, p = len(successes), float(np.mean(successes))
+    middle, spread = p + Z95**2 / (2 * n), Z95 * np.sqrt(p * (1 - p) / n + (Z95 / (2 * n)) ** 2)
+    low, high = ((middle + sign * spread) / (1 + Z95**2 / n) for sign in (-1, 1))
+    return [float(min(low, p)), float(max(high, p))]
 
 
 def jackknife_ci(measure: Callable[[list[str]], float], texts: Sequence[str]) -> list[float]:
@@ -53,6 +65,13 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     """All runs of n words."""
     words = text.split()
     return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def equally_long(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Two answers to each prompt, both cut to the words of the shorter: the more words, the fewer of them are new."""
+    words = [(a.split(), b.split()) for a, b in zip(ours, theirs, strict=True)]
+    cut = [[" ".join(pair[i][: min(map(len, pair))]) for pair in words] for i in (0, 1)]
+    return cut[0], cut[1]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -9,7 +9,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from utils import write_whole
 TEMPLATE = Path(__file__).with_name("report_template.html")
 GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
 
+PATH = ("kl_seq_exact", "sentiment_mean")  # of eval.csv
+CURVES = {  # of metrics.csv
+    "sentiment_mean": "sentiment", "kl_seq_exact": "KL, nats per response", "entropy": "entropy, nats per token",
+}  # fmt: skip
+
 
 def write_report(
     results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_folder: Path | None, path: Path
@@ -31,8 +36,10 @@ def write_report(
     """
     figures = [("Scores", scores_figure(results))]
     if "optimal_curve" in summary:
-        figures.append(("How far from the best possible", frontier_figure(summary, read_csv(run_folder, "eval.csv"))))
-    metrics = read_csv(run_folder, "metrics.csv")
+        figures.append(
+            ("How far from the best possible", frontier_figure(summary, read_csv(run_folder, "eval.csv", PATH)))
+        )
+    metrics = read_csv(run_folder, "metrics.csv", ("step", *CURVES))
     if metrics is not None and len(metrics) > 1:
         figures.append(("The run", run_figure(metrics)))
     settings = {k: v for k, v in summary["settings"].items() if v is not None and k != "preset"}
@@ -56,10 +63,10 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_csv(folder: Path | None, name: str) -> pd.DataFrame | None:
-    """A table of a run, if there is a run and the table can be read."""
+def read_csv(folder: Path | None, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
+    """These columns of a table of a run, if there is a run and they can be read as numbers."""
     try:
-        return None if folder is None else pd.read_csv(folder / name)
+        return None if folder is None else pd.read_csv(folder / name, usecols=list(columns), dtype=float)
     except (OSError, ValueError):
         return None
 
@@ -99,13 +106,8 @@ def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
 
 def run_figure(metrics: pd.DataFrame) -> str:
     """Sentiment, KL and entropy over the steps of the run."""
-    titles = {
-        "sentiment_mean": "sentiment",
-        "kl_seq_exact": "KL, nats per response",
-        "entropy": "entropy, nats per token",
-    }
-    figure, axes = _figure(3)
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    figure, axes = _figure(len(CURVES))
+    for axis, (name, title) in zip(axes, CURVES.items(), strict=True):
         axis.plot(metrics["step"], metrics[name], color=POLICY)
         axis.set_title(title, color=GREY, fontsize=10)
         axis.set_xlabel("step")
