@@ -76,12 +76,19 @@ class Sequences:
             return decode(tokenizer, self.tokens, self.attention_mask)
         return decode(tokenizer, self.responses, self.response_mask)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, each with a row per prompt."""
+        support = [] if self.support is None else [self.support]
+        return [self.tokens, self.attention_mask, self.response_mask, self.logprobs, *support]
+
+    def with_tensors(self, tensors: list[Tensor]) -> "Sequences":
+        """The same with other tensors in their place."""
+        tokens, attention_mask, response_mask, logprobs, *support = tensors
+        return Sequences(tokens, attention_mask, response_mask, logprobs, self.temperature, *support)
+
     def select(self, rows: Tensor) -> "Sequences":
         """The same for some rows only."""
-        return Sequences(
-            self.tokens[rows], self.attention_mask[rows], self.response_mask[rows], self.logprobs[rows],
-            self.temperature, None if self.support is None else self.support[rows],
-        )  # fmt: skip
+        return self.with_tensors([x[rows] for x in self.tensors()])
 
 
 class GPT2WithValueHead(nn.Module):

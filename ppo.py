@@ -8,12 +8,26 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 from config import TrainConfig
 from model import GPT2WithValueHead, Sequences, score_responses
-from utils import compute_gae, explained_variance, masked_mean, permutation, shape_rewards, whiten
+from utils import (
+    GradientSum,
+    compute_gae,
+    explained_variance,
+    gather_rows,
+    largest,
+    masked_mean,
+    permutation,
+    shape_rewards,
+    share_of,
+    sum_of_all,
+    whiten,
+    world_size,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +51,32 @@ class Rollout:
         for x in (self.logprobs, self.ref_logprobs, self.values, self.rewards, self.kl, self.exact_kl, self.entropy):
             assert x.shape == self.mask.shape
         assert self.scores.shape == self.mask.shape[:1]
+
+    def of_all(self) -> "Rollout":
+        """The rollouts of all processes as one, the same everywhere: what follows is then as in one process."""
+        if world_size() == 1:
+            return self
+        rows = int(sum_of_all(torch.tensor(len(self.scores))))
+        wide = self._widened(int(largest(self.mask.shape[1])))
+        return self._with_tensors([gather_rows(x, rows) for x in wide])
+
+    @staticmethod
+    def join(rollouts: list["Rollout"]) -> "Rollout":
+        """Several rollouts of prompts of one width as one."""
+        width = max(rollout.mask.shape[1] for rollout in rollouts)
+        wide = [rollout._widened(width) for rollout in rollouts]
+        return rollouts[0]._with_tensors([torch.cat(parts) for parts in zip(*wide, strict=True)])
+
+    def _widened(self, width: int) -> list[Tensor]:
+        """All tensors, with responses padded to this width."""
+        extra = width - self.mask.shape[1]
+        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.rewards, self.kl,
+                   self.exact_kl, self.entropy]  # fmt: skip
+        return [*(F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra)) for x in tensors), self.scores]
+
+    def _with_tensors(self, tensors: list[Tensor]) -> "Rollout":
+        of_sequences = len(self.sequences.tensors())
+        return Rollout(self.sequences.with_tensors(tensors[:of_sequences]), *tensors[of_sequences:])
 
     @property
     def mask(self) -> Tensor:
@@ -130,44 +170,53 @@ def ppo_update(
         group["lr"] = learning_rate(cfg, step)
 
     report, size = Report(), cfg.micro_batch_size or cfg.minibatch_size
+    gradients = GradientSum([*reversed(list(policy.lm.parameters())), *policy.value_head.parameters()])
     for epoch in range(cfg.ppo_epochs):
         order = permutation(cfg.seed, step, epoch, len(rollout.mask)).to(rollout.mask.device)
         epoch_report = Report()
         for rows in order.split(cfg.minibatch_size):
-            size = _learn(policy, optimizer, data.select(rows), cfg, size, epoch_report)
+            size = _learn(policy, optimizer, data.select(rows), cfg, size, epoch_report, gradients)
         report.add(epoch_report)
         if cfg.target_kl is not None and epoch_report.mean("approx_kl") > cfg.target_kl:
             break
+    gradients.close()
     return {
         **report.metrics(),
         "explained_var": explained_variance(returns, rollout.values, rollout.mask),
         "epochs": epoch + 1,
-        "micro_batch_size": size,
+        "micro_batch_size": -int(largest(-size)),
         "lr": learning_rate(cfg, step),
     }
 
 
 def _learn(
-    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, size: int, report: "Report"
-) -> int:
+    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, size: int, report: "Report",
+    gradients: GradientSum,
+) -> int:  # fmt: skip
     """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is.
 
-    Where memory does not suffice for micro-batches of `size` responses they are halved, and the minibatch is begun
-    anew: the gradient is the same, because nothing in it is random. Returns the size that sufficed.
+    Each process takes its share of the rows. Where memory does not suffice for micro-batches of `size` responses they
+    are halved, and the minibatch is begun anew: the gradient is the same, because nothing in it is random. Returns the
+    size that sufficed.
     """
-    token_count = minibatch.sequences.response_mask.sum()
+    token_count, device = minibatch.sequences.response_mask.sum(), minibatch.logprobs.device
+    own = torch.arange(len(minibatch.logprobs), device=device)[share_of(len(minibatch.logprobs))]
     while True:
         optimizer.zero_grad()
         found = Report()
         try:
-            for rows in _split(len(minibatch.logprobs), size, minibatch.logprobs.device):
-                _backward(policy, minibatch.select(rows), cfg, token_count, found)
+            pieces = own.split(size) if len(own) else ()
+            for i, rows in enumerate(pieces, start=1):
+                last = gradients if i == len(pieces) else None
+                _backward(policy, minibatch.select(rows), cfg, token_count, found, last)
             break
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size = -(-size // 2)
         torch.cuda.empty_cache()  # out here the failed pass is no longer held
+    gradients.finish()
+    found = found.of_all()
     grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
     if math.isfinite(grad_norm) and found.is_finite():
         optimizer.step()
@@ -179,25 +228,26 @@ def _learn(
     return size
 
 
-def _backward(policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_count: Tensor, report: "Report") -> None:
+def _backward(
+    policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_count: Tensor, report: "Report",
+    gradients: GradientSum | None,
+) -> None:  # fmt: skip
     """Add the gradient of a micro-batch: one pass through GPT-2, the loss above it for a few responses at a time.
 
     The loss is a sum over tokens, so each few can be taken back to the hidden states before the next; logits of all
-    tokens, of which GPT-2 has 50,257 each, never exist at once.
+    tokens, of which GPT-2 has 50,257 each, never exist at once. gradients is there for the last micro-batch only.
     """
     hidden = policy.response_hidden(micro.sequences)
     states = hidden.detach().requires_grad_()
-    for rows in _split(len(states), policy.responses_at_a_time(micro.sequences), states.device):
+    for rows in torch.arange(len(states), device=states.device).split(policy.responses_at_a_time(micro.sequences)):
         few = micro.select(rows)
         new = policy.evaluate_hidden(states[rows], few.sequences, with_entropy=cfg.ent_coef > 0)
         loss, sums = ppo_loss(*new, few, cfg, token_count)
         loss.backward()
         report.add_sums(sums, few.sequences.response_mask.sum())
+    if gradients is not None:
+        gradients.begin()
     hidden.backward(states.grad)
-
-
-def _split(size: int, at_a_time: int, device: torch.device) -> tuple[Tensor, ...]:
-    return torch.arange(size, device=device).split(at_a_time)
 
 
 class Report:
@@ -232,6 +282,14 @@ class Report:
         self.sums = {name: total.to(tokens.device) + sums[name].detach() for name, total in self.sums.items()}
         self.ratio_max = torch.maximum(self.ratio_max.to(tokens.device), ratio_max)
         self.tokens = self.tokens.to(tokens.device) + tokens
+
+    def of_all(self) -> "Report":
+        """The sums of all processes."""
+        whole = Report()
+        sums = sum_of_all(torch.stack([*self.sums.values(), self.tokens.to(self.ratio_max)]))
+        whole.sums, whole.tokens = dict(zip(self.sums, sums, strict=False)), sums[-1]
+        whole.ratio_max = torch.tensor(largest(float(self.ratio_max))) if world_size() > 1 else self.ratio_max
+        return whole
 
     def is_finite(self) -> bool:
         """Whether every sum is a number."""

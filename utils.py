@@ -7,14 +7,16 @@ Nothing here knows of models, files or settings.
 import contextlib
 import ctypes
 import math
+import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import Tensor
@@ -41,6 +43,121 @@ def uniforms(seed: int, step: int, rows: int, width: int) -> Tensor:
 def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
     """The order (n,) in which one epoch of one step's update visits its responses."""
     return torch.from_numpy(np.random.default_rng([seed, step, 2, epoch]).permutation(n))
+
+
+# --- several processes, each with its share of the rows; where there is only one, all of this is trivial ------------
+
+
+def world_size() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def share_of(rows: int) -> slice:
+    """Which of so many rows are this process's."""
+    return slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
+
+
+def gather_rows(x: Tensor, rows: int) -> Tensor:
+    """The shares x (b, ...) of all processes together: (rows, ...), the same everywhere."""
+    if world_size() == 1:
+        return x
+    kind = torch.uint8 if x.dtype == torch.bool else x.dtype
+    whole = torch.zeros(rows, *x.shape[1:], dtype=kind, device=x.device)
+    whole[share_of(rows)] = x.to(kind)
+    dist.all_reduce(whole)  # everyone else adds exact zeros
+    return whole.to(x.dtype)
+
+
+def sum_of_all(x: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape, the same everywhere."""
+    if world_size() > 1:
+        there = x.to(meeting_place())
+        dist.all_reduce(there)
+        x = there.to(x.device)
+    return x
+
+
+def largest(x: float) -> float:
+    """The largest of all processes' numbers."""
+    if world_size() == 1:
+        return x
+    found = torch.tensor([float(x)], dtype=torch.float64, device=meeting_place())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def meeting_place() -> torch.device:
+    """Where tensors must be to be sent: NCCL knows only CUDA."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+class GradientSum:
+    """Adds up the gradients of all processes, once per optimiser step, while the backward pass is still under way.
+
+    Gradients are sent in buckets, in the order in which a backward pass finishes them. Loss and gradient of a
+    minibatch are sums over its rows, so that the sum over processes is that of one process with all rows.
+    """
+
+    BUCKET = 6_000_000  # numbers: 24 MB at a time keep the line busy and leave little for the end
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        """Parameters in the order in which their gradients become ready."""
+        self.buckets: list[list[Tensor]] = []
+        self.sent: list[tuple[Tensor, Any]] = []
+        self.waiting: dict[Tensor, int] = {}
+        if world_size() == 1:
+            return
+        room = 0
+        for parameter in parameters:
+            if room < parameter.numel():
+                self.buckets.append([])
+                room = self.BUCKET
+            self.buckets[-1].append(parameter)
+            room -= parameter.numel()
+        self.hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in parameters]  # type: ignore[arg-type]
+
+    def begin(self) -> None:
+        """From here on a gradient that is accumulated is complete."""
+        self.waiting = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+
+    def _ready(self, parameter: Tensor) -> None:
+        if self.waiting.pop(parameter, None) is not None:
+            while len(self.sent) < len(self.buckets) and not any(
+                p in self.waiting for p in self.buckets[len(self.sent)]
+            ):  # in the same order everywhere, whatever is ready first
+                self._send()
+
+    def _send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        """Send what is left, and put the sums in the gradients' place."""
+        self.waiting = {}
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
+            work.wait()
+            for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = grad.view_as(parameter)
+        self.sent = []
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self.hooks if self.buckets else ():
+            hook.remove()
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -297,7 +414,10 @@ def spreadsheet_safe(text: str) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and move it there, so that it is never seen half-written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -37,7 +37,7 @@ def split_reviews(tmp_path: Path) -> Path:
 def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_reviews: Path) -> Path:
     """A run folder whose policy is the base with slightly different weights."""
     from model import GPT2WithValueHead
-    from train import describe
+    from tools.run_folder import describe
 
     cfg = TrainConfig(
         policy_name=str(gpt2_dir), rm_name=str(classifier_dir), dataset=str(split_reviews), device="cpu",

@@ -24,6 +24,7 @@ from config import RANGES, TrainConfig, UserError, parse_config, run_cli
 from data import load_examples
 from ppo import make_rollout, ppo_update
 from reward import SentimentReward
+from tools import run_folder
 from tools.states import newest_good, save_state
 from utils import spreadsheet_safe
 
@@ -140,7 +141,7 @@ def test_texts_cannot_become_formulas() -> None:
 def test_memory_does_not_grow(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident memory after 120 small steps, against that after 40: within 5 %."""
     seen: list[int] = []
-    log = train.RunFolder.log
+    log = run_folder.RunFolder.log
 
     def note(self: Any, row: dict[str, Any]) -> None:
         log(self, row)
@@ -148,8 +149,8 @@ def test_memory_does_not_grow(flags: dict[str, str], monkeypatch: pytest.MonkeyP
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append(pages)
 
-    monkeypatch.setattr(train.RunFolder, "log", note)
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder.RunFolder, "log", note)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
     run({**flags, "save_every": "60", "sample_every": "60", "total_steps": "120", "eval_every": "0"})
     assert seen[1] < 1.05 * seen[0]
 

@@ -17,6 +17,7 @@ from conftest import TIMINGS, run
 
 import train
 from config import TrainConfig, UserError, parse_config
+from tools import run_folder
 from tools.states import damage, lock, newest_good, save_state, states
 from tools.torture import TortureConfig, remains, torture
 
@@ -28,7 +29,7 @@ def exact(folder: Path) -> dict[str, bytes]:
 
 def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Path:
     """A run that dies, as by a kill, right after step `at` was logged."""
-    log = train.RunFolder.log
+    log = run_folder.RunFolder.log
 
     def die(self: Any, row: dict[str, Any]) -> None:
         log(self, row)
@@ -36,7 +37,7 @@ def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.RunFolder, "log", die)
+        patch.setattr(run_folder.RunFolder, "log", die)
         with pytest.raises(SystemExit):
             run(flags, *extra)
     return Path(flags["ckpt_dir"])
@@ -45,7 +46,7 @@ def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch,
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly a second each, and no part of what must be the same."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_a_kill_between_the_last_state_and_its_policy_is_made_good(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
-    save, saves = train.save_policy, []
+    save, saves = run_folder.save_policy, []
 
     def die(*args: Any) -> None:
         saves.append(1)
@@ -162,7 +163,7 @@ def test_a_kill_between_the_last_state_and_its_policy_is_made_good(
         save(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_policy", die)
+        patch.setattr(run_folder, "save_policy", die)
         with pytest.raises(SystemExit):
             run(flags, "--eval_every", "3")
     folder = Path(flags["ckpt_dir"])
@@ -271,7 +272,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
     """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
     for function in ("append_row", "save_state", "save_policy", "plot_curves"):
-        right, calls = getattr(train, function), []
+        right, calls = getattr(run_folder, function), []
 
         def fail(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
             calls.append(1)
@@ -281,7 +282,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
 
         target = {**flags, "ckpt_dir": str(tmp_path / function)}
         with monkeypatch.context() as patch:
-            patch.setattr(train, function, fail)
+            patch.setattr(run_folder, function, fail)
             with pytest.raises(SystemExit) as stop:
                 run(target, "--total_steps", "4")
         message = str(stop.value.code)

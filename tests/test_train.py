@@ -25,6 +25,7 @@ import utils
 from config import UserError
 from model import GPT2WithValueHead
 from reward import SentimentReward
+from tools import run_folder
 from tools.states import states
 
 REPOSITORY = Path(train.__file__).parent
@@ -84,27 +85,15 @@ def test_best_is_the_highest_sentiment_within_the_kl_budget(
 ) -> None:
     """Sentiment rises at every evaluation; the last is beyond the budget."""
     weights = []
-    save = train.save_policy
-    monkeypatch.setattr(train, "save_policy", lambda parts, folder: (save(parts, folder), weights.append(
-        load_file(folder / "policy_lm" / "model.safetensors"))))  # fmt: skip
+    save, evaluate = run_folder.save_policy, train.evaluate
+    monkeypatch.setattr(run_folder, "save_policy", lambda policy, tokenizer, folder: (
+        save(policy, tokenizer, folder),
+        weights.append(load_file(folder / "policy_lm" / "model.safetensors"))))  # fmt: skip
     scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
-    make = train.make_rollout
-
-    class Told:
-        def __init__(self, rollout: Any) -> None:
-            self.rollout = rollout
-
-        def metrics(self) -> dict[str, float]:
-            return {**self.rollout.metrics(), "sentiment_mean": next(scores), "kl_seq_exact": next(kls)}
-
-    evaluate = train.RunFolder.evaluate
-
-    def evaluate_told(self: Any, *args: Any) -> None:
-        monkeypatch.setattr(train, "make_rollout", lambda *a: Told(make(*a)))
-        evaluate(self, *args)
-        monkeypatch.setattr(train, "make_rollout", make)
-
-    monkeypatch.setattr(train.RunFolder, "evaluate", evaluate_told)
+    monkeypatch.setattr(
+        train, "evaluate",
+        lambda *args: {**evaluate(*args), "sentiment_mean": next(scores), "kl_seq_exact": next(kls)},
+    )  # fmt: skip
     folder = run(flags, "--eval_every", "1", "--kl_budget", "2.5")
     best = load_file(folder / "best" / "policy_lm" / "model.safetensors")
     final = load_file(folder / "policy_lm" / "model.safetensors")
@@ -124,10 +113,15 @@ def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
     assert not Path(flags["ckpt_dir"]).exists()
 
     rows: list[tuple[str, float, int]] = []
+    closed: list[bool] = []
 
     class Writer:
-        def __init__(self, folder: Path) -> None:
+        def __init__(self, folder: Path, purge_step: int) -> None:
             assert folder == Path(flags["ckpt_dir"]) / "tensorboard"
+            rows[:] = [row for row in rows if row[2] < purge_step]
+
+        def close(self) -> None:
+            closed.append(True)
 
         def add_scalar(self, *row: Any) -> None:
             rows.append(row)
@@ -138,6 +132,10 @@ def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
     assert {name for name, _, _ in rows} == set(metrics.columns)
     found = [value for name, value, _ in rows if name == "sentiment_mean"]
     assert found == pytest.approx(metrics.sentiment_mean.tolist())
+    shutil.rmtree(folder / "state" / "step_000003")  # so that the last step is taken again
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert [step for name, _, step in rows if name == "sentiment_mean"] == [1, 2, 3]
+    assert closed == [True, True]
 
 
 def test_train_saves_a_policy_that_plain_transformers_loads(flags: dict[str, str]) -> None:

@@ -114,6 +114,23 @@ def load_state(path: Path, policy: nn.Module, optimizer: Optimizer) -> dict[str,
     return dict(counters)
 
 
+class Snapshot:
+    """Weights and optimiser as they are now, in memory, to go back to."""
+
+    def __init__(self, policy: nn.Module, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.weights = [(weight, weight.detach().clone()) for weight in policy.parameters()]
+        self.moments = {w: {k: v.clone() for k, v in kept.items()} for w, kept in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back."""
+        for weight, value in self.weights:
+            weight.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.moments)
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
