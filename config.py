@@ -323,7 +323,8 @@ def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
 
 
 def _report(error: Exception) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # what one process of several reports, all do
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
 
 

@@ -14,7 +14,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,20 @@ from model import GPT2WithValueHead, Sequences, check_fit, generate, load_refere
 from reward import SentimentReward, full_label
 from tools.judge import FittedJudge
 from tools.make_models import resolve_name
+from tools.processes import first_then_others, gather_to_first, processes, together
 from tools.report import write_report
 from tools.summary import summarise, table, table_rows
 from utils import (
+    is_first,
     keep_freed_memory,
     load_tokenizer,
     quiet_libraries,
+    rank,
     resolve_device,
     resolve_dtype,
     spreadsheet_safe,
     uniforms,
+    world_size,
     write_whole,
 )  # fmt: skip
 
@@ -55,15 +59,21 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print the table, write results, summary and report; returns the summary."""
     quiet_libraries()
     out_csv = Path(cfg.out_csv)
-    check_target(out_csv)
-    run = settings_of_run(cfg)
-    results = evaluate(cfg, run)
-    summary = summarise(results)
-    summary |= {"seed": cfg.seed, "settings": {**asdict(cfg), **{name: getattr(run, name) for name in sorted(OF_RUN)}}}
-    write(results, summary, out_csv)
-    print(table(summary))
-    print(f"\nwritten: {out_csv}, {beside(out_csv, 'summary.json')}, and to look at: {beside(out_csv, 'report.html')}")
-    return summary
+    with processes(cfg.device):
+        with together():
+            check_target(out_csv)
+            run = settings_of_run(cfg)
+        results = evaluate(cfg, run)
+        if not is_first():
+            return {}
+        summary = summarise(results)
+        settings = {**asdict(cfg), **{name: getattr(run, name) for name in sorted(OF_RUN)}}
+        summary |= {"seed": cfg.seed, "settings": settings}
+        write(results, summary, out_csv)
+        print(table(summary))
+        page = beside(out_csv, "report.html")
+        print(f"\nwritten: {out_csv}, {beside(out_csv, 'summary.json')}, and to look at: {page}")
+        return summary
 
 
 def settings_of_run(cfg: EvalConfig) -> TrainConfig:
@@ -98,9 +108,20 @@ def run_folder(policy_path: str) -> Path | None:
 # --- the comparison -------------------------------------------------------------------------------------------------
 
 
-def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
-    """Let policy and base answer held-out prompts; one row per prompt with texts, scores, lengths, KL and so on."""
-    run = run or settings_of_run(cfg)
+@dataclass(frozen=True)
+class Parts:
+    """What an evaluation needs: models on their device, prompts with what their authors wrote next, perhaps a judge."""
+
+    policy: GPT2WithValueHead
+    base: GPT2WithValueHead
+    reward: SentimentReward
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    judge: Judge | None
+
+
+def load_parts(cfg: EvalConfig, run: TrainConfig) -> Parts:
+    """Load it all (raises UserError)."""
     dtype = getattr(torch, run.dtype)
     policy_name, ref_name = resolve_name(cfg.policy_path), resolve_name(str(run.ref_name))
     tokenizer = load_tokenizer("policy_path", policy_name)
@@ -110,8 +131,19 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
     reward = SentimentReward(
         resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype, revision=run.rm_revision
     )
-    judge = second_judge(cfg, run)
-    prompts = held_out_prompts(cfg, run, tokenizer)
+    judge = second_judge(cfg, run) if is_first() else None
+    return Parts(policy, base, reward, tokenizer, held_out_prompts(cfg, run, tokenizer), judge)
+
+
+def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
+    """Let policy and base answer held-out prompts; one row per prompt with texts, scores, lengths, KL and so on.
+
+    Where there are several processes each takes some batches, and only the first has the rows.
+    """
+    run = settings = run or settings_of_run(cfg)
+    with together():
+        parts = first_then_others(lambda: load_parts(cfg, settings))
+    policy, base, tokenizer, prompts = parts.policy, parts.base, parts.tokenizer, parts.prompts
     keep_freed_memory()
 
     def answer(model: GPT2WithValueHead, rows: slice, draw: int) -> Sequences:
@@ -123,27 +155,33 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
         )  # fmt: skip
 
     batches = [slice(first, first + cfg.batch_size) for first in range(0, len(prompts), cfg.batch_size)]
-    parts = []
-    for rows in tqdm(batches, "evaluating", unit="batch", dynamic_ncols=True):
+    own = batches[rank() :: world_size()]
+    tables = []
+    for rows in tqdm(own, "evaluating", unit="batch", dynamic_ncols=True):
         answers = {"policy": answer(policy, rows, 0), "base": answer(base, rows, 0)}
-        part = compare(answers, policy, base, reward, tokenizer, run.reward_on_prompt)
+        part = compare(answers, policy, base, parts.reward, tokenizer, run.reward_on_prompt)
         human = human_continuations(prompts[rows], run.max_prompt_len, run.max_new_tokens, run.device)
-        parts.append(part.assign(**compare_on_human(human, policy, base)))
-    results = pd.concat(parts, ignore_index=True)
+        part = part.assign(**compare_on_human(human, policy, base))
+        tables.append(part.set_index(np.arange(len(prompts))[rows]))
+    draws = [(i, draw) for i in range(len(own)) for draw in range(cfg.frontier)]
+    scores = [np.zeros((len(part), cfg.frontier)) for part in tables]
+    for i, draw in tqdm(draws, "frontier", unit="batch", dynamic_ncols=True, disable=not draws):
+        texts = answer(base, own[i], 1 + draw).texts(tokenizer, run.reward_on_prompt)
+        scores[i][:, draw] = parts.reward(texts).cpu()
+    if cfg.frontier:
+        for part, some in zip(tables, scores, strict=True):
+            part["base_draws"] = [" ".join(f"{x:.4f}" for x in row) for row in some]
+    tables = gather_to_first(tables)
+    if not is_first():
+        return pd.DataFrame()
+    results = pd.concat(tables).sort_index()
     if not np.isfinite(results["kl_seq"]).all():
         raise UserError(f"policy_path={cfg.policy_path} computes numbers that are not finite: try --dtype float32")
     for name in ("prompt", "policy_text", "base_text"):
         results[name] = results[name].map(spreadsheet_safe)
-    if judge is not None:
+    if parts.judge is not None:
         for name in ("policy", "base"):
-            results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
-    if cfg.frontier:
-        scores = np.zeros((len(prompts), cfg.frontier))
-        draws = [(rows, draw) for rows in batches for draw in range(cfg.frontier)]
-        for rows, draw in tqdm(draws, "frontier", unit="batch", dynamic_ncols=True):
-            texts = answer(base, rows, 1 + draw).texts(tokenizer, run.reward_on_prompt)
-            scores[rows, draw] = reward(texts).cpu()
-        results["base_draws"] = [" ".join(f"{x:.4f}" for x in row) for row in scores]
+            results[f"{name}_judge"] = parts.judge(results[f"{name}_text"].tolist())
     return results
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
+from config import NEWEST, TrainConfig, UserError, run_cli, with_changes  # isort: skip  (before torch: see there)
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from ppo import KLController, Rollout, build_optimizer, make_rollout, ppo_update
 from reward import SentimentReward
 from tools.audit import audit
 from tools.make_models import resolve_name
-from tools.processes import all_alike, first_then_others, hand_out, processes, together
+from tools.processes import all_alike, first_then_others, hand_out, processes, restarts, together
 from tools.run_folder import Onlooker, RunFolder
 from tools.signals import Abandoned, Stop, stop_signals
 from tools.states import Snapshot
@@ -62,7 +62,7 @@ def main(cfg: TrainConfig) -> Path:
     quiet_libraries()
     with processes(cfg.device):
         with together():
-            cfg = resolve(cfg)
+            cfg = resolve(with_changes(cfg, resume=NEWEST) if restarts() else cfg)
             run = (RunFolder if is_first() else Onlooker)(cfg)
         if largest(run.is_finished(cfg)):
             return run.path

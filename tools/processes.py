@@ -39,7 +39,10 @@ def processes(device: str) -> Iterator[None]:
         if local >= torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun may keep the addresses of processes that it has replaced since: the living meet apart from the dead
+    store = dist.PrefixStore(f"attempt_{restarts()}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         with contextlib.ExitStack() as silence:
             if not is_first():
@@ -50,7 +53,7 @@ def processes(device: str) -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's way of saying that another process is gone
         if isinstance(error, torch.OutOfMemoryError) or not _says_that_one_is_gone(error):
             raise
-        if _first_to_tell():
+        if _first_to_tell(store):
             print("error: another process of this run has died; what was saved is whole, and torchrun --max-restarts N "
                   "or --resume goes on from it", file=sys.__stderr__, flush=True)  # fmt: skip
         os._exit(1)  # leaving in good order would mean waiting for the dead
@@ -64,16 +67,16 @@ def _says_that_one_is_gone(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def _first_to_tell() -> bool:
+def _first_to_tell(store: dist.Store) -> bool:
     """Whether no other survivor has said it yet."""
     with contextlib.suppress(Exception):  # torchrun, which keeps the store, may be gone, too
-        return dist.distributed_c10d._get_default_store().add("told", 1) == 1
+        return bool(store.add("told", 1) == 1)
     return is_first()
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started all processes anew, because one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
