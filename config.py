@@ -318,6 +318,9 @@ def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
         main(parse_config(cls))
     except UserError as error:
         sys.exit(_report(error))
+    except BrokenPipeError:  # nobody reads any more: `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:  # before training has begun, or in an evaluation: there is nothing to save
         sys.exit(130)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -832,3 +833,22 @@ def test_kl_controller_survives_a_kl_that_is_not_a_number() -> None:
     controller = KLController(0.1, target=5.0)
     controller.update(math.nan)
     assert math.isfinite(controller.coef)
+
+
+def test_rollouts_joined_are_the_rollout_of_all_their_prompts() -> None:
+    """Also where the longest response is only in one of them."""
+    policy = make_policy()
+    seqs = sample(policy)
+    scores = torch.linspace(-1, 1, len(seqs.tokens))
+    whole = make_rollout(policy, make_policy(seed=1), seqs, scores, 0.1)
+    by_length = seqs.response_mask.sum(1).argsort()
+    parts = []
+    for rows in (by_length[:3], by_length[3:]):
+        some = seqs.select(rows)
+        width, prompts = int(some.response_mask.sum(1).max()), some.prompt_len
+        short = replace(some, tokens=some.tokens[:, : prompts + width],
+                        attention_mask=some.attention_mask[:, : prompts + width],
+                        response_mask=some.response_mask[:, :width], logprobs=some.logprobs[:, :width])  # fmt: skip
+        parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1))
+    assert parts[0].mask.shape[1] < parts[1].mask.shape[1]
+    assert Rollout.join(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)

@@ -197,6 +197,64 @@ def test_a_run_stopped_in_its_first_step_is_evaluated_once_before_training(
     assert exact(Path(flags["ckpt_dir"])) == whole
 
 
+def test_a_long_update_can_be_abandoned(flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and optimiser are put back as they were before it."""
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
+    update, calls = train.ppo_update, []
+
+    def interrupted(*args: Any) -> Any:
+        done = update(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ppo_update", interrupted)
+        patch.setattr(train, "PATIENCE", -1.0)
+        with pytest.raises(SystemExit) as stop:
+            run(flags)
+    assert stop.value.code == 143
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1]
+    assert states(folder / "state")[-1].name == "step_000001"
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert exact(folder) == whole
+
+
+def test_a_folder_that_another_run_used_while_this_one_was_loading_is_refused(flags: dict[str, str]) -> None:
+    cfg = TrainConfig(ckpt_dir=flags["ckpt_dir"], device="cpu")
+    waiting = run_folder.RunFolder(cfg)
+    before = exact(run(flags))
+    with pytest.raises(UserError, match="meanwhile"), waiting.open():
+        pass
+    assert exact(Path(flags["ckpt_dir"])) == before
+
+
+def test_what_was_told_before_is_not_told_again(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder.Doctor, "_findings", lambda self, row: {"odd": "this is odd"})
+    run(flags)
+    assert capsys.readouterr().out.count("this is odd") == 1
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
+    out = capsys.readouterr().out
+    assert "going on after step 3" in out
+    assert "this is odd" not in out
+
+
+def test_a_reader_that_goes_away_is_no_traceback(flags: dict[str, str]) -> None:
+    """python train.py | head -1"""
+    words = " ".join(f"--{name}={value}" for name, value in flags.items())
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -u {train.__file__} {words} | head -1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
 def test_tables_are_never_padded(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(flags)
     metrics = folder / "metrics.csv"

@@ -484,3 +484,26 @@ def test_a_revision_chooses_among_commits_and_is_recorded(
         assert pd.read_csv(folder / "metrics.csv").kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
     with pytest.raises(SystemExit):
         run({**still, "ckpt_dir": str(tmp_path / "none")}, "--policy_revision", "v2")
+
+
+def test_a_hub_name_that_means_another_commit_by_now_is_refused_on_resume(
+    flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    cache = tmp_path / "hub" / "models--someone--gpt2"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(gpt2_dir, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path / "hub"))
+    run({**flags, "policy_name": "someone/gpt2", "total_steps": "1"})
+    (cache / "refs" / "main").write_text("b" * 40)
+    more = {"ckpt_dir": flags["ckpt_dir"], "total_steps": "2"}
+    with pytest.raises(SystemExit) as stop:
+        run(more, "--resume")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "policy_name=someone/gpt2" in error
+    assert "a" * 40 in error
+    run(more, "--resume", "--allow_changes")

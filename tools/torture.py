@@ -3,15 +3,17 @@
     python -m tools.torture --kills 100
 
 SIGKILL, which no program can catch, falls anywhere: while loading, sampling, learning, saving or drawing. Every run
-must end with the same weights, optimiser and tables, bit for bit.
+must end with the same weights, optimiser and tables, bit for bit. So must the first-time making of the tiny models.
 """
 
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class TortureConfig:
     """Settings of `python -m tools.torture`."""
 
     kills: int = opt(20, "How often to kill, over as many runs as that takes.")
+    making: int = opt(0, "How often to kill the first-time making of the tiny models (half a minute each).")
     steps: int = opt(30, "PPO steps of a run.")
     seed: int = opt(0, "Of the moments to kill at.")
 
@@ -46,8 +49,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("kills must be at least 1, steps at least 2")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        runs, resumed, lost = torture(cfg, Path(folder))
-    print(f"{cfg.kills} kills in {runs} runs, resumed after steps {sorted(resumed)}")
+        lost = torture_making(cfg, Path(folder)) if cfg.making else []
+        runs, resumed, more = torture(cfg, Path(folder))
+        lost += more
+    print(f"{cfg.kills} kills in {runs} runs, resumed after steps {sorted(resumed)}; {cfg.making} while making models")
     print("\n".join(lost) or "nothing was lost: every run ended bit for bit like the undisturbed one")
     sys.exit(1 if lost else 0)
 
@@ -85,6 +90,29 @@ def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]
                 lost.append(f"run {runs} ended with code {code}; differing: {', '.join(differing)}")
             shutil.rmtree(victim, ignore_errors=True)
     return runs, resumed, lost
+
+
+def torture_making(cfg: TortureConfig, folder: Path) -> list[str]:
+    """What differs between models made undisturbed and models whose making was killed again and again."""
+    command = [sys.executable, "-c", "from tools.make_models import resolve_name; resolve_name('tiny:policy')"]
+
+    def make(cache: Path, patience: float | None) -> None:
+        env = {**os.environ, "GPT2_PPO_CACHE": str(cache)}
+        quiet = subprocess.DEVNULL
+        subprocess.run(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, timeout=patience, check=True)
+
+    begun = time.monotonic()
+    make(folder / "made", None)
+    duration, moments = time.monotonic() - begun, random.Random(cfg.seed)
+    for _ in tqdm(range(cfg.making), "killing while making models", dynamic_ncols=True):
+        with suppress(subprocess.TimeoutExpired):  # which kills
+            make(folder / "killed", moments.uniform(0.1, 0.98) * duration)
+    make(folder / "killed", None)
+    made, killed = (
+        {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+        for cache in (folder / "made", folder / "killed")
+    )
+    return [f"made differently: {name}" for name in made if killed.get(name) != made[name]]
 
 
 def start(flags: list[str], run: Path) -> "subprocess.Popen[bytes]":
