@@ -10,6 +10,7 @@ The floor is the time that the step's matrix products would take at the rate mea
 time to read the weights once per decoded token at the rate measured for copying.
 """
 
+import math
 import re
 import shlex
 import statistics
@@ -26,6 +27,7 @@ from config import TrainConfig, UserError, opt  # isort: skip  (before torch: se
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DistilBertConfig,
@@ -38,8 +40,9 @@ from transformers.hf_argparser import HfArgumentParser
 
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
+from tools.processes import processes
 from train import Parts, Stopwatch, act, load_parts, resolve
-from utils import keep_freed_memory, quiet_libraries, write_whole
+from utils import is_first, keep_freed_memory, meeting_place, quiet_libraries, world_size, write_whole
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("steps and rounds must be at least 1")
     quiet_libraries()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with processes(cfg.device), tempfile.TemporaryDirectory() as folder:
         for work in sweep(SIZES[cfg.size], cfg.sweep):
             train_cfg = make_config(cfg, work, Path(folder))
             for turn in range(cfg.rounds):
@@ -99,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
                     row["of_its_memory"] = row["peak_memory_mb"] / row["peer_memory_mb"]
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
                 rows.append(row)
-    if cfg.csv:
-        append(Path(cfg.csv), rows)
+        if cfg.csv and is_first():
+            append(Path(cfg.csv), rows)
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
         seqs = act(parts, cfg, step)
         watch.lap("seconds_generate")
         scores = parts.reward(seqs.texts(parts.tokenizer))
-        rollout = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef)
+        rollout = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef).of_all()
         watch.lap("seconds_score")
         ppo_update(parts.policy, optimizer, rollout, cfg, step)
         watch.lap("seconds_update")
@@ -187,12 +190,14 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     seconds = sum(medians[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
     matmul, copy = ceilings(cfg)
     work = flops(parts, cfg)
-    weights = sum(p.numel() for p in parts.policy.lm.parameters()) * (2 if cfg.dtype == "bfloat16" else 4)
-    floor = sum(work.values()) / matmul + cfg.max_new_tokens * weights / copy
+    weights = sum(p.numel() for p in parts.policy.lm.parameters())
+    read = weights * (2 if cfg.dtype == "bfloat16" else 4)
+    floor = sum(work.values()) / matmul / world_size() + cfg.max_new_tokens * read / copy
     return {
+        "processes": world_size(), "weights": weights, **wire(cfg),
         "device": cfg.device, "dtype": cfg.dtype, "seconds": seconds, **medians,
         "matmul_gflops": matmul / 1e9, "copy_gb": copy / 1e9,
-        "update_of_matmul": work["update"] / medians["seconds_update"] / matmul,
+        "update_of_matmul": work["update"] / medians["seconds_update"] / matmul / world_size(),
         "floor_seconds": floor, "times_floor": seconds / floor,
     }  # fmt: skip
 
@@ -204,6 +209,17 @@ def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
     a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
     memory, target = torch.ones(2, (256 if cfg.device == "cuda" else 16) * 2**20, device=cfg.device)
     return 2 * size**3 / best(lambda: a @ b, cfg), 2 * memory.nbytes / best(lambda: target.copy_(memory), cfg)
+
+
+def wire(cfg: TrainConfig, numbers: int = 4_000_000) -> dict[str, float]:
+    """How fast processes send to each other: GB/s around a ring, microseconds of a small message (NaN if alone)."""
+    n = world_size()
+    if n == 1:
+        return {"wire_gb_s": math.nan, "wire_latency_us": math.nan}
+    large, small = (torch.ones(size, device=meeting_place()) for size in (numbers, 1))
+    latency = best(lambda: dist.all_reduce(small), cfg) / (2 * (n - 1))
+    took = best(lambda: dist.all_reduce(large), cfg)
+    return {"wire_gb_s": 2 * (n - 1) / n * large.nbytes / took / 1e9, "wire_latency_us": latency * 1e6}
 
 
 def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:
