@@ -1,0 +1,83 @@
+"""The study tool: crosses settings with seeds, keeps what is done, evaluates another program's policy alike."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from config import UserError
+from tools import study
+from tools.study import StudyConfig, figures, main, over_seeds, settings
+
+SUMMARY = {
+    "n": 20, "win_rate": 0.7, "sentiment_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
+    "policy": {"sentiment_mean": 0.6, "positive_rate": 0.8, "perplexity": 110.0, "distinct_2": 0.7,
+               "distinct_rate": 1.0, "response_len": 40.0},
+    "base": {"sentiment_mean": 0.1, "positive_rate": 0.5, "perplexity": 100.0, "distinct_2": 0.8,
+             "distinct_rate": 1.0, "response_len": 50.0},
+    "best_of_n": [{"n": 1, "kl": 0, "sentiment_mean": 0.1}, {"n": 2, "kl": 0.2, "sentiment_mean": 0.4}],
+    "optimal_curve": {"kl": [0, 1], "sentiment_mean": [0.1, 0.9]},
+}  # fmt: skip
+
+
+def test_a_grid_is_every_combination() -> None:
+    assert settings(StudyConfig(grid="lr=1e-5,2e-5 kl_coef=0.1")) == [
+        "--lr=1e-5 --kl_coef=0.1",
+        "--lr=2e-5 --kl_coef=0.1",
+    ]
+    assert settings(StudyConfig()) == [""]
+    with pytest.raises(UserError):
+        settings(StudyConfig(grid="lr"))
+
+
+def test_figures_are_ratios_to_the_base(tmp_path: Path) -> None:
+    found = figures(SUMMARY, tmp_path / "none.csv")
+    assert found["perplexity_ratio"] == pytest.approx(1.1)
+    assert found["distinct_2_ratio"] == pytest.approx(0.875)
+    assert found["length_ratio"] == pytest.approx(0.8)
+
+
+def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+        commands.append(words)
+        if words[1].endswith("eval.py"):
+            out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
+            out.with_name("eval_summary.json").write_text(json.dumps(SUMMARY))
+        return subprocess.CompletedProcess(words, 3 if "--lr=9" in words else 0)
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    words = ["--grid=lr=1,9", "--seeds=0,1", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}", "--jobs=2"]
+    main(words)
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert sorted(zip(table.setting, table.seed, strict=True)) == [("lr=1", 0), ("lr=1", 1), ("lr=9", 0), ("lr=9", 1)]
+    assert table[table.setting == "lr=9"].failed.str.contains("code 3").all()
+    assert all("--resume" in c for c in commands if c[1].endswith("train.py"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    means = over_seeds(table)
+    assert means.setting.tolist() == ["lr=1"]
+    assert means.seeds.tolist() == [2]
+    commands.clear()
+    main(words)
+    assert [c for c in commands if "--lr=1" in c] == [], "what is done is not done again"
+    main(["--peer=python other.py --seed {seed} --out {folder}/policy_lm", "--peer_name=other", *words[1:]])
+    assert pd.read_csv(tmp_path / "a.csv").query("setting == 'other'").command.str.contains("other.py").all()
+    shutil.rmtree(tmp_path / "runs")
+    main([f"--draw={tmp_path / 'a.csv'}"])
+
+
+def test_wrong_input_is_told(tmp_path: Path) -> None:
+    for words in (["--seeds=a"], ["--jobs=0"], [f"--draw={tmp_path / 'no.csv'}"]):
+        with pytest.raises(UserError):
+            main(words)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.study", "--draw", "nowhere.csv"], capture_output=True, text=True, cwd=study.ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")

@@ -1,0 +1,201 @@
+"""Settings times seeds: trains each, evaluates all alike, and keeps a table from which everything else is drawn.
+
+    python -m tools.study --grid 'lr=1e-5,2e-5 kl_coef=0.1' --seeds 0,1,2 --csv results/study.csv
+    python -m tools.study --peer 'python other.py --seed {seed} --out {folder}/policy_lm' --seeds 0,1 --csv …
+    python -m tools.study --draw results/study.csv          only the table and the picture
+
+What train.py and eval.py are told besides goes into --train and --evaluate. Runs that are done are kept, runs that
+were stopped go on: the same command again finishes what is left. --jobs of them at a time, each on its share of cores.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import UserError, opt  # isort: skip  (before torch: see there)
+
+import pandas as pd
+from tqdm import tqdm
+from transformers.hf_argparser import HfArgumentParser
+
+from utils import write_whole
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Settings of `python -m tools.study`."""
+
+    grid: str = opt("", "Settings to cross: name=a,b name=c,d. Empty: train.py's defaults.")
+    seeds: str = opt("0", "Seeds for each setting.")
+    train: str = opt("", "Further flags of train.py, alike for all.")
+    evaluate: str = opt("", "Further flags of eval.py, alike for all.")
+    peer: str | None = opt(None, "Another program instead of train.py; {seed} and {folder} are filled in.")
+    peer_name: str = opt("peer", "What the table calls it.")
+    jobs: int = opt(1, "Runs at a time.")
+    folder: str = opt("study", "Where the runs are kept.")
+    csv: str = opt("results/study.csv", "The table; a picture of the same name is drawn beside it.")
+    draw: str | None = opt(None, "Only print and draw this table.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then print and draw."""
+    cfg = StudyConfig(**vars(HfArgumentParser(StudyConfig, allow_abbrev=False, description=__doc__).parse_args(argv)))
+    if cfg.jobs < 1:
+        raise UserError(f"jobs={cfg.jobs} must be at least 1")
+    if cfg.draw is None:
+        runs = [(setting, seed) for setting in settings(cfg) for seed in whole_numbers(cfg.seeds)]
+        with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
+            for row in pool.map(lambda run: one_run(cfg, *run), runs):
+                bar.update()
+                tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or brief(row)}")
+                add_row(Path(cfg.csv), row)
+    path = Path(cfg.draw or cfg.csv)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name a table that this tool wrote")
+    table = pd.read_csv(path)
+    print(over_seeds(table).to_string(index=False))
+    picture(table, path.with_suffix(".png"))
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def settings(cfg: StudyConfig) -> list[str]:
+    """The flags of each setting: all ways of choosing one value of every name in the grid (raises UserError)."""
+    if cfg.peer:
+        return [""]
+    choices = []
+    for part in shlex.split(cfg.grid):
+        name, equals, values = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"grid={part!r} is not understood: write name=a,b")
+        choices.append([f"--{name}={value}" for value in values.split(",")])
+    return [" ".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2] (raises UserError)."""
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError:
+        raise UserError(f"seeds={text!r} is not understood: write 0,1,2") from None
+
+
+def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate, unless that is done; returns the row for the table."""
+    name = cfg.peer_name if cfg.peer else setting.replace("--", "").strip() or "defaults"
+    folder = Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
+    env = {"OMP_NUM_THREADS": threads, **os.environ}
+    if cfg.peer:
+        command = shlex.split(cfg.peer.format(seed=seed, folder=folder))
+    else:
+        command = [sys.executable, str(ROOT / "train.py"), *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
+                   f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
+    row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(["python", *command[1:]])}
+    summary = folder / "eval_summary.json"
+    with (folder / "log.txt").open("a") as log:
+        if not summary.exists():
+            judged = [sys.executable, str(ROOT / "eval.py"), *shlex.split(cfg.evaluate),
+                      f"--policy_path={folder / 'policy_lm'}", f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+            for words in (command, judged):
+                done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT)
+                if done.returncode:
+                    return {**row, "failed": f"code {done.returncode}, see {folder}/log.txt"}
+    return {**row, **figures(json.loads(summary.read_text(encoding="utf-8")), folder / "metrics.csv")}
+
+
+def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
+    """What a study keeps of an evaluation, and of the run's own table where there is one."""
+    ours, base = summary["policy"], summary["base"]
+    found = {
+        "n": summary["n"], "sentiment": ours["sentiment_mean"], "base_sentiment": base["sentiment_mean"],
+        "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
+        "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
+        "optimal_share": summary.get("optimal_share_rate"), "judge_gain": summary.get("judge_gain"),
+        "perplexity_ratio": ours["perplexity"] / base["perplexity"],
+        "distinct_2_ratio": ours["distinct_2"] / base["distinct_2"], "distinct_rate": ours["distinct_rate"],
+        "length_ratio": ours["response_len"] / base["response_len"],
+        "best_of_n": json.dumps(summary.get("best_of_n")), "optimal_curve": json.dumps(summary.get("optimal_curve")),
+    }  # fmt: skip
+    if metrics.is_file():
+        table = pd.read_csv(metrics)
+        found |= {"episodes": int(table.episodes.iloc[-1]), "kl_max": table.kl_seq.max(), "kl_min": table.kl_seq.min(),
+                  "first_sentiment": table.sentiment_mean.iloc[0],
+                  "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
+    return found
+
+
+def brief(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    return f"sentiment {row['sentiment']:+.3f}, {row['positive']:.1%} positive, KL {row['kl']:.2f}"
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Put a row into the table, in the place of an older one of the same setting and seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame([row])
+    if path.exists():
+        old = pd.read_csv(path)
+        table = pd.concat([old[(old.setting != row["setting"]) | (old.seed != row["seed"])], table])
+    write_whole(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+
+
+# --- table and picture ----------------------------------------------------------------------------------------------
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of each setting, with the standard deviation of sentiment."""
+    if "sentiment" not in table:
+        return table
+    groups = table.dropna(subset="sentiment").groupby("setting", sort=False)
+    columns = ["sentiment", "positive", "kl", "optimal_share", "judge_gain", "perplexity_ratio", "distinct_2_ratio",
+               "length_ratio"]  # fmt: skip
+    means = groups[columns].mean().round(3)
+    means.insert(0, "seeds", groups.size())
+    means.insert(2, "spread", groups["sentiment"].std().round(3))
+    return means.reset_index()
+
+
+def picture(table: pd.DataFrame, path: Path) -> None:
+    """Sentiment against KL: every run, the optimal curve and best-of-n where a run was evaluated with a frontier."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if "sentiment" not in table:
+        return
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for setting, runs in table.dropna(subset="sentiment").groupby("setting", sort=False):
+        axis.plot(runs.kl, runs.sentiment, "o", label=str(setting), alpha=0.8)
+    known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
+    if len(known):
+        curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
+        axis.plot(curve["kl"], curve["sentiment_mean"], color="tab:gray", label="best possible")
+        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".:", color="gray", label="best of n")
+    axis.set_xlabel("KL to base, nats per response")
+    axis.set_ylabel("mean score on held-out prompts")
+    axis.set_xlim(left=0, right=1.15 * table.kl.max())
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
