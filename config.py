@@ -50,7 +50,8 @@ RANGES: dict[str, Range] = {
     "lr": AT_LEAST_0, "warmup_steps": AT_LEAST_0, "kl_coef": AT_LEAST_0, "adaptive_kl_target": POSITIVE,
     "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
     "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
-    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_batch_size": AT_LEAST_1, "n_samples": AT_LEAST_2,
+    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_every": AT_LEAST_0, "reward_batch_size": AT_LEAST_1,
+    "n_samples": AT_LEAST_2,
     "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
     "kl_budget": POSITIVE,
 }  # fmt: skip
@@ -71,6 +72,9 @@ class TrainConfig:
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
+    reward_every: int = opt(
+        0, "Tokens between scores of the unfinished response; each change is paid where it happens (0: all at the end)."
+    )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")

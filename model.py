@@ -76,6 +76,13 @@ class Sequences:
             return decode(tokenizer, self.tokens, self.attention_mask)
         return decode(tokenizer, self.responses, self.response_mask)
 
+    def first(self, n: int) -> "Sequences":
+        """The same with the first n response tokens only."""
+        support = None if self.support is None else self.support[:, :n]
+        end = self.prompt_len + n
+        return Sequences(self.tokens[:, :end], self.attention_mask[:, :end], self.response_mask[:, :n],
+                         self.logprobs[:, :n], self.temperature, support)  # fmt: skip
+
     def tensors(self) -> list[Tensor]:
         """All tensors, each with a row per prompt."""
         support = [] if self.support is None else [self.support]

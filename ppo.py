@@ -100,11 +100,15 @@ class Rollout:
 
 
 def make_rollout(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float
-) -> Rollout:
-    """Record what policy, critic and reference think of the responses, and shape the scores (B,) into rewards."""
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float,
+    running: Tensor | None = None,
+) -> Rollout:  # fmt: skip
+    """Record what policy, critic and reference think of the responses, and shape scores (B,) into rewards (B, R).
+
+    running (B, R), if given, are the scores of the responses up to each token.
+    """
     logprobs, ref_logprobs, values, entropy, exact_kl = score_responses(policy, reference, seqs)
-    rewards, kl = shape_rewards(scores, logprobs, ref_logprobs, seqs.response_mask, kl_coef)
+    rewards, kl = shape_rewards(scores, logprobs, ref_logprobs, seqs.response_mask, kl_coef, running)
     return Rollout(seqs, logprobs, ref_logprobs, values, rewards, kl, exact_kl, entropy, scores)
 
 

@@ -117,8 +117,8 @@ def train(
                     seqs = act(parts, cfg, step)
                     watch.lap("seconds_generate")
                     # score
-                    scores = score(parts, cfg, seqs)
-                    rollout = make_rollout(parts.policy, parts.reference, seqs, scores, kl.coef).of_all()
+                    scores = score(parts, cfg, seqs), kl.coef, running_scores(parts, cfg, seqs)
+                    rollout = make_rollout(parts.policy, parts.reference, seqs, *scores).of_all()
                     watch.lap("seconds_score")
                 with stop.may_abandon(before is not None):
                     # learn
@@ -244,14 +244,39 @@ def samples(parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> list
 
 
 def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
-    """The reward's scores (B,) of the responses (raises UserError where it fails or returns something else)."""
+    """The reward's scores (B,) of the responses (raises UserError)."""
+    return ask_reward(parts, cfg, seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+
+
+def running_scores(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor | None:
+    """The scores (B, R) of each response up to each token, looked up every few tokens and kept until the next (0 before
+    the first); None where only the whole response is scored (raises UserError).
+    """
+    if not cfg.reward_every:
+        return None
+    lengths, width = seqs.response_mask.sum(1), seqs.response_mask.shape[1]
+    texts: list[str] = []
+    places: list[tuple[Tensor, int]] = []
+    for seen in range(cfg.reward_every, width, cfg.reward_every):
+        rows = (lengths > seen).nonzero().squeeze(1)
+        texts += seqs.select(rows).first(seen).texts(parts.tokenizer, cfg.reward_on_prompt)
+        places.append((rows, seen))
+    running = torch.zeros(seqs.response_mask.shape, device=lengths.device)
+    found = ask_reward(parts, cfg, texts).split([len(rows) for rows, _ in places])
+    for (rows, seen), scores in zip(places, found, strict=True):
+        running[rows, seen - 1 :] = scores[:, None]
+    return running
+
+
+def ask_reward(parts: Parts, cfg: TrainConfig, texts: list[str]) -> Tensor:
+    """Scores (n,) of texts (raises UserError where the reward fails or returns something else)."""
     try:
-        scores = parts.reward(seqs.texts(parts.tokenizer, cfg.reward_on_prompt))
+        scores = parts.reward(texts)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise UserError(f"rm_name={cfg.rm_name} failed on a batch ({type(error).__name__}: {error})") from error
-    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(seqs.tokens),):
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(texts),):
         found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"rm_name={cfg.rm_name} returned {found} instead of one real number per response")
     return scores

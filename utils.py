@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import Tensor
@@ -212,7 +213,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """
     probs = logits.softmax(-1)
     if logits.shape[-1] % BLOCK:
-        probs = torch.nn.functional.pad(probs, (0, -logits.shape[-1] % BLOCK))
+        probs = F.pad(probs, (0, -logits.shape[-1] % BLOCK))
     blocks = probs.unflatten(-1, (-1, BLOCK))
     block_ends = blocks.sum(-1).double().cumsum(-1)
     target = uniform[:, None].to(block_ends) * block_ends[:, -1:]
@@ -368,15 +369,21 @@ def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, rows: slice, 
 
 
 def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
+    running: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-token rewards -kl_coef * kl, plus the score on the last real token; and kl = logprobs - ref_logprobs.
 
-    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2).
+    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2). Where there
+    are running scores, of the response up to each token, every token is paid what it changed in them instead: the sum
+    is the same, and so is the best policy (Ng et al. 1999, with the running score as potential).
     """
     kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
     last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
-    return (-kl_coef * kl).scatter_add(1, last, scores[:, None].to(kl)), kl
+    running = torch.zeros_like(kl) if running is None else running.to(kl)
+    running = running.scatter(1, last, scores[:, None].to(kl))
+    paid = running - F.pad(running, (1, 0))[:, :-1]
+    return torch.where(response_mask, paid, 0) - kl_coef * kl, kl
 
 
 def compute_gae(

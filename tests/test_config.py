@@ -39,7 +39,7 @@ COUNTS = {
     "eval_prompts",
     "keep_last",
 }
-FROM_ZERO = {"micro_batch_size", "top_k", "warmup_steps", "seed", "eval_every", "frontier"}
+FROM_ZERO = {"micro_batch_size", "reward_every", "top_k", "warmup_steps", "seed", "eval_every", "frontier"}
 REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
 REAL_POSITIVE = {
     "temperature",

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 import train
 import utils
-from config import UserError
+from config import TrainConfig, UserError, parse_config, with_changes
 from model import GPT2WithValueHead
 from reward import SentimentReward
 from tools import run_folder
@@ -507,3 +507,25 @@ def test_a_hub_name_that_means_another_commit_by_now_is_refused_on_resume(
     assert "policy_name=someone/gpt2" in error
     assert "a" * 40 in error
     run(more, "--resume", "--allow_changes")
+
+
+def test_running_scores_are_those_of_the_unfinished_responses(flags: dict[str, str]) -> None:
+    """Against one call of the reward per prefix; the step itself pays the same sum."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    cfg = train.resolve(parse_config(TrainConfig, [*words, "--reward_every=3", "--max_new_tokens=10"]))
+    parts = train.load_parts(cfg)
+    seqs = train.act(parts, cfg, 1)
+    running = train.running_scores(parts, cfg, seqs)
+    assert running is not None
+    assert running.shape == seqs.response_mask.shape
+    for row, mask, found in zip(seqs.responses, seqs.response_mask, running, strict=True):
+        tokens = row[mask].tolist()
+        for t in range(len(tokens) - 1):
+            seen = (t + 1) // 3 * 3
+            text = parts.tokenizer.decode(tokens[:seen])
+            assert float(found[t]) == pytest.approx(float(parts.reward([text])) if seen else 0, abs=1e-5), (t, text)
+    assert train.running_scores(parts, with_changes(cfg, reward_every=0), seqs) is None
+    assert len(train.running_scores(parts, with_changes(cfg, reward_every=99), seqs).unique()) == 1
+    metrics = pd.read_csv(run(flags, "--reward_every", "3") / "metrics.csv")
+    expected = metrics.sentiment_mean - metrics.kl_coef * metrics.kl_seq
+    assert metrics.reward_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -433,12 +433,24 @@ def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: f
     shape = (len(lengths), 9)
     logp, ref = -torch.rand(shape, generator=random), -torch.rand(shape, generator=random)
     scores = torch.rand(len(lengths), generator=random) * 2 - 1
-    rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef)
+    running = torch.rand(shape, generator=random) if seed % 2 else None  # paid by the way or at the end: no difference
+    rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef, running)
     for row, n in enumerate(lengths):
         total = scores[row] - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
         assert rewards[row].sum().item() == pytest.approx(total.item(), abs=1e-5)
         assert (rewards[row, n:] == 0).all()
         assert (kl[row, n:] == 0).all()
+
+
+def test_running_scores_are_paid_where_they_change() -> None:
+    """The whole advantage of a token (lambda 1, no critic) is what the score still changed after it was chosen."""
+    mask = ragged_mask([4, 2], 4)
+    running = torch.tensor([[0.0, 0.4, 0.4, 9.0], [0.0, 0.7, 0.7, 0.7]])
+    scores, nothing = torch.tensor([0.9, -0.5]), torch.zeros(2, 4)
+    rewards, _ = utils.shape_rewards(scores, nothing, nothing, mask, 0.1, running)
+    torch.testing.assert_close(rewards, torch.tensor([[0.0, 0.4, 0.0, 0.5], [0.0, -0.5, 0.0, 0.0]]))
+    advantages, _ = utils.compute_gae(rewards, nothing, mask, 1.0, 1.0)
+    torch.testing.assert_close(advantages, torch.tensor([[0.9, 0.9, 0.5, 0.5], [-0.5, -0.5, 0.0, 0.0]]))
 
 
 def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]:
