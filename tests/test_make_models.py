@@ -338,3 +338,13 @@ def test_resolve_name_gives_paths_that_exist(small_world: Path, monkeypatch: pyt
     for name in make_models.TINY_NAMES:
         assert os.path.isabs(resolve_name(name))
         assert os.path.exists(resolve_name(name))
+
+
+def test_what_a_killed_making_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    old, young = tmp_path / ".world.00000000", tmp_path / ".world.11111111"
+    for folder in (old, young):
+        folder.mkdir()
+    os.utime(old, (1, 1))
+    with make_models.new_folder(tmp_path / "world"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".world.11111111", "world"]

@@ -677,6 +677,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for left in out.parent.glob(f".{out.name}.*"):  # by those who were killed; who is still at it was so lately
+            with contextlib.suppress(OSError):
+                if left.stat().st_mtime < time.time() - 24 * 3600:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _unwritable(setting: str, out: Path, error: OSError) -> UserError:

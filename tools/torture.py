@@ -109,7 +109,7 @@ def torture_making(cfg: TortureConfig, folder: Path) -> list[str]:
             make(folder / "killed", moments.uniform(0.1, 0.98) * duration)
     make(folder / "killed", None)
     made, killed = (
-        {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+        {str(path.relative_to(cache)): path.read_bytes() for path in cache.glob("tiny-*/*/*")}
         for cache in (folder / "made", folder / "killed")
     )
     return [f"made differently: {name}" for name in made if killed.get(name) != made[name]]
