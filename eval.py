@@ -112,12 +112,24 @@ def run_folder(policy_path: str) -> Path | None:
 class Parts:
     """What an evaluation needs: models on their device, prompts with what their authors wrote next, perhaps a judge."""
 
+    seed: int
+    run: TrainConfig
     policy: GPT2WithValueHead
     base: GPT2WithValueHead
     reward: SentimentReward
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     judge: Judge | None
+
+    def answer(self, model: GPT2WithValueHead, rows: slice, draw: int) -> Sequences:
+        """Let a model answer some of the prompts; the random numbers of a prompt depend on seed and draw alone."""
+        run, device = self.run, self.run.device
+        ids, mask = (x.to(device) for x in pad_left([ids[: run.max_prompt_len] for ids in self.prompts[rows]]))
+        noise = uniforms(self.seed, draw, len(self.prompts), run.max_new_tokens)[rows].to(device)
+        return generate(
+            model, ids, mask, noise, eos_id=int(self.tokenizer.eos_token_id),
+            temperature=run.temperature, top_k=run.top_k, top_p=run.top_p,
+        )  # fmt: skip
 
 
 def load_parts(cfg: EvalConfig, run: TrainConfig) -> Parts:
@@ -132,7 +144,7 @@ def load_parts(cfg: EvalConfig, run: TrainConfig) -> Parts:
         resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype, revision=run.rm_revision
     )
     judge = second_judge(cfg, run) if is_first() else None
-    return Parts(policy, base, reward, tokenizer, held_out_prompts(cfg, run, tokenizer), judge)
+    return Parts(cfg.seed, run, policy, base, reward, tokenizer, held_out_prompts(cfg, run, tokenizer), judge)
 
 
 def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
@@ -140,37 +152,16 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
 
     Where there are several processes each takes some batches, and only the first has the rows.
     """
-    run = settings = run or settings_of_run(cfg)
+    settings = run or settings_of_run(cfg)
     with together():
         parts = first_then_others(lambda: load_parts(cfg, settings))
-    policy, base, tokenizer, prompts = parts.policy, parts.base, parts.tokenizer, parts.prompts
     keep_freed_memory()
-
-    def answer(model: GPT2WithValueHead, rows: slice, draw: int) -> Sequences:
-        ids, mask = (x.to(run.device) for x in pad_left([ids[: run.max_prompt_len] for ids in prompts[rows]]))
-        noise = uniforms(cfg.seed, draw, len(prompts), run.max_new_tokens)[rows].to(run.device)
-        return generate(
-            model, ids, mask, noise, eos_id=int(tokenizer.eos_token_id),
-            temperature=run.temperature, top_k=run.top_k, top_p=run.top_p,
-        )  # fmt: skip
-
-    batches = [slice(first, first + cfg.batch_size) for first in range(0, len(prompts), cfg.batch_size)]
+    batches = [slice(first, first + cfg.batch_size) for first in range(0, len(parts.prompts), cfg.batch_size)]
     own = batches[rank() :: world_size()]
-    tables = []
-    for rows in tqdm(own, "evaluating", unit="batch", dynamic_ncols=True):
-        answers = {"policy": answer(policy, rows, 0), "base": answer(base, rows, 0)}
-        part = compare(answers, policy, base, parts.reward, tokenizer, run.reward_on_prompt)
-        human = human_continuations(prompts[rows], run.max_prompt_len, run.max_new_tokens, run.device)
-        part = part.assign(**compare_on_human(human, policy, base))
-        tables.append(part.set_index(np.arange(len(prompts))[rows]))
-    draws = [(i, draw) for i in range(len(own)) for draw in range(cfg.frontier)]
-    scores = [np.zeros((len(part), cfg.frontier)) for part in tables]
-    for i, draw in tqdm(draws, "frontier", unit="batch", dynamic_ncols=True, disable=not draws):
-        texts = answer(base, own[i], 1 + draw).texts(tokenizer, run.reward_on_prompt)
-        scores[i][:, draw] = parts.reward(texts).cpu()
+    tables = [compare(parts, rows) for rows in tqdm(own, "evaluating", unit="batch", dynamic_ncols=True)]
     if cfg.frontier:
-        for part, some in zip(tables, scores, strict=True):
-            part["base_draws"] = [" ".join(f"{x:.4f}" for x in row) for row in some]
+        for table, rows in zip(tables, tqdm(own, "frontier", unit="batch", dynamic_ncols=True), strict=True):
+            table["base_draws"] = base_draws(parts, rows, cfg.frontier)
     tables = gather_to_first(tables)
     if not is_first():
         return pd.DataFrame()
@@ -183,6 +174,14 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
         for name in ("policy", "base"):
             results[f"{name}_judge"] = parts.judge(results[f"{name}_text"].tolist())
     return results
+
+
+def base_draws(parts: Parts, rows: slice, draws: int) -> list[str]:
+    """The scores of several answers of the base to each of some prompts, as text."""
+    texts = (parts.answer(parts.base, rows, 1 + draw).texts(parts.tokenizer, parts.run.reward_on_prompt)
+             for draw in range(draws))  # fmt: skip
+    scores = torch.stack([parts.reward(some).cpu() for some in texts], 1)
+    return [" ".join(f"{x:.4f}" for x in row) for row in scores.tolist()]
 
 
 def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
@@ -246,16 +245,14 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     return prompts[: cfg.n_samples]
 
 
-def compare(
-    answers: dict[str, Sequences], policy: GPT2WithValueHead, base: GPT2WithValueHead, reward: SentimentReward,
-    tokenizer: PreTrainedTokenizerBase, with_prompt: bool,
-) -> pd.DataFrame:  # fmt: skip
+def compare(parts: Parts, rows: slice) -> pd.DataFrame:
     """One row per prompt: both answers, scores, lengths, how likely base finds them, and KL(policy || base)."""
-    ours = answers["policy"]
+    policy, base, tokenizer = parts.policy, parts.base, parts.tokenizer
+    ours = parts.answer(policy, rows, 0)
     logprobs, ref_logprobs, _, _, exact_kl = score_responses(policy, base, ours)
     columns: dict[str, Any] = {"prompt": ours.prompts(tokenizer)}
-    for name, seqs in answers.items():
-        log_odds = reward.log_odds(seqs.texts(tokenizer, with_prompt))
+    for name, seqs in {"policy": ours, "base": parts.answer(base, rows, 0)}.items():
+        log_odds = parts.reward.log_odds(seqs.texts(tokenizer, parts.run.reward_on_prompt))
         columns[f"{name}_text"] = seqs.texts(tokenizer)
         columns[f"{name}_score"] = (log_odds / 2).tanh().tolist()
         columns[f"{name}_log_odds"] = log_odds.tolist()
@@ -270,7 +267,10 @@ def compare(
         json.dumps([[tokenizer.decode([token]), round(kl, 3)] for token, kl in zip(row, kls, strict=False)])
         for row, kls in zip(_real(ours.responses, ours), _real(exact_kl, ours), strict=True)
     ]
-    return pd.DataFrame(columns)
+    human = human_continuations(
+        parts.prompts[rows], parts.run.max_prompt_len, parts.run.max_new_tokens, parts.run.device
+    )
+    return pd.DataFrame(columns | compare_on_human(human, policy, base), index=np.arange(len(parts.prompts))[rows])
 
 
 def _real(x: torch.Tensor, seqs: Sequences) -> list[list[Any]]:
