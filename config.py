@@ -330,7 +330,7 @@ def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
 
 
 def _report(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":  # what one process of several reports, all do
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # what one process of several reports, all do
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
 

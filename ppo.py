@@ -218,6 +218,7 @@ def _learn(
             if size == 1:
                 raise
             size = -(-size // 2)
+        gradients.waiting = {}  # what was not sent yet is not complete any more
         torch.cuda.empty_cache()  # out here the failed pass is no longer held
     gradients.finish()
     found = found.of_all()
@@ -292,7 +293,9 @@ class Report:
         whole = Report()
         sums = sum_of_all(torch.stack([*self.sums.values(), self.tokens.to(self.ratio_max)]))
         whole.sums, whole.tokens = dict(zip(self.sums, sums, strict=False)), sums[-1]
-        whole.ratio_max = torch.tensor(largest(float(self.ratio_max))) if world_size() > 1 else self.ratio_max
+        whole.ratio_max = self.ratio_max
+        if world_size() > 1:
+            whole.ratio_max = torch.tensor(largest(float(self.ratio_max)), device=sums.device)
         return whole
 
     def is_finite(self) -> bool:

@@ -15,6 +15,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,8 @@ from ppo import KLController, Rollout, build_optimizer, make_rollout, ppo_update
 from reward import SentimentReward
 from tools.audit import audit
 from tools.make_models import resolve_name
-from tools.processes import all_alike, first_then_others, hand_out, processes, restarts, together
-from tools.run_folder import Onlooker, RunFolder
+from tools.processes import all_alike, first_then_others, hand_out, job, processes, together
+from tools.run_folder import Onlooker, RunFolder, begun_by
 from tools.signals import Abandoned, Stop, stop_signals
 from tools.states import Snapshot
 from utils import (
@@ -62,7 +63,9 @@ def main(cfg: TrainConfig) -> Path:
     quiet_libraries()
     with processes(cfg.device):
         with together():
-            cfg = resolve(with_changes(cfg, resume=NEWEST) if restarts() else cfg)
+            if begun_by(job(), Path(cfg.ckpt_dir)):  # and one of its processes died
+                cfg = with_changes(cfg, resume=NEWEST)
+            cfg = resolve(cfg)
             run = (RunFolder if is_first() else Onlooker)(cfg)
         if largest(run.is_finished(cfg)):
             return run.path
@@ -80,8 +83,10 @@ def run_steps(cfg: TrainConfig, parts: Parts, run: RunFolder) -> None:
     keep_freed_memory()
     optimizer = build_optimizer(parts.policy, cfg)
     kl = KLController(cfg.kl_coef, cfg.adaptive_kl_target)
-    with run.open(), stop_signals() as stop:
+    with ExitStack() as held:
         with together():
+            held.enter_context(run.open())
+            stop = held.enter_context(stop_signals())
             run.start(cfg, parts.policy, parts.tokenizer, optimizer, kl, len(parts.prompts.prompts))
         counters = hand_out(parts.policy, optimizer, {**run.counters(), "evaluated": run.evaluated})
         run.failed_steps, run.evaluated, kl.coef = (counters[x] for x in ("failed_steps", "evaluated", "kl_coef"))
@@ -93,6 +98,7 @@ def run_steps(cfg: TrainConfig, parts: Parts, run: RunFolder) -> None:
             raise
         except (OSError, SafetensorError) as error:
             sys.exit(f"error: ckpt_dir={run.path} cannot be written ({error}): make room, then {run.how_to_resume()}")
+        largest(0.0)  # where all meet: when one process leaves, torchrun ends the others, and one may still be saving
         run.finish(cfg, last, stop.signal)
 
 
@@ -101,23 +107,24 @@ def train(
 ) -> int:
     """Take the steps first, first + 1, … and return the last one taken."""
     if cfg.eval_every and not run.evaluated:
-        run.add_evaluation(0, evaluate(parts, cfg))
-    step, update_took = first - 1, math.inf
-    if step >= cfg.total_steps:  # killed after the last state was written and before the policy was
-        run.save(step)
+        run.add_evaluation(first - 1, evaluate(parts, cfg))
+    taken, update_took = first - 1, math.inf
+    if taken >= cfg.total_steps:  # killed after the last state was written and before the policy was
+        run.save(taken)
     steps = tqdm(range(first, cfg.total_steps + 1), "training", unit="step", dynamic_ncols=True,
                  initial=first - 1, total=cfg.total_steps)  # fmt: skip
-    with steps:
+    try:
         for step in steps:
             watch = Stopwatch(cfg.device)
             before = Snapshot(parts.policy, optimizer) if stop.alone and update_took > PATIENCE else None
             try:
                 with stop.may_abandon():
                     # act
-                    seqs = act(parts, cfg, step)
-                    watch.lap("seconds_generate")
-                    # score
-                    scores = score(parts, cfg, seqs), kl.coef, running_scores(parts, cfg, seqs)
+                    with together():
+                        seqs = act(parts, cfg, step)
+                        watch.lap("seconds_generate")
+                        # score
+                        scores = score(parts, cfg, seqs), kl.coef, running_scores(parts, cfg, seqs)
                     rollout = make_rollout(parts.policy, parts.reference, seqs, *scores).of_all()
                     watch.lap("seconds_score")
                 with stop.may_abandon(before is not None):
@@ -127,11 +134,9 @@ def train(
             except Abandoned:
                 if before is not None:
                     before.restore()
-                run.save(step - 1)
-                return step - 1
-            except UserError:  # a reward that failed: what was learnt before is kept
-                run.save(step - 1)
-                raise
+                run.save(taken)
+                break
+            taken = step
             # report
             row = {"step": step, "episodes": step * cfg.batch_size, "kl_coef": kl.coef, **rollout.metrics(), **update}
             run.log({**row, **watch.metrics(rollout)})
@@ -149,7 +154,12 @@ def train(
                 run.save(step)
             if stopped:
                 break
-    return step
+    except UserError:  # a reward that failed: what was learnt is kept
+        run.save(taken)
+        raise
+    finally:
+        steps.close()
+    return taken
 
 
 # --- what is trained, and on what -----------------------------------------------------------------------------------
@@ -223,10 +233,10 @@ def evaluate(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
     rollouts = []
     for rows in np.array_split(np.arange(len(ids)), -(-len(ids) // cfg.batch_size)):
         own = rows[share_of(len(rows))]
-        seqs = answer(parts, cfg, ids[own], mask[own], noise[own])
-        rollouts.append(
-            make_rollout(parts.policy, parts.reference, seqs, score(parts, cfg, seqs), cfg.kl_coef).of_all()
-        )
+        with together():
+            seqs = answer(parts, cfg, ids[own], mask[own], noise[own])
+            scores = score(parts, cfg, seqs)
+        rollouts.append(make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef).of_all())
     return Rollout.join(rollouts).metrics()
 
 

@@ -376,7 +376,7 @@ def shape_rewards(
 
     scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2). Where there
     are running scores, of the response up to each token, every token is paid what it changed in them instead: the sum
-    is the same, and so is the best policy (Ng et al. 1999, with the running score as potential).
+    is the same, and at gamma 1 so is the best policy (Ng et al. 1999, with the running score as potential).
     """
     kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
     last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least

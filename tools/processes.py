@@ -6,6 +6,7 @@ Process 0 writes and speaks; the others are silent. What each does with its shar
 import contextlib
 import hashlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,13 +36,13 @@ def processes(device: str) -> Iterator[None]:
         return
     cuda = resolve_device(device) == "cuda"
     if cuda:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
-    # torchrun may keep the addresses of processes that it has replaced since: the living meet apart from the dead
-    store = dist.PrefixStore(f"attempt_{restarts()}", store)
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        # torchrun then keeps the addresses of processes that it has replaced since: the living meet apart from the dead
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         with contextlib.ExitStack() as silence:
@@ -74,9 +75,10 @@ def _first_to_tell(store: dist.Store) -> bool:
     return is_first()
 
 
-def restarts() -> int:
-    """How often torchrun has started all processes anew, because one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def job() -> str | None:
+    """What tells one call of torchrun from another, and stays the same when it replaces processes that died."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun {os.getppid()} on {socket.gethostname()}" if name == "none" else name
 
 
 @contextmanager
@@ -87,6 +89,8 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         problem = error
+    except torch.OutOfMemoryError:
+        problem = UserError("memory does not suffice: lower batch_size, eval_prompts or max_new_tokens")
     if world_size() == 1:
         if problem is not None:
             raise problem
@@ -119,7 +123,8 @@ def all_alike(cfg: TrainConfig, policy: nn.Module, prompts: Sequence[Sequence[in
     weights = hashlib.sha256()
     for weight in policy.state_dict().values():
         weights.update(weight.detach().float().cpu().numpy().tobytes())
-    own = {**asdict(cfg), "weights of policy_name": weights.hexdigest()[:12], "python": sys.version.split()[0],
+    own = {**asdict(cfg), "resume": None, "weights of policy_name": weights.hexdigest()[:12],
+           "python": sys.version.split()[0],
            "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}  # fmt: skip
     everyone = _told_by_all(own)

@@ -33,6 +33,7 @@ from model import GPT2WithValueHead
 from ppo import KLController
 from tools.doctor import Doctor
 from tools.plot import plot_curves
+from tools.processes import job
 from tools.states import damage, flush, load_state, lock, newest_good, remove, save_state, states
 from utils import resolved_commit, spreadsheet_safe, write_whole
 
@@ -120,6 +121,7 @@ class RunFolder:
     def is_finished(self, cfg: TrainConfig) -> bool:
         """Whether there is nothing left to resume."""
         finished = self.state is not None and step_of(self.state) >= cfg.total_steps
+        finished = finished and self.state == states(self.path / "state")[-1]
         finished = finished and (Path(str(self.state)) / EXPORTED).exists()
         if finished:
             print(f"{self.path}/ is finished: raise --total_steps to go on")
@@ -186,7 +188,7 @@ class RunFolder:
                 remove(newer)
         for name, length in counters["lengths"].items():
             cut(self.path / name, length)
-        self.best = best_so_far(self.path / "eval.csv", self.cfg.kl_budget)
+        self.best = best_so_far(self.path / "best", self.step, self.cfg.kl_budget)
         if (self.path / "metrics.csv").exists():  # so that nothing is told a second time
             for row in pd.read_csv(self.path / "metrics.csv").to_dict("records"):
                 self.doctor.look(row)
@@ -214,6 +216,7 @@ class RunFolder:
             self.best = row["sentiment_mean"]
             fresh = self.path / ".partial"
             save_policy(self.policy, self.tokenizer, fresh)
+            write_whole(fresh / "eval.json", json.dumps({"step": step, **row}, indent=2) + "\n")
             replace(fresh, self.path / "best")
 
     def count_failed(self, row: dict[str, Any]) -> None:
@@ -323,11 +326,23 @@ def save_policy(policy: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, f
         flush(path)
 
 
-def best_so_far(eval_csv: Path, kl_budget: float | None) -> float:
-    """The highest sentiment among the evaluations within the KL budget, the one before training left out."""
-    table = pd.read_csv(eval_csv) if eval_csv.exists() else pd.DataFrame(columns=["step", "kl_seq_exact"])
-    within = table[(table["step"] > 0) & (table["kl_seq_exact"] <= (math.inf if kl_budget is None else kl_budget))]
-    return float(within["sentiment_mean"].max()) if len(within) else -math.inf
+def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
+    """The sentiment of best/; it is removed where it is of a step yet to come, or over the KL budget."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        row = json.loads((best / "eval.json").read_text(encoding="utf-8"))
+        if row["step"] <= step and (kl_budget is None or row["kl_seq_exact"] <= kl_budget):
+            return float(row["sentiment_mean"])
+    remove(best)
+    return -math.inf
+
+
+def begun_by(job: str | None, folder: Path) -> bool:
+    """Whether this very call of torchrun began the run in a folder."""
+    if job is None:
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("job") == job)
+    return False
 
 
 def before_after(eval_csv: Path) -> str:
@@ -362,6 +377,7 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
                  "dataset": cfg.dataset_revision}  # fmt: skip
     return {
         **asdict(cfg),
+        "job": job(),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "tokenizers")},
         "python": sys.version.split()[0],
         "git_commit": git_commit(),

@@ -47,11 +47,13 @@ def stop_signals() -> Iterator[Stop]:
 
     def ask(number: int, frame: object) -> None:
         if stop.signal is not None:
-            sys.exit(128 + number)
+            if stop.alone:
+                sys.exit(128 + number)
+            return  # torchrun passes on what its processes have been told already, and kills them if they take too long
         stop.signal = number
         with suppress(OSError, RuntimeError):  # nobody may be listening any more
             if is_first():
-                tqdm.write("stopping (again: at once)", file=sys.stderr)
+                tqdm.write("stopping" + " (again: at once)" * stop.alone, file=sys.stderr)
         if stop.abandoning:
             raise Abandoned
 

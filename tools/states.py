@@ -42,6 +42,7 @@ def save_state(folder: Path, policy: nn.Module, optimizer: Optimizer, counters: 
     record = {**counters, "sha256": {**sums, "counters": _checksum_of(counters)}}
     (fresh / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     flush(fresh / "state.json")
+    flush(fresh)
     remove(place)
     fresh.rename(place)
     flush(folder)

@@ -10,6 +10,7 @@ were stopped go on: the same command again finishes what is left. --jobs of them
 
 import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -91,28 +92,47 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate, unless that is done; returns the row for the table."""
+    """Train and evaluate, unless just that is done; returns the row for the table."""
     name = cfg.peer_name if cfg.peer else setting.replace("--", "").strip() or "defaults"
     folder = Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     if cfg.peer:
         command = shlex.split(cfg.peer.format(seed=seed, folder=folder))
     else:
-        command = [sys.executable, str(ROOT / "train.py"), *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
+        command = ["python", "train.py", *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
-    row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(["python", *command[1:]])}
-    summary = folder / "eval_summary.json"
-    with (folder / "log.txt").open("a") as log:
-        if not summary.exists():
-            judged = [sys.executable, str(ROOT / "eval.py"), *shlex.split(cfg.evaluate),
-                      f"--policy_path={folder / 'policy_lm'}", f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
-            for words in (command, judged):
-                done = subprocess.run(words, env=env, stdout=log, stderr=subprocess.STDOUT)
+    judged = ["python", "eval.py", *shlex.split(cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
+              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+    row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for words, note in ((command, "trained.txt"), (judged, "judged.txt")):
+            if not said(folder / note, shlex.join(words)):
+                with (folder / "log.txt").open("a") as log:
+                    done = subprocess.run(here(words), env=env, stdout=log, stderr=subprocess.STDOUT)
                 if done.returncode:
                     return {**row, "failed": f"code {done.returncode}, see {folder}/log.txt"}
-    return {**row, **figures(json.loads(summary.read_text(encoding="utf-8")), folder / "metrics.csv")}
+                write_whole(folder / note, shlex.join(words))
+        summary = json.loads((folder / "eval_summary.json").read_text(encoding="utf-8"))
+        return {**row, **figures(summary, folder / "metrics.csv")}
+    except (OSError, ValueError, KeyError) as error:
+        return {**row, "failed": f"{folder} cannot be read ({type(error).__name__}: {error})"}
+
+
+def said(note: Path, command: str) -> bool:
+    """Whether this very command has been carried out in a folder (raises UserError where another was)."""
+    if not note.exists():
+        return False
+    if note.read_text(encoding="utf-8") != command:
+        raise UserError(f"{note} tells of another command: choose another --folder")
+    return True
+
+
+def here(words: list[str]) -> list[str]:
+    """A command with this Python and this project's scripts."""
+    return [{"python": sys.executable, "train.py": str(ROOT / "train.py"), "eval.py": str(ROOT / "eval.py")}.get(w, w)
+            for w in words]  # fmt: skip
 
 
 def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
@@ -123,9 +143,9 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
         "optimal_share": summary.get("optimal_share_rate"), "judge_gain": summary.get("judge_gain"),
-        "perplexity_ratio": ours["perplexity"] / base["perplexity"],
-        "distinct_2_ratio": ours["distinct_2"] / base["distinct_2"], "distinct_rate": ours["distinct_rate"],
-        "length_ratio": ours["response_len"] / base["response_len"],
+        "distinct_rate": ours["distinct_rate"],
+        **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
+           (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         "best_of_n": json.dumps(summary.get("best_of_n")), "optimal_curve": json.dumps(summary.get("optimal_curve")),
     }  # fmt: skip
     if metrics.is_file():
