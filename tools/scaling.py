@@ -8,9 +8,9 @@
 The model. A process with r rows of the batch takes a + b r seconds to sample and score them, and c u + d e r to learn
 in u optimiser steps over e epochs; a, b, c, d are fitted to what one process took for several batches and minibatches.
 Then n processes send, per optimiser step, G bytes of gradients around a ring, 2 (n - 1) / n G / bandwidth, and 2 (n -
-1) latencies for each bucket of 24 MB and each of two small sums. What fits beside the last backward pass, a third of the
-optimiser step, costs nothing. Once per step they gather the rollout, some 60 bytes per token in a dozen pieces. Process
-0 alone writes the tables, which takes no longer with more of them. Weak: the rows of each process stay the same, and
+1) latencies for each bucket of 24 MB and each of two small sums. What fits beside the last backward pass, a third of
+the optimiser step, costs nothing. Once per step they gather the rollout, some 60 bytes per token in a dozen pieces.
+Process 0 alone writes the tables, which takes no longer with more of them. Weak: the rows of each process stay the same, and
 batch and minibatch grow with n. Strong: batch and minibatch stay the same.
 """
 
@@ -92,8 +92,6 @@ class Model:
         self.per_row, self.fixed = float(sampled[0]), max(0.0, float(sampled[1]))
         updated = np.linalg.lstsq(design, one.seconds_update)[0]
         self.per_step, self.per_update_row = (max(0.0, float(x)) for x in updated)
-            max(0.0, float(x)) for x in np.linalg.lstsq(design, one.seconds_update)[0]
-        )
         first, wire = one.iloc[0], rows.sort_values("processes").iloc[-1]
         self.epochs, self.response, self.gradient_bytes = first.epochs, first.response, 4 * float(first.weights)
         self.batch, self.minibatch = int(one.batch.max()), int(one.minibatch.max())
