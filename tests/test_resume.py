@@ -1,6 +1,7 @@
 """Nothing is lost: N steps are k steps and a resume, bit for bit; damage is found; what would break this is refused."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -253,6 +254,28 @@ def test_a_reader_that_goes_away_is_no_traceback(flags: dict[str, str]) -> None:
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_best_is_never_of_a_future_that_is_taken_back(flags: dict[str, str]) -> None:
+    folder = run(flags, "--eval_every", "1", "--keep_last", "9")
+    best = json.loads((folder / "best" / "eval.json").read_text())
+    assert best["sentiment_mean"] == pd.read_csv(folder / "eval.csv").query("step > 0").sentiment_mean.max()
+    assert run_folder.best_so_far(folder / "best", 3, None) == best["sentiment_mean"]
+    assert run_folder.best_so_far(folder / "best", best["step"] - 1, None) == -math.inf
+    assert not (folder / "best").exists()
+
+
+def test_a_restart_is_told_from_another_job_by_its_name(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seven")
+    folder = run(flags)
+    assert run_folder.begun_by("seven", folder)
+    assert not run_folder.begun_by("eight", folder)
+    assert not run_folder.begun_by(None, folder)
+    assert not run_folder.begun_by("seven", folder / "nowhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "eight")
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 2, "another job's folder is refused as ever"
 
 
 def test_tables_are_never_padded(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ in u optimiser steps over e epochs; a, b, c, d are fitted to what one process to
 Then n processes send, per optimiser step, G bytes of gradients around a ring, 2 (n - 1) / n G / bandwidth, and 2 (n -
 1) latencies for each bucket of 24 MB and each of two small sums. What fits beside the last backward pass, a third of
 the optimiser step, costs nothing. Once per step they gather the rollout, some 60 bytes per token in a dozen pieces.
-Process 0 alone writes the tables, which takes no longer with more of them. Weak: the rows of each process stay the same, and
-batch and minibatch grow with n. Strong: batch and minibatch stay the same.
+Process 0 alone writes the tables, which takes no longer with more of them. Weak: the rows of each process stay the
+same, and batch and minibatch grow with n. Strong: batch and minibatch stay the same.
 """
 
 import sys
