@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,9 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("steps and rounds must be at least 1")
     quiet_libraries()
     rows = []
-    with processes(cfg.device), tempfile.TemporaryDirectory() as folder:
-        for work in sweep(SIZES[cfg.size], cfg.sweep):
-            train_cfg = make_config(cfg, work, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as joined:
+        # made by each process for itself, before they meet: of those that have met, the library lets only one save
+        configs = [(work, make_config(cfg, work, Path(folder))) for work in sweep(SIZES[cfg.size], cfg.sweep)]
+        joined.enter_context(processes(cfg.device))
+        for work, train_cfg in configs:
             for turn in range(cfg.rounds):
                 models = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
                 row = {"models": models, **shapes(work), "turn": turn, **measure(train_cfg, cfg.steps)}
