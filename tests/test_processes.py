@@ -20,6 +20,7 @@ import train
 from config import EvalConfig, TrainConfig, run_cli
 from tools.states import damage, states
 
+NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
 ROOT = Path(train.__file__).parent
 STEPS = {"total_steps": "20", "batch_size": "9", "minibatch_size": "3", "ppo_epochs": "2", "max_new_tokens": "8",
          "save_every": "20", "eval_every": "10", "eval_prompts": "4", "sample_every": "20",
@@ -41,7 +42,7 @@ def table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path).drop(columns=TIMINGS, errors="ignore")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 4] if NIGHTLY else [4])  # 2: also in the next test
 def test_the_result_does_not_depend_on_the_number_of_processes(
     processes: int, flags: dict[str, str], tmp_path: Path
 ) -> None:
@@ -97,7 +98,7 @@ def processes_of(folder: Path) -> list[int]:
 def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_the_last_state(
     flags: dict[str, str], tmp_path: Path
 ) -> None:
-    steps = {**STEPS, "total_steps": "200", "save_every": "50", "eval_every": "0", "sample_every": "200"}  # fmt: skip
+    steps = {**STEPS, "total_steps": "60", "save_every": "20", "eval_every": "0", "sample_every": "60"}  # fmt: skip
     folder = tmp_path / "run"
     job = torchrun(2, "train.py", *words_of({**flags, **steps, "ckpt_dir": str(folder)}), restarts=1)
     begun = time.monotonic()
@@ -105,13 +106,12 @@ def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_t
         assert job.poll() is None, job.communicate()
         assert time.monotonic() - begun < 100
         time.sleep(0.1)
-    time.sleep(0.5)
     os.kill(processes_of(folder)[1], signal.SIGKILL)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
     assert err.count("another process of this run has died") == 1, err
     assert "going on after step" in out
-    assert table(folder / "metrics.csv").step.tolist() == list(range(1, 201))
+    assert table(folder / "metrics.csv").step.tolist() == list(range(1, 61))
     assert damage(states(folder / "state")[-1]) is None
 
 
