@@ -61,7 +61,9 @@ RANGES: dict[str, Range] = {
 class TrainConfig:
     """Settings of `python train.py`."""
 
-    preset: str = opt("default", "Named set of values to start from: default, or tiny (offline, CPU, minutes).")
+    preset: str = opt(
+        "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
+    )
 
     # What is trained, against what, on what
     policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.")
@@ -239,6 +241,21 @@ PRESETS[TrainConfig] = {
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
         reward_every=0, gae_lambda=1.0, save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
+    ),
+    # Published set-ups, as far as their texts and this method allow: see "Against published figures" in README.md
+    "original": TrainConfig(
+        preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
+        kl_coef=1.0, ent_coef=0.02, reward_every=0,
+    ),
+    "trl": TrainConfig(
+        preset="trl", policy_name="lvwerra/gpt2-imdb", min_prompt_len=2, max_prompt_len=8, max_new_tokens=16,
+        total_steps=194, batch_size=128, ppo_epochs=4, lr=1.41e-5, lr_schedule="constant", kl_coef=0.2,
+        adaptive_kl_target=6.0, reward_every=0,
+    ),
+    "rl4lms": TrainConfig(
+        preset="rl4lms", policy_name="lvwerra/gpt2-imdb", reward_on_prompt=True, max_prompt_len=64, max_new_tokens=48,
+        total_steps=50, batch_size=28, minibatch_size=14, ppo_epochs=5, lr=1e-6, lr_schedule="constant", kl_coef=0.1,
+        adaptive_kl_target=4.8, gamma=0.99, reward_every=0,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {

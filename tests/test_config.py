@@ -246,6 +246,16 @@ def test_parse_config_refuses_what_it_does_not_know(cls: type) -> None:
     assert "seed" in refused(cls, "--seed")
 
 
+def test_presets_of_published_set_ups_are_complete() -> None:
+    """What their texts say: episodes, lengths, and the reward at the end alone."""
+    episodes = {"original": 640, "trl": 24_832, "rl4lms": 1_400}
+    for name, count in episodes.items():
+        cfg = parse_config(TrainConfig, ["--preset", name])
+        assert cfg.total_steps * cfg.batch_size == count
+        assert cfg.reward_every == 0
+        assert cfg.dataset == "stanfordnlp/imdb"
+
+
 def test_parse_config_presets_come_before_flags() -> None:
     tiny = parse_config(TrainConfig, ["--preset", "tiny"])
     default = TrainConfig()
