@@ -5,7 +5,8 @@ References: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +35,23 @@ from utils import (
 class Rollout:
     """What was observed when each prompt was answered once; advantages and returns are derived from it.
 
-    logprobs, ref_logprobs, values, rewards, kl, exact_kl and entropy are (B, R), in nats; scores (B,) in [-1, 1].
+    logprobs, ref_logprobs, values, kl, exact_kl and entropy are (B, R), in nats; running (B, R) are scores of the
+    unfinished responses, NaN where there is none; scores (B,) in [-1, 1].
     """
 
     sequences: Sequences
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
-    rewards: Tensor
     kl: Tensor
     exact_kl: Tensor
     entropy: Tensor
+    running: Tensor
     scores: Tensor
+    kl_coef: float
 
     def __post_init__(self) -> None:
-        for x in (self.logprobs, self.ref_logprobs, self.values, self.rewards, self.kl, self.exact_kl, self.entropy):
+        for x in (self.logprobs, self.ref_logprobs, self.values, self.kl, self.exact_kl, self.entropy, self.running):
             assert x.shape == self.mask.shape
         assert self.scores.shape == self.mask.shape[:1]
 
@@ -70,13 +73,19 @@ class Rollout:
     def _widened(self, width: int) -> list[Tensor]:
         """All tensors, with responses padded to this width."""
         extra = width - self.mask.shape[1]
-        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.rewards, self.kl,
-                   self.exact_kl, self.entropy]  # fmt: skip
+        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.kl, self.exact_kl,
+                   self.entropy, self.running]  # fmt: skip
         return [*(F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra)) for x in tensors), self.scores]
 
     def _with_tensors(self, tensors: list[Tensor]) -> "Rollout":
         of_sequences = len(self.sequences.tensors())
-        return Rollout(self.sequences.with_tensors(tensors[:of_sequences]), *tensors[of_sequences:])
+        names = [f.name for f in fields(self) if f.name not in ("sequences", "kl_coef")]
+        changes: dict[str, Any] = dict(zip(names, tensors[of_sequences:], strict=True))
+        return replace(self, sequences=self.sequences.with_tensors(tensors[:of_sequences]), **changes)
+
+    def rewards(self) -> Tensor:
+        """The rewards per token (B, R), shaped over the whole batch."""
+        return shape_rewards(self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.running)[0]
 
     @property
     def mask(self) -> Tensor:
@@ -91,7 +100,7 @@ class Rollout:
             "kl_seq": self.kl.sum(1).mean(),
             "kl_seq_exact": self.exact_kl.sum(1).mean(),
             "kl_token": masked_mean(self.kl, self.mask),
-            "reward_mean": self.rewards.sum(1).mean(),
+            "reward_mean": (self.scores - self.kl_coef * self.kl.sum(1)).mean(),
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
@@ -103,13 +112,14 @@ def make_rollout(
     policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float,
     running: Tensor | None = None,
 ) -> Rollout:  # fmt: skip
-    """Record what policy, critic and reference think of the responses, and shape scores (B,) into rewards (B, R).
+    """Record what policy, critic and reference think of the responses, beside their scores (B,).
 
-    running (B, R), if given, are the scores of the responses up to each token.
+    running (B, R), if given, are the scores of the unfinished responses up to a token, NaN where not looked up.
     """
     logprobs, ref_logprobs, values, entropy, exact_kl = score_responses(policy, reference, seqs)
-    rewards, kl = shape_rewards(scores, logprobs, ref_logprobs, seqs.response_mask, kl_coef, running)
-    return Rollout(seqs, logprobs, ref_logprobs, values, rewards, kl, exact_kl, entropy, scores)
+    kl = torch.where(seqs.response_mask, logprobs - ref_logprobs, 0)
+    running = torch.full_like(kl, math.nan) if running is None else running
+    return Rollout(seqs, logprobs, ref_logprobs, values, kl, exact_kl, entropy, running, scores, kl_coef)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +178,7 @@ def ppo_update(
     Changes policy and optimizer in place. A minibatch whose loss or gradient is not finite changes nothing and is
     counted as skipped. Returns averages over all real tokens of all minibatches.
     """
-    advantages, returns = compute_gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.gae_lambda)
+    advantages, returns = compute_gae(rollout.rewards(), rollout.values, rollout.mask, cfg.gamma, cfg.gae_lambda)
     data = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, rollout.mask), returns)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)

@@ -259,8 +259,8 @@ def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
 
 
 def running_scores(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor | None:
-    """The scores (B, R) of each response up to each token, looked up every few tokens and kept until the next (0 before
-    the first); None where only the whole response is scored (raises UserError).
+    """The scores (B, R) of each unfinished response up to every few tokens, NaN between; None where only the whole
+    response is scored (raises UserError).
     """
     if not cfg.reward_every:
         return None
@@ -271,10 +271,10 @@ def running_scores(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor | 
         rows = (lengths > seen).nonzero().squeeze(1)
         texts += seqs.select(rows).first(seen).texts(parts.tokenizer, cfg.reward_on_prompt)
         places.append((rows, seen))
-    running = torch.zeros(seqs.response_mask.shape, device=lengths.device)
+    running = torch.full(seqs.response_mask.shape, math.nan, device=lengths.device)
     found = ask_reward(parts, cfg, texts).split([len(rows) for rows, _ in places])
     for (rows, seen), scores in zip(places, found, strict=True):
-        running[rows, seen - 1 :] = scores[:, None]
+        running[rows, seen - 1] = scores
     return running
 
 

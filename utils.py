@@ -372,18 +372,41 @@ def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
     running: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Per-token rewards -kl_coef * kl, plus the score on the last real token; and kl = logprobs - ref_logprobs.
+    """Per-token rewards -kl_coef * kl, plus the score where it is paid; and kl = logprobs - ref_logprobs.
 
-    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2). Where there
-    are running scores, of the response up to each token, every token is paid what it changed in them instead: the sum
-    is the same, and at gamma 1 so is the best policy (Ng et al. 1999, with the running score as potential).
+    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2). The score is
+    paid on the last real token, or, where there are running scores, as spread_scores says.
     """
     kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
+    return spread_scores(scores, running, response_mask) - kl_coef * kl, kl
+
+
+def spread_scores(scores: Tensor, running: Tensor | None, response_mask: Tensor) -> Tensor:
+    """Pay each response's score (B,) to its tokens (B, R): to those that changed what score was to be expected.
+
+    running (B, R) is the score of the unfinished response up to a token, NaN where it was not looked up. What it tells
+    of the final score is found by regression over the batch, for each column by itself: early on little, later nearly
+    all. Each change of that expectation is paid when it comes to light. The payments add up to score - mean score; they
+    are differences of a function of the state, which leaves the best policy as it is at gamma 1 (Ng et al. 1999), and
+    where the expectation is right no function of the state leaves less noise. Without running scores, the last token
+    is paid everything.
+    """
+    paid = torch.zeros(response_mask.shape, device=scores.device)
+    expected = torch.zeros_like(scores, dtype=torch.float32)
+    if running is not None:
+        last = response_mask.sum(1, keepdim=True) - 1
+        known = ~running.isnan() & response_mask & (torch.arange(running.shape[1], device=last.device) < last)
+        if known.any():
+            expected += scores.mean()
+        for t in known.any(0).nonzero().squeeze(1).tolist():
+            rows = known[:, t]
+            news, score = running[rows, t] - running[rows, t].mean(), scores[rows]
+            slope = (news * (score - score.mean())).sum() / (news.square().sum() + 1)  # of few responses: little
+            update = score.mean() + slope.clamp(0, 1) * news
+            paid[rows, t] = update - expected[rows]
+            expected[rows] = update
     last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
-    running = torch.zeros_like(kl) if running is None else running.to(kl)
-    running = running.scatter(1, last, scores[:, None].to(kl))
-    paid = running - F.pad(running, (1, 0))[:, :-1]
-    return torch.where(response_mask, paid, 0) - kl_coef * kl, kl
+    return paid.scatter_add(1, last, (scores - expected)[:, None])
 
 
 def compute_gae(

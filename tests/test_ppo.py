@@ -368,9 +368,9 @@ def test_make_rollout_puts_the_score_on_the_last_real_token() -> None:
         expected = -0.3 * kl
         expected[n - 1] += scores[row]
         assert torch.allclose(rollout.kl[row, :n], kl, atol=2e-5)
-        assert torch.allclose(rollout.rewards[row, :n], expected, atol=2e-5)
+        assert torch.allclose(rollout.rewards()[row, :n], expected, atol=2e-5)
         assert torch.allclose(rollout.values[row, :n], values[row, :n], atol=1e-5)
-    for x in (rollout.kl, rollout.rewards, rollout.values, rollout.logprobs, rollout.exact_kl):
+    for x in (rollout.kl, rollout.rewards(), rollout.values, rollout.logprobs, rollout.exact_kl):
         assert (x[~mask] == 0).all()
         assert not x.requires_grad
 
@@ -572,7 +572,7 @@ def test_ppo_update_metrics_are_means_over_all_tokens_of_all_minibatches() -> No
     assert whole["policy_loss"] == pytest.approx(0, abs=1e-6)
     values, returns = rollout.values, []
     for row, n in enumerate(rollout.mask.sum(1).tolist()):
-        v, r = values[row, :n].double().numpy(), rollout.rewards[row, :n].double().numpy()
+        v, r = values[row, :n].double().numpy(), rollout.rewards()[row, :n].double().numpy()
         delta = r + np.append(v[1:], 0) - v
         gae = [sum(0.95 ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
         returns.append(np.array(gae) + v)

@@ -520,12 +520,14 @@ def test_running_scores_are_those_of_the_unfinished_responses(flags: dict[str, s
     assert running.shape == seqs.response_mask.shape
     for row, mask, found in zip(seqs.responses, seqs.response_mask, running, strict=True):
         tokens = row[mask].tolist()
-        for t in range(len(tokens) - 1):
-            seen = (t + 1) // 3 * 3
-            text = parts.tokenizer.decode(tokens[:seen])
-            assert float(found[t]) == pytest.approx(float(parts.reward([text])) if seen else 0, abs=1e-5), (t, text)
+        for t in range(len(tokens)):
+            if (t + 1) % 3 or t + 1 == len(tokens):
+                assert found[t].isnan()
+            else:
+                text = parts.tokenizer.decode(tokens[: t + 1])
+                assert float(found[t]) == pytest.approx(float(parts.reward([text])), abs=1e-5), (t, text)
     assert train.running_scores(parts, with_changes(cfg, reward_every=0), seqs) is None
-    assert len(train.running_scores(parts, with_changes(cfg, reward_every=99), seqs).unique()) == 1
+    assert train.running_scores(parts, with_changes(cfg, reward_every=99), seqs).isnan().all()
     metrics = pd.read_csv(run(flags, "--reward_every", "3") / "metrics.csv")
     expected = metrics.sentiment_mean - metrics.kl_coef * metrics.kl_seq
     assert metrics.reward_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -433,24 +433,50 @@ def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: f
     shape = (len(lengths), 9)
     logp, ref = -torch.rand(shape, generator=random), -torch.rand(shape, generator=random)
     scores = torch.rand(len(lengths), generator=random) * 2 - 1
-    running = torch.rand(shape, generator=random) if seed % 2 else None  # paid by the way or at the end: no difference
+    running, mean = None, torch.tensor(0.0)
+    if seed % 2 and max(lengths) > 3:  # paid by the way: what all expect from the start is not news
+        running, mean = torch.full(shape, math.nan), scores.mean()
+        running[:, 2::3] = torch.rand(len(lengths), 3, generator=random)
     rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef, running)
     for row, n in enumerate(lengths):
-        total = scores[row] - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
+        total = scores[row] - mean - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
         assert rewards[row].sum().item() == pytest.approx(total.item(), abs=1e-5)
         assert (rewards[row, n:] == 0).all()
         assert (kl[row, n:] == 0).all()
 
 
-def test_running_scores_are_paid_where_they_change() -> None:
-    """The whole advantage of a token (lambda 1, no critic) is what the score still changed after it was chosen."""
-    mask = ragged_mask([4, 2], 4)
-    running = torch.tensor([[0.0, 0.4, 0.4, 9.0], [0.0, 0.7, 0.7, 0.7]])
-    scores, nothing = torch.tensor([0.9, -0.5]), torch.zeros(2, 4)
-    rewards, _ = utils.shape_rewards(scores, nothing, nothing, mask, 0.1, running)
-    torch.testing.assert_close(rewards, torch.tensor([[0.0, 0.4, 0.0, 0.5], [0.0, -0.5, 0.0, 0.0]]))
-    advantages, _ = utils.compute_gae(rewards, nothing, mask, 1.0, 1.0)
-    torch.testing.assert_close(advantages, torch.tensor([[0.9, 0.9, 0.5, 0.5], [-0.5, -0.5, 0.0, 0.0]]))
+def test_scores_are_paid_when_what_to_expect_changes() -> None:
+    """One lookup after two of three tokens, against ordinary least squares; a response that ended has no say in it."""
+    random = np.random.default_rng(0)
+    final = random.uniform(-1, 1, 4000)
+    seen = 0.5 * final + random.normal(0, 0.3, 4000)
+    running = torch.full((4001, 3), math.nan)
+    running[:-1, 1] = torch.tensor(seen)
+    running[-1, 1] = 50.0
+    mask = torch.ones(4001, 3, dtype=torch.bool)
+    mask[-1, 2] = False  # this one's second token is its last
+    scores = torch.tensor([*final, 0.3]).float()
+    paid = utils.spread_scores(scores, running, mask)
+    slope, offset = np.polyfit(seen, final, 1)
+    mean = scores.mean().item()
+    np.testing.assert_allclose(paid[:-1, 1], slope * seen + offset - mean, atol=3e-3)
+    np.testing.assert_allclose(paid[:-1, 2], final - slope * seen - offset, atol=3e-3)
+    assert paid[-1].tolist() == pytest.approx([0, 0.3 - mean, 0], abs=1e-5)
+    assert (paid[:, 0] == 0).all()
+    # what is left to come is not correlated with what has been seen: nothing more could be foretold from it
+    assert abs(np.corrcoef(paid[:-1, 2], seen)[0, 1]) < 0.01
+    assert utils.spread_scores(scores, torch.full((4001, 3), math.nan), mask)[:-1, 2].tolist() == scores[:-1].tolist()
+
+
+def test_news_that_mean_nothing_are_not_paid() -> None:
+    """A running score without relation to the final one, or one that points the wrong way, changes no expectation."""
+    random = torch.Generator().manual_seed(0)
+    scores, running = torch.rand(5000, generator=random), torch.full((5000, 2), math.nan)
+    mask = torch.ones(5000, 2, dtype=torch.bool)
+    running[:, 0] = torch.randn(5000, generator=random)
+    assert utils.spread_scores(scores, running, mask)[:, 0].abs().max() < 0.03
+    running[:, 0] = -scores
+    assert utils.spread_scores(scores, running, mask)[:, 0].abs().max() < 1e-6
 
 
 def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]:
