@@ -74,9 +74,10 @@ class TrainConfig:
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
-    # The change of the running score says which tokens earned it: after 640 episodes 87 % positive instead of 77 %
+    # Which tokens earned the score is seen as it comes about: more of it for less KL
     reward_every: int = opt(
-        4, "Tokens between scores of the unfinished response; each change is paid where it happens (0: all at the end)."
+        4,
+        "Tokens between scores of the unfinished response, which pay tokens for what they changed (0: all at the end).",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
