@@ -117,7 +117,7 @@ class TrainConfig:
     lr: float = opt(2e-5, "AdamW step size.")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
-    kl_coef: float = opt(0.12, "beta: price of one nat of log-probability ratio to the reference.")
+    kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
     gamma: float = opt(1.0, "Discount per token.")
     # Without reward_every this should be 1: else the score at the end reaches early tokens only through a critic that
