@@ -77,7 +77,8 @@ class TrainConfig:
     # Which tokens earned the score is seen as it comes about: more of it for less KL
     reward_every: int = opt(
         4,
-        "Tokens between scores of the unfinished response, which pay tokens for what they changed (0: all at the end).",
+        "Tokens between scores of the unfinished response, which pay tokens for what they changed (0: all at the end, "
+        "for which gae_lambda should be 1).",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
@@ -155,6 +156,11 @@ class TrainConfig:
         if self.warmup_steps >= self.total_steps and self.warmup_steps:
             raise UserError(
                 f"warmup_steps={self.warmup_steps} must be less than total_steps={self.total_steps}: lower it"
+            )
+        if self.gamma < 1 and self.reward_every:
+            raise UserError(
+                f"gamma={self.gamma} with reward_every={self.reward_every} would favour scores that come early: take "
+                "reward_every=0, or gamma=1"
             )
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
 
@@ -246,17 +252,17 @@ PRESETS[TrainConfig] = {
     # Published set-ups, as far as their texts and this method allow: see "Against published figures" in README.md
     "original": TrainConfig(
         preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
-        kl_coef=1.0, ent_coef=0.02, reward_every=0,
+        kl_coef=1.0, ent_coef=0.02, reward_every=0, gae_lambda=0.95,
     ),
     "trl": TrainConfig(
         preset="trl", policy_name="lvwerra/gpt2-imdb", min_prompt_len=2, max_prompt_len=8, max_new_tokens=16,
         total_steps=194, batch_size=128, ppo_epochs=4, lr=1.41e-5, lr_schedule="constant", kl_coef=0.2,
-        adaptive_kl_target=6.0, reward_every=0,
+        adaptive_kl_target=6.0, reward_every=0, gae_lambda=0.95,
     ),
     "rl4lms": TrainConfig(
         preset="rl4lms", policy_name="lvwerra/gpt2-imdb", reward_on_prompt=True, max_prompt_len=64, max_new_tokens=48,
         total_steps=50, batch_size=28, minibatch_size=14, ppo_epochs=5, lr=1e-6, lr_schedule="constant", kl_coef=0.1,
-        adaptive_kl_target=4.8, gamma=0.99, reward_every=0,
+        adaptive_kl_target=4.8, gamma=0.99, reward_every=0, gae_lambda=0.95,
     ),
 }  # fmt: skip
 PRESETS[EvalConfig] = {

@@ -143,6 +143,8 @@ def load_parts(cfg: EvalConfig, run: TrainConfig) -> Parts:
     reward = SentimentReward(
         resolve_name(run.rm_name), run.target_label, run.device, dtype=dtype, revision=run.rm_revision
     )
+    if run.reward_on_prompt:
+        reward.tokenizer.truncation_side = "left"
     judge = second_judge(cfg, run) if is_first() else None
     return Parts(cfg.seed, run, policy, base, reward, tokenizer, held_out_prompts(cfg, run, tokenizer), judge)
 

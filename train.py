@@ -200,6 +200,8 @@ def load_parts(cfg: TrainConfig) -> Parts:
     reward = SentimentReward(
         resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision
     )
+    if cfg.reward_on_prompt:  # of what is too long for the reward, the prompt's beginning goes first
+        reward.tokenizer.truncation_side = "left"
     texts, _ = load_examples(
         resolve_name(cfg.dataset, cfg.split), cfg.split, cfg.text_column, revision=cfg.dataset_revision
     )

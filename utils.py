@@ -30,6 +30,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attrib
                pickle.UnpicklingError)  # fmt: skip
 CHUNK_FLOATS = 24_000_000  # logits alive at a time, 96 MB in float32: large products are fast, and memory stays low
 MAIN = "main"  # the revision where none is named
+ENOUGH = 8  # responses, to foretell a score from
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 
 
@@ -385,28 +386,39 @@ def spread_scores(scores: Tensor, running: Tensor | None, response_mask: Tensor)
     """Pay each response's score (B,) to its tokens (B, R): to those that changed what score was to be expected.
 
     running (B, R) is the score of the unfinished response up to a token, NaN where it was not looked up. What it tells
-    of the final score is found by regression over the batch, for each column by itself: early on little, later nearly
-    all. Each change of that expectation is paid when it comes to light. The payments add up to score - mean score; they
-    are differences of a function of the state, which leaves the best policy as it is at gamma 1 (Ng et al. 1999), and
-    where the expectation is right no function of the state leaves less noise. Without running scores, the last token
-    is paid everything.
+    of the final score is found by regression over the other responses, for each column by itself: early on little,
+    later nearly all. Each change of that expectation is paid when it comes to light. The payments add up to the score
+    minus what is expected before anything is written, the mean of the other scores; they are differences of a function
+    of the state, which leaves the best policy as it is at gamma 1 (Ng et al. 1999), and where the expectation is right
+    no function of the state leaves less noise. Without running scores, the last token is paid everything.
     """
+    last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
     paid = torch.zeros(response_mask.shape, device=scores.device)
     expected = torch.zeros_like(scores, dtype=torch.float32)
     if running is not None:
-        last = response_mask.sum(1, keepdim=True) - 1
-        known = ~running.isnan() & response_mask & (torch.arange(running.shape[1], device=last.device) < last)
-        if known.any():
-            expected += scores.mean()
-        for t in known.any(0).nonzero().squeeze(1).tolist():
+        known = ~running.isnan() & (torch.arange(running.shape[1], device=last.device) < last)
+        columns = (known.sum(0) >= ENOUGH).nonzero().squeeze(1).tolist()
+        if columns:
+            expected += (scores.sum() - scores) / (len(scores) - 1)
+        for t in columns:
             rows = known[:, t]
-            news, score = running[rows, t] - running[rows, t].mean(), scores[rows]
-            slope = (news * (score - score.mean())).sum() / (news.square().sum() + 1)  # of few responses: little
-            update = score.mean() + slope.clamp(0, 1) * news
+            update = _foretold(running[rows, t], scores[rows])
             paid[rows, t] = update - expected[rows]
             expected[rows] = update
-    last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
     return paid.scatter_add(1, last, (scores - expected)[:, None])
+
+
+def _foretold(seen: Tensor, scores: Tensor) -> Tensor:
+    """What each final score (n,) is expected to be from what was seen, by ridge regression on all the others.
+
+    Leaving one out changes its error by 1 / (1 - leverage); a slope outside [0, 1] is set to the nearer end.
+    """
+    news = seen - seen.mean()
+    total = news.square().sum() + 1
+    slope = (news * (scores - scores.mean())).sum() / total
+    fitted = slope.clamp(0, 1)
+    leverage = 1 / len(seen) + torch.where(slope == fitted, news.square() / total, 0)
+    return scores - (scores - scores.mean() - fitted * news) / (1 - leverage)
 
 
 def compute_gae(

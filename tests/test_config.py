@@ -256,6 +256,11 @@ def test_presets_of_published_set_ups_are_complete() -> None:
         assert cfg.dataset == "stanfordnlp/imdb"
 
 
+def test_a_discount_and_scores_by_the_way_do_not_go_together() -> None:
+    assert "reward_every" in refused(TrainConfig, "--gamma=0.99")
+    assert parse_config(TrainConfig, ["--gamma=0.99", "--reward_every=0"]).gamma == 0.99
+
+
 def test_parse_config_presets_come_before_flags() -> None:
     tiny = parse_config(TrainConfig, ["--preset", "tiny"])
     default = TrainConfig()

@@ -502,7 +502,7 @@ def test_ppo_update_equals_float64_for_every_micro_batch_size(
     monkeypatch.setattr(utils, "CHUNK_FLOATS", few * rollout.mask.shape[1] * policy.lm.config.vocab_size)
     assert policy.responses_at_a_time(rollout.sequences) == few
     assert len(set(rollout.mask.sum(1).tolist())) > 2
-    cfg = settings(ppo_epochs=3, lr=0.05, micro_batch_size=micro, gamma=0.98, ent_coef=0.02)
+    cfg = settings(ppo_epochs=3, lr=0.05, micro_batch_size=micro, gamma=0.98, reward_every=0, ent_coef=0.02)
     expected, before = float64_update(policy, rollout, cfg), weights_of(policy)
     ppo_update(policy, sgd(policy), rollout, cfg, 1)
     moved = max((w - before[name]).abs().max().item() for name, w in policy.named_parameters())
@@ -852,3 +852,27 @@ def test_rollouts_joined_are_the_rollout_of_all_their_prompts() -> None:
         parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1))
     assert parts[0].mask.shape[1] < parts[1].mask.shape[1]
     assert Rollout.join(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+
+
+def test_running_scores_reach_the_advantages() -> None:
+    """Rewards are the spread scores minus the penalty, whichever process brought a row and however wide it is."""
+    policy, reference = make_policy(), make_policy(seed=1)
+    seqs = sample(policy, rows=12)
+    scores = torch.linspace(-1, 1, 12)
+    running = torch.full(seqs.response_mask.shape, math.nan)
+    running[:, 0] = scores / 2
+    rollout = make_rollout(policy, reference, seqs, scores, 0.1, running)
+    expected = utils.spread_scores(scores, running, seqs.response_mask) - 0.1 * rollout.kl
+    torch.testing.assert_close(rollout.rewards(), expected)
+    plain = make_rollout(policy, reference, seqs, scores, 0.1).rewards()
+    assert (rollout.rewards() - plain).abs().max() > 0.1
+    halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, running[rows])
+              for rows in torch.arange(12).split(6)]  # fmt: skip
+    torch.testing.assert_close(Rollout.join(halves).rewards(), expected, atol=1e-5, rtol=1e-4)
+    told = []
+    cfg = settings(ppo_epochs=1, minibatch_size=12, batch_size=12)
+    with pytest.MonkeyPatch.context() as patch:
+        gae = ppo.compute_gae
+        patch.setattr(ppo, "compute_gae", lambda rewards, *rest: told.append(rewards) or gae(rewards, *rest))
+        ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
+    torch.testing.assert_close(told[0], expected)

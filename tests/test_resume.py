@@ -134,6 +134,20 @@ def test_changed_settings_are_named_and_refused_where_they_break_the_promise(
     assert f"{name} from" in capsys.readouterr().out
 
 
+def test_a_setting_that_the_run_never_knew_is_named_too(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of an earlier version, resumed by one with a new setting."""
+    folder = run(flags)
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["reward_every"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit) as stop:
+        run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
+    assert stop.value.code == 2
+    assert "reward_every from None to 4" in capsys.readouterr().err
+
+
 def test_a_run_without_a_good_state_is_not_thrown_away(
     flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

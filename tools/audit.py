@@ -112,7 +112,17 @@ def _reward_place() -> Finding:
     """By hand: responses of 1, 2 and 3 tokens, with scores 1, 2 and 3."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
     rewards, _ = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 1.0)
-    return torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0]))), "responses of 1, 2 and 3 tokens"
+    placed = torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+    # and paid by the way: nothing outside the mask, no more and no less than what was not expected
+    scores, nothing = torch.linspace(-1, 1, 12), torch.zeros(12, 3)
+    mask = torch.ones(12, 3, dtype=torch.bool)
+    mask[0, 1:] = False
+    running = torch.full((12, 3), torch.nan)
+    running[:, 0] = scores / 2
+    rewards, _ = shape_rewards(scores, nothing, nothing, mask, 1.0, running)
+    news = scores - (scores.sum() - scores) / 11
+    placed &= bool((rewards[~mask] == 0).all()) and torch.allclose(rewards.sum(1), news, atol=1e-5)
+    return placed and bool((rewards[1:, 0] != 0).all()), "paid at the end and by the way"
 
 
 def _frozen(reference: GPT2WithValueHead, reward: SentimentReward) -> Finding:

@@ -21,7 +21,9 @@ class Doctor:
         """Findings in a row that were not told before."""
         if math.isnan(self.first_entropy):
             self.first_entropy = row["entropy"]
-        if row["positive_rate"] < 0.9:  # where every return is alike there is nothing to explain
+        if row["positive_rate"] < 0.9 and math.isfinite(
+            row["explained_var"]
+        ):  # where every return is alike there is nothing to explain
             self.critic.append(row["explained_var"])
         new = {name: text for name, text in self._findings(row).items() if name not in self.told}
         self.told |= new.keys()

@@ -106,7 +106,8 @@ class RunFolder:
             for problem in wrong:
                 print(f"note: {problem}; the state before it is used")
         saved = saved_settings(self.path / "config.json")
-        changed = {name: (old, getattr(cfg, name)) for name, old in saved.items() if getattr(cfg, name) != old}
+        now = asdict(cfg)
+        changed = {name: (saved.get(name), new) for name, new in now.items() if saved and saved.get(name) != new}
         told = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
         breaking = [name for name in changed if name not in HARMLESS | SILENT]
         if breaking and not cfg.allow_changes:

@@ -46,9 +46,10 @@ class ScalingConfig:
 def main(argv: list[str] | None = None) -> None:
     """Print what was measured and what the model says."""
     words = sys.argv[1:] if argv is None else argv
-    if not words or words[0].startswith("-"):
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         raise UserError("name the CSV file that tools.benchmark wrote: python -m tools.scaling results/scaling.csv")
-    cfg = ScalingConfig(**vars(HfArgumentParser(ScalingConfig, description=__doc__).parse_args(words[1:])))
+    flags = words[0 if words[0].startswith("-") else 1 :]
+    cfg = ScalingConfig(**vars(HfArgumentParser(ScalingConfig, description=__doc__).parse_args(flags)))
     try:
         table = pd.read_csv(Path(words[0]))
         kinds = table.groupby(SHAPES)
