@@ -354,6 +354,14 @@ def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
         sys.exit(130)
 
 
+def run_tool(main: Callable[[], object]) -> None:
+    """Run the `main` of a tool; wrong input is one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_report(error))
+
+
 def _report(error: Exception) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # what one process of several reports, all do
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import TrainConfig, UserError, opt  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, opt, run_tool  # isort: skip  (before torch: see there)
 
 import pandas as pd
 import torch
@@ -289,8 +289,4 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

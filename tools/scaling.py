@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, opt  # isort: skip  (before torch: see there)
+from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
@@ -130,8 +130,4 @@ class Model:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

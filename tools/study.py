@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, opt  # isort: skip  (before torch: see there)
+from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
 
 import pandas as pd
 from tqdm import tqdm
@@ -214,8 +214,4 @@ def picture(table: pd.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, opt  # isort: skip  (before torch: see there)
+from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
 
 import pandas as pd
 from tqdm import tqdm
@@ -133,8 +133,4 @@ def remains(run: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)
