@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def run_steps(cfg: TrainConfig, parts: Parts, run: RunFolder) -> None:
         except BrokenPipeError:
             raise
         except (OSError, SafetensorError) as error:
-            sys.exit(f"error: ckpt_dir={run.path} cannot be written ({error}): make room, then {run.how_to_resume()}")
+            run.leave_unwritten(error)
         largest(0.0)  # where all meet: when one process leaves, torchrun ends the others, and one may still be saving
         run.finish(cfg, last, stop.signal)
 

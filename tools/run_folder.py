@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from config import TrainConfig, UserError, is_run, saved_settings  # isort: skip  (before torch: see there)
 
@@ -162,7 +162,7 @@ class RunFolder:
                 self.restore(self.state, about)
             write_whole(self.path / "config.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
-            sys.exit(f"error: ckpt_dir={self.path} cannot be written ({error}): make room, then {self.how_to_resume()}")
+            self.leave_unwritten(error)
         self.evaluated = (self.path / "eval.csv").exists()
         if self.board_type is not None:
             self.board = self.board_type(self.path / "tensorboard", purge_step=self.step + 1)
@@ -193,6 +193,10 @@ class RunFolder:
         if (self.path / "metrics.csv").exists():  # so that nothing is told a second time
             for row in pd.read_csv(self.path / "metrics.csv").to_dict("records"):
                 self.doctor.look(row)
+
+    def leave_unwritten(self, error: Exception) -> NoReturn:
+        """Leave with 1 where the folder could not be written, such as on a full disk."""
+        sys.exit(f"error: ckpt_dir={self.path} cannot be written ({error}): make room, then {self.how_to_resume()}")
 
     def how_to_resume(self) -> str:
         """The command that goes on with this run."""
