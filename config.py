@@ -74,9 +74,10 @@ class TrainConfig:
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
-    # Which tokens earned the score is seen as it comes about: more of it for less KL
+    # Which tokens earned the score is seen as it comes about. Scored after every token, and with lambda 0.5, a batch's
+    # gradient holds 15 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
-        4,
+        1,
         "Tokens between scores of the unfinished response, which pay tokens for what they changed (0: all at the end, "
         "for which gae_lambda should be 1).",
     )
@@ -123,7 +124,7 @@ class TrainConfig:
     gamma: float = opt(1.0, "Discount per token.")
     # Without reward_every this should be 1: else the score at the end reaches early tokens only through a critic that
     # knows nothing yet, and the policy learns to stop early: 25 tokens instead of 38 (results/lambda.csv)
-    gae_lambda: float = opt(0.95, "GAE's lambda: 1 gives every token the whole of what followed.")
+    gae_lambda: float = opt(0.5, "GAE's lambda: 1 gives every token the whole of what followed.")
     clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.")
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.")
     value_coef: float = opt(0.1, "Weight of the value loss.")

@@ -145,7 +145,7 @@ def test_a_setting_that_the_run_never_knew_is_named_too(
     with pytest.raises(SystemExit) as stop:
         run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
     assert stop.value.code == 2
-    assert "reward_every from None to 4" in capsys.readouterr().err
+    assert "reward_every from None to 1" in capsys.readouterr().err
 
 
 def test_a_run_without_a_good_state_is_not_thrown_away(
