@@ -116,7 +116,7 @@ class TrainConfig:
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
     # PPO
-    lr: float = opt(2e-5, "AdamW step size.")
+    lr: float = opt(5e-5, "AdamW step size.")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
