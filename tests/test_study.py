@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from config import UserError
 from tools import study
 from tools.study import StudyConfig, figures, main, over_seeds, settings
+from tools.summary import summarise
 
 SUMMARY = {
     "n": 20, "win_rate": 0.7, "sentiment_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
@@ -73,6 +75,47 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert pd.read_csv(tmp_path / "a.csv").query("setting == 'other'").command.str.contains("other.py").all()
     shutil.rmtree(tmp_path / "runs")
     main([f"--draw={tmp_path / 'a.csv'}"])
+
+
+def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run on the same prompts gets the share that an evaluation with draws of its own would have found."""
+    results = {f"run{seed}": made_results(seed) for seed in (0, 1, 2)}
+    results["run2"].loc[0, "prompt"] = "another one"
+    judged: list[list[str]] = []
+
+    def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+        if words[1].endswith("eval.py"):
+            judged.append(words)
+            out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
+            table = results[f"run{out.parent.name[-1]}"]
+            drawn = any(w.startswith("--frontier") for w in words)
+            (table if drawn else table.drop(columns="base_draws")).to_csv(out, index=False)
+            summary = summarise(table) if drawn else summarise(table.drop(columns="base_draws"))
+            out.with_name("eval_summary.json").write_text(
+                json.dumps({**SUMMARY, "optimal_share_rate": None, **summary})
+            )
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", pretend)
+    main(["--seeds=0,1,2", "--frontier=4", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])
+    assert [sum(w.startswith("--frontier") for w in words) for words in judged] == [1, 0, 0]
+    share = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
+    for seed in (0, 1):
+        assert share[seed] == pytest.approx(summarise(results[f"run{seed}"])["optimal_share_rate"], rel=1e-4)
+    assert share[0] != share[1]
+    assert pd.isna(share[2]), "other prompts"
+
+
+def made_results(seed: int) -> pd.DataFrame:
+    """An evaluation of 30 prompts as eval.py keeps it; the base is the same for every seed."""
+    base, policy = np.random.default_rng(7), np.random.default_rng(100 + seed)
+    draws = base.uniform(-1, 1, (30, 4))
+    table = {"prompt": [f"prompt {i}" for i in range(30)], "base_draws": [" ".join(map(str, row)) for row in draws]}
+    for name, scores in (("base", base.uniform(-1, 1, 30)), ("policy", policy.uniform(-0.2, 1, 30))):
+        table |= {f"{name}_text": [f"some words of {name} {i}" for i in range(30)], f"{name}_score": scores,
+                  f"{name}_log_odds": scores, f"{name}_len": [5] * 30, f"{name}_eos": [1] * 30,
+                  f"{name}_nll_base": [9.0] * 30, f"{name}_nll_policy": [9.0] * 30}  # fmt: skip
+    return pd.DataFrame(table).assign(kl_seq=0.5, kl_seq_exact=0.5)
 
 
 def test_wrong_input_is_told(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import pandas as pd
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
+from tools.summary import summarise
 from utils import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ class StudyConfig:
     evaluate: str = opt("", "Further flags of eval.py, alike for all.")
     peer: str | None = opt(None, "Another program instead of train.py; {seed} and {folder} are filled in.")
     peer_name: str = opt("peer", "What the table calls it.")
+    frontier: int = opt(0, "Base responses per prompt, drawn once for all runs, for the best possible at each KL.")
     jobs: int = opt(1, "Runs at a time.")
     folder: str = opt("study", "Where the runs are kept.")
     csv: str = opt("results/study.csv", "The table; a picture of the same name is drawn beside it.")
@@ -53,12 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.jobs < 1:
         raise UserError(f"jobs={cfg.jobs} must be at least 1")
     if cfg.draw is None:
-        runs = [(setting, seed) for setting in settings(cfg) for seed in whole_numbers(cfg.seeds)]
+        crossed = itertools.product(settings(cfg), whole_numbers(cfg.seeds))
+        runs = [(*run, 0 if i else cfg.frontier) for i, run in enumerate(crossed)]
         with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
                 tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or brief(row)}")
                 add_row(Path(cfg.csv), row)
+        share_draws(cfg)
     path = Path(cfg.draw or cfg.csv)
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a table that this tool wrote")
@@ -91,10 +95,10 @@ def whole_numbers(text: str) -> list[int]:
         raise UserError(f"seeds={text!r} is not understood: write 0,1,2") from None
 
 
-def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
+def one_run(cfg: StudyConfig, setting: str, seed: int, draws: int) -> dict[str, Any]:
     """Train and evaluate, unless just that is done; returns the row for the table."""
     name = cfg.peer_name if cfg.peer else setting.replace("--", "").strip() or "defaults"
-    folder = Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
+    folder = folder_of(cfg, name, seed)
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     if cfg.peer:
@@ -103,7 +107,7 @@ def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
         command = ["python", "train.py", *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
     judged = ["python", "eval.py", *shlex.split(cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
-              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+              f"--out_csv={folder / 'eval_results.csv'}", *([f"--frontier={draws}"] if draws else [])]  # fmt: skip
     row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,28 @@ def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
         return {**row, **figures(summary, folder / "metrics.csv")}
     except (OSError, ValueError, KeyError) as error:
         return {**row, "failed": f"{folder} cannot be read ({type(error).__name__}: {error})"}
+
+
+def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
+    """Where a run is kept."""
+    return Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
+
+
+def share_draws(cfg: StudyConfig) -> None:
+    """Say of every run how near the best possible it is, by base responses that one run's evaluation drew."""
+    table = pd.read_csv(cfg.csv)
+    kept = {place: folder_of(cfg, row.setting, row.seed) / "eval_results.csv" for place, row in table.iterrows()}
+    results = {place: pd.read_csv(path, keep_default_na=False) for place, path in kept.items() if path.is_file()}
+    drawn = next((found for found in results.values() if "base_draws" in found), None)
+    for place, found in results.items():
+        row = table.loc[place].to_dict()
+        if (
+            drawn is None
+            or not math.isnan(row.get("optimal_share", math.nan))
+            or list(found.prompt) != list(drawn.prompt)
+        ):
+            continue  # nothing was drawn, or for other prompts, or all is known
+        add_row(Path(cfg.csv), {**row, **best_possible(summarise(found.assign(base_draws=drawn.base_draws)))})
 
 
 def said(note: Path, command: str) -> bool:
@@ -142,11 +168,10 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "n": summary["n"], "sentiment": ours["sentiment_mean"], "base_sentiment": base["sentiment_mean"],
         "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
-        "optimal_share": summary.get("optimal_share_rate"), "judge_gain": summary.get("judge_gain"),
-        "distinct_rate": ours["distinct_rate"],
+        "judge_gain": summary.get("judge_gain"), "distinct_rate": ours["distinct_rate"],
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
-        "best_of_n": json.dumps(summary.get("best_of_n")), "optimal_curve": json.dumps(summary.get("optimal_curve")),
+        **best_possible(summary),
     }  # fmt: skip
     if metrics.is_file():
         table = pd.read_csv(metrics)
@@ -154,6 +179,12 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
                   "first_sentiment": table.sentiment_mean.iloc[0],
                   "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
     return found
+
+
+def best_possible(summary: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation found out about the best possible, where base responses were drawn."""
+    return {"optimal_share": summary.get("optimal_share_rate"), "best_of_n": json.dumps(summary.get("best_of_n")),
+            "optimal_curve": json.dumps(summary.get("optimal_curve"))}  # fmt: skip
 
 
 def brief(row: dict[str, Any]) -> str:
