@@ -181,6 +181,9 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     named, summary = run(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
     assert np.allclose(named.policy_judge, named.policy_score, atol=1e-5), "the same classifier as the reward"
     assert summary["judge_gain"] == pytest.approx(summary["sentiment_gain"], abs=1e-5)
+    assert summary["judge_gain_expected"] == pytest.approx(summary["sentiment_gain"], abs=1e-5), "one scale"
+    other = summarise(named.assign(base_judge=0.1 + 0.3 * named.base_score))
+    assert other["judge_gain_expected"] == pytest.approx(0.3 * summary["sentiment_gain"], abs=1e-6), "a cooler judge"
     labelled = tmp_path / "labelled"
     train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
     rows = {"text": train, "label": [("pos", "neg")[i % 4 == 1] for i in range(len(train))]}

@@ -168,7 +168,8 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "n": summary["n"], "sentiment": ours["sentiment_mean"], "base_sentiment": base["sentiment_mean"],
         "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
-        "judge_gain": summary.get("judge_gain"), "distinct_rate": ours["distinct_rate"],
+        "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
+        "distinct_rate": ours["distinct_rate"],
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         **best_possible(summary),

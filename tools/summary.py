@@ -43,6 +43,7 @@ PAIRED = {
     "sentiment_gain": ("sentiment gained", SIGNED),
     "win_rate": ("win-rate, % (a tie is half)", PERCENT),
     "judge_gain": ("gained, says the second judge", SIGNED),
+    "judge_gain_expected": ("  as base's answers lead to expect", SIGNED),
     "judge_gap_rate": ("gain in positives it does not see, %", PERCENT),
     "kl_seq": ("KL to base, nats per response", PLAIN),
     "kl_seq_exact": ("  the same, exact per token", PLAIN),
@@ -127,8 +128,11 @@ def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
     liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
     slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
     expected = slope * more.mean()
+    gain, news = column["policy_score"] - column["base_score"], column["base_score"] - column["base_score"].mean()
+    per_point = float(news @ column["base_judge"] / (news @ news)) if news.any() else 0.0  # the judge's own scale
     return {
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
+        **_estimate("judge_gain_expected", per_point * gain),
         **_estimate("judge_gap_rate", more - more_by_judge),
         "judge_slope": slope,
         "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
