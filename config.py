@@ -75,11 +75,11 @@ class TrainConfig:
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
     # Which tokens earned the score is seen as it comes about. Scored after every token, and with lambda 0.5, a batch's
-    # gradient holds 15 times the signal to noise of a score paid at the end (results/gradients.csv)
+    # gradient holds 9 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
         1,
-        "Tokens between scores of the unfinished response, which pay tokens for what they changed (0: all at the end, "
-        "for which gae_lambda should be 1).",
+        "Tokens between scores of the unfinished response, which pay tokens for what they changed. Rarer is cheaper "
+        "and noisier: with 4, gae_lambda does best at 0.8; with 0, all at the end, at 1.",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from config import TrainConfig
 from tools.doctor import Doctor
 from tools.frontier import best_of_n, best_of_n_kl, frontier
 from tools.judge import FittedJudge
@@ -176,13 +177,22 @@ SICK = {
 
 
 def test_doctor_has_nothing_to_say_of_a_healthy_run() -> None:
-    doctor = Doctor(micro_batch_size=16)
+    doctor = Doctor(TrainConfig(micro_batch_size=16))
     assert not any(doctor.look(HEALTHY) for _ in range(30))
+    for reward_every, gae_lambda in ((0, 0.95), (0, 1.0), (1, 0.0)):
+        assert not Doctor(TrainConfig(reward_every=reward_every, gae_lambda=gae_lambda)).look(HEALTHY)
+
+
+def test_doctor_sees_a_score_that_reaches_no_one() -> None:
+    doctor = Doctor(TrainConfig(reward_every=0, gae_lambda=0.5))
+    told = [text for _ in range(3) for text in doctor.look(HEALTHY)]
+    assert len(told) == 1
+    assert "--gae_lambda 1" in told[0]
 
 
 @pytest.mark.parametrize("name", SICK)
 def test_doctor_tells_each_finding_once_with_the_setting_to_change(name: str) -> None:
-    doctor = Doctor(micro_batch_size=16)
+    doctor = Doctor(TrainConfig(micro_batch_size=16))
     assert doctor.look(HEALTHY) == []
     value, remedy = SICK[name]
     told = [text for _ in range(30) for text in doctor.look({**HEALTHY, name: value})]

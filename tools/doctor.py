@@ -4,15 +4,17 @@ import math
 from collections import deque
 from typing import Any
 
+from config import TrainConfig
+
 STEPS = 10  # a critic is judged over this many
 
 
 class Doctor:
     """Looks at the rows of metrics.csv as they come."""
 
-    def __init__(self, micro_batch_size: int = 0) -> None:
-        """micro_batch_size: what the settings ask for."""
-        self.micro_batch_size = micro_batch_size
+    def __init__(self, cfg: TrainConfig) -> None:
+        """cfg: what was asked for."""
+        self.cfg, self.micro_batch_size = cfg, cfg.micro_batch_size or cfg.minibatch_size
         self.told: set[str] = set()
         self.first_entropy = math.nan
         self.critic: deque[float] = deque(maxlen=STEPS)
@@ -41,6 +43,7 @@ class Doctor:
             "entropy": row["entropy"] < 0.3 * self.first_entropy,
             "same": row["distinct_rate"] < 0.5,
             "critic": critic < -0.5,
+            "credit": not self.cfg.reward_every and self.cfg.gae_lambda < 0.9,
         }
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
@@ -61,5 +64,7 @@ class Doctor:
             "raise --kl_coef, and read samples.csv",
             "critic": f"the critic explains nothing (explained_var {critic:.1f} over {STEPS} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
+            "credit": f"the score is paid on the last token, and at gae_lambda={self.cfg.gae_lambda} hardly reaches "
+            "those that earned it; set --gae_lambda 1, or --reward_every 1",
         }
         return {name: texts[name] for name, is_so in wrong.items() if is_so}

@@ -54,7 +54,7 @@ class RunFolder:
         self.path, self.cfg = Path(cfg.ckpt_dir), cfg
         self.step, self.failed_steps, self.best, self.evaluated = 0, 0, -math.inf, False
         self.seconds_saving, self.started = 0.0, 0.0
-        self.doctor = Doctor(cfg.micro_batch_size or cfg.minibatch_size)
+        self.doctor = Doctor(cfg)
         self.board_type = tensorboard_writer() if cfg.report_to == "tensorboard" else None
         self.board: Any = None
         self.state: Path | None = None
