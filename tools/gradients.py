@@ -1,15 +1,19 @@
-"""How much of PPO's gradient is signal, for every way of telling which token earned the score.
+"""How much of the policy gradient is signal, for every way of telling which token earned the score.
 
-    python -m tools.gradients                                         of gpt2, as train.py would begin
+    python -m tools.gradients                                             of gpt2, as train.py would begin
     python -m tools.gradients --train "--policy_name ckpts/policy_lm"     of a policy that was trained
-    python -m tools.gradients --draw results/gradients.csv            only the table
+    python -m tools.gradients --draw results/gradients.csv                only the table
 
-The policy answers `groups` batches of prompts. Each batch gives one estimate g of the gradient of the mean score, for
-each reward_every and gae_lambda from the same responses. The mean of g_i g_j over different batches estimates the
-signal |E g|^2 without bias, the mean of g_i g_i signal and noise together; both are weighted as Adam weighs them, by
-one over the root mean square of each weight's gradient. `cosine` is that of the true gradients, between each way and
-the unbiased one, which pays everything at the end and has lambda 1. `responses` is how many it takes for signal to
-equal noise (the gradient noise scale of McCandlish et al. 2018, arXiv 1812.06162, times the batch).
+The policy answers `batches` batches of prompts. Each gives one estimate g of the gradient of the mean score, for each
+reward_every and gae_lambda from the same responses; without critic, discount, whitening and the price of KL, so that
+nothing but the way differs. Products g_i g_j of different batches estimate the signal |E g|^2, products g_i g_i signal
+and noise together. Each weight counts by one over the root mean square of its gradient in `pilot` batches of their own,
+as it does for Adam. `signal_to_noise` is that of one batch, with its standard error; `responses` is how many it takes
+for signal to equal noise (the gradient noise scale of McCandlish et al. 2018, arXiv 1812.06162). `length` and `cosine`
+compare the true gradient with that of REINFORCE, which pays everything at the end, has lambda 1 and is unbiased; they
+are left out where the signal is within two standard errors of nothing.
+
+Keeps one vector as large as the policy for each way.
 """
 
 import itertools
@@ -21,6 +25,7 @@ from typing import Any
 
 from config import TrainConfig, UserError, opt, parse_config, run_tool, with_changes  # isort: skip  (before torch)
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -31,7 +36,8 @@ import train
 from model import GPT2WithValueHead, Sequences
 from utils import compute_gae, quiet_libraries, spread_scores, write_whole
 
-UNBIASED = (0, 1.0)  # reward_every and gae_lambda
+Way = tuple[int, float]  # reward_every and gae_lambda
+REINFORCE: Way = (0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +45,11 @@ class GradientsConfig:
     """Settings of `python -m tools.gradients`."""
 
     train: str = opt("", "Flags of train.py: models, prompts, lengths, batch_size.")
-    groups: int = opt(16, "Batches to compare with each other.")
+    batches: int = opt(24, "Batches to compare with each other.")
+    pilot: int = opt(4, "Batches before them, to weigh by.")
     reward_every: str = opt("1,2,4,0", "Values to compare.")
     gae_lambda: str = opt("0,0.5,0.8,0.95,1", "Values to compare, each with each.")
-    csv: str = opt("results/gradients.csv", "The table.")
+    csv: str = opt("gradients.csv", "The table.")
     draw: str | None = opt(None, "Only print this table.")
 
 
@@ -50,14 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, keep the table, and print it."""
     parser = HfArgumentParser(GradientsConfig, allow_abbrev=False, description=__doc__)
     cfg = GradientsConfig(**vars(parser.parse_args(argv)))
-    if cfg.groups < 2:
-        raise UserError(f"groups={cfg.groups} must be at least 2: noise shows where estimates differ")
+    if cfg.batches < 3 or cfg.pilot < 1:
+        raise UserError("batches must be at least 3 and pilot at least 1: noise shows where estimates differ")
     path = Path(cfg.draw or cfg.csv)
     if cfg.draw is None:
-        quiet_libraries()
-        table = measure(cfg)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, table.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
+        quiet_libraries()
+        write_whole(path, measure(cfg).to_csv(index=False, float_format="%.3g", lineterminator="\n"))
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a table that this tool wrote")
     print(pd.read_csv(path).to_string(index=False))
@@ -65,88 +71,121 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(cfg: GradientsConfig) -> pd.DataFrame:
     """One row per way (raises UserError)."""
-    run = train.resolve(parse_config(TrainConfig, ["--eval_every=0", *shlex.split(cfg.train)]))
-    run = with_changes(run, reward_every=1)  # of which every coarser one is a part
+    run = parse_config(TrainConfig, [*shlex.split(cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
+    asked = itertools.product(numbers("reward_every", cfg.reward_every, int),
+                              numbers("gae_lambda", cfg.gae_lambda, float))  # fmt: skip
+    ways = list(dict.fromkeys([REINFORCE, *asked]))
+    for every, lam in ways:
+        with_changes(run, reward_every=every, gae_lambda=lam)  # refuses what is out of range
+    run = train.resolve(run)
     parts = train.load_parts(run)
-    ways = dict.fromkeys([UNBIASED, *itertools.product(numbers(cfg.reward_every, int), numbers(cfg.gae_lambda, float))])
-    moments = {way: Moments() for way in ways}
-    for group in trange(1, cfg.groups + 1, unit="batch", dynamic_ncols=True):
-        seqs = train.act(parts, run, group)
-        scores, running = train.score(parts, run, seqs), train.running_scores(parts, run, seqs)
-        assert running is not None
-        unbiased: Tensor | None = None
-        for every, lam in ways:
-            paid = spread_scores(scores, seen(running, every), seqs.response_mask)
-            if not every:
-                paid = spread_scores(scores - scores.mean(), None, seqs.response_mask)
-            credit, _ = compute_gae(paid, torch.zeros_like(paid), seqs.response_mask, 1.0, lam)
-            gradient = policy_gradient(parts.policy, seqs, credit, run.minibatch_size)
-            unbiased = gradient if unbiased is None else unbiased
-            moments[every, lam].add(gradient, unbiased)
-    scale = moments[UNBIASED].square.div(cfg.groups).sqrt().clamp(min=1e-12)
+    square = torch.zeros(())
+    found = {way: Products() for way in ways}
+    for batch in trange(1, cfg.pilot + cfg.batches + 1, unit="batch", dynamic_ncols=True):
+        observed = observe(parts, run, batch)
+        if batch <= cfg.pilot:
+            square = square + policy_gradient(parts.policy, observed, REINFORCE, run).square() / cfg.pilot
+            continue
+        scale = square.sqrt().clamp(min=1e-12).rsqrt()  # twice in a product: one over the root mean square
+        textbook = scale * policy_gradient(parts.policy, observed, REINFORCE, run)
+        before = found[REINFORCE].total
+        for way in ways:
+            gradient = textbook if way == REINFORCE else scale * policy_gradient(parts.policy, observed, way, run)
+            found[way].add(gradient, textbook, before)
     rows = [
-        {"reward_every": every, "gae_lambda": lam, **found.figures(moments[UNBIASED], 1 / scale, run.batch_size)}
-        for (every, lam), found in moments.items()
+        {"reward_every": way[0], "gae_lambda": way[1], **products.figures(found[REINFORCE], run.batch_size)}
+        for way, products in found.items()
     ]
-    return pd.DataFrame(rows).assign(batch=run.batch_size, groups=cfg.groups, train=cfg.train)
+    return pd.DataFrame(rows).assign(batch=run.batch_size, batches=cfg.batches, train=cfg.train)
 
 
-def numbers(text: str, kind: type) -> list[Any]:
+def numbers(name: str, text: str, kind: type) -> list[Any]:
     """`1,2` -> [1, 2] (raises UserError)."""
     try:
         return [kind(x) for x in text.split(",")]
     except ValueError:
-        raise UserError(f"{text!r} is not understood: write numbers with commas between them") from None
+        raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
 
 
-def seen(running: Tensor, every: int) -> Tensor | None:
-    """Of the scores after each token (B, R), those after every so many; None for none."""
-    if not every:
-        return None
-    place = torch.arange(1, running.shape[1] + 1, device=running.device)
-    return torch.where(place % every == 0, running, math.nan)
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """A batch's responses, their scores (B,), and those of the unfinished responses after every token (B, R)."""
+
+    seqs: Sequences
+    scores: Tensor
+    running: Tensor
 
 
-def policy_gradient(policy: GPT2WithValueHead, seqs: Sequences, credit: Tensor, rows_at_a_time: int) -> Tensor:
-    """The gradient (weights,) of PPO's loss where it begins, at ratio 1: of -sum(credit log pi) over the tokens."""
+def observe(parts: train.Parts, run: TrainConfig, batch: int) -> Observed:
+    """Let the policy answer, and score the answers after every token."""
+    seqs = train.act(parts, run, batch)
+    running = train.running_scores(parts, run, seqs)
+    assert running is not None
+    return Observed(seqs, train.score(parts, run, seqs), running)
+
+
+def advantages(observed: Observed, way: Way) -> Tensor:
+    """What a way makes of the scores: (B, R), without critic and discount."""
+    every, lam = way
+    scores, mask = observed.scores, observed.seqs.response_mask
+    if every:
+        place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        rewards = spread_scores(scores, torch.where(place % every == 0, observed.running, math.nan), mask)
+    else:  # against the mean of the others, so that no response weighs on its own baseline
+        rewards = spread_scores((scores - scores.mean()) * len(scores) / max(1, len(scores) - 1), None, mask)
+    return compute_gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)[0]
+
+
+def policy_gradient(policy: GPT2WithValueHead, observed: Observed, way: Way, run: TrainConfig) -> Tensor:
+    """The gradient (weights,) of PPO's policy loss where it begins, at ratio 1: of -mean(advantage log pi)."""
     policy.zero_grad()
-    for rows in torch.arange(len(credit), device=credit.device).split(rows_at_a_time):
-        logprobs, _, _ = policy.evaluate_responses(seqs.select(rows), with_entropy=False)
-        (-(credit[rows] * logprobs).sum() / seqs.response_mask.sum()).backward()
+    advantage, mask = advantages(observed, way), observed.seqs.response_mask
+    for rows in torch.arange(len(mask), device=mask.device).split(run.micro_batch_size or run.minibatch_size):
+        logprobs, _, _ = policy.evaluate_responses(observed.seqs.select(rows), with_entropy=False)
+        (-(advantage[rows] * logprobs).sum() / mask.sum()).backward()
     return torch.cat([weight.grad.flatten() for weight in policy.lm.parameters() if weight.grad is not None])
 
 
-class Moments:
-    """Sums over batches, weight by weight, from which products of different batches follow."""
+class Products:
+    """Products of a way's gradients with each other and with REINFORCE's, batch by batch."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.square, self.cross = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+        self.total, self.count = torch.zeros(()), 0
+        self.own, self.pairs, self.cross = list[float](), list[float](), list[float]()
 
-    def add(self, gradient: Tensor, unbiased: Tensor) -> None:
-        """Add one batch's gradient, beside the unbiased one of the same batch."""
-        self.count += 1
-        self.total = self.total + gradient
-        self.square = self.square + gradient.square()
-        self.cross = self.cross + gradient * unbiased
+    def add(self, gradient: Tensor, textbook: Tensor, textbook_total: Tensor) -> None:
+        """Add one batch: its gradient, REINFORCE's of the same batch, and the sum of REINFORCE's before it."""
+        if self.count:
+            self.pairs.append(_dot(gradient, self.total) / self.count)
+            self.cross.append((_dot(gradient, textbook_total) + _dot(textbook, self.total)) / (2 * self.count))
+        self.own.append(_dot(gradient, gradient))
+        self.total, self.count = self.total + gradient, self.count + 1
 
-    def figures(self, unbiased: "Moments", weight: Tensor, batch: int) -> dict[str, float]:
-        """Signal to noise of one batch, the length of the true gradient and its cosine, against the unbiased one."""
-        pairs = self.count * (self.count - 1)
-        signal = _sum(weight * (self.total.square() - self.square)) / pairs
-        true = _sum(weight * (unbiased.total.square() - unbiased.square)) / pairs
-        cross = _sum(weight * (self.total * unbiased.total - self.cross)) / pairs
-        noise = _sum(weight * self.square) / self.count - signal
-        found = signal > 0 and true > 0  # else there is too much noise to tell
-        return {
-            "signal_to_noise": signal / noise,
-            "responses": batch * noise / signal if found else math.nan,
-            "length": math.sqrt(signal / true) if found else math.nan,
-            "cosine": cross / math.sqrt(signal * true) if found else math.nan,
-        }
+    def signal(self) -> tuple[float, float]:
+        """The squared length of the true gradient, and its standard error (while noise is the larger part)."""
+        pairs, weights = np.array(self.pairs), np.arange(1, self.count)  # each batch is compared with so many
+        signal = float(np.average(pairs, weights=weights))
+        return signal, float(np.sqrt(np.sum((weights * (pairs - signal)) ** 2)) / weights.sum())
+
+    def figures(self, textbook: "Products", batch: int) -> dict[str, float]:
+        """The row of the table; NaN for what the noise hides."""
+        signal, error = self.signal()
+        true, true_error = textbook.signal()
+        noise = float(np.mean(self.own)) - signal
+        names = ("signal_to_noise", "standard_error", "responses", "length", "cosine")
+        row = dict.fromkeys(names, math.nan)
+        if noise > 0:
+            row |= {"signal_to_noise": signal / noise, "standard_error": error / noise}
+        if noise > 0 and signal > 2 * error:
+            row["responses"] = batch * noise / signal
+            if true > 2 * true_error:
+                cross = np.average(self.cross, weights=np.arange(1, self.count))
+                row |= {"length": math.sqrt(signal / true), "cosine": float(cross) / math.sqrt(signal * true)}
+        return row
 
 
-def _sum(x: Tensor) -> float:
-    return x.double().sum().item()
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))
 
 
 if __name__ == "__main__":
