@@ -260,8 +260,8 @@ def score(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor:
 
 
 def running_scores(parts: Parts, cfg: TrainConfig, seqs: Sequences) -> Tensor | None:
-    """The scores (B, R) of each unfinished response up to every few tokens, NaN between; None where only the whole
-    response is scored (raises UserError).
+    """The scores (B, R) of each unfinished response after every reward_every tokens, NaN between; None where only the
+    whole response is scored (raises UserError).
     """
     if not cfg.reward_every:
         return None

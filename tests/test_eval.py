@@ -184,6 +184,14 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     assert summary["judge_gain_expected"] == pytest.approx(summary["sentiment_gain"], abs=1e-5), "one scale"
     other = summarise(named.assign(base_judge=0.1 + 0.3 * named.base_score))
     assert other["judge_gain_expected"] == pytest.approx(0.3 * summary["sentiment_gain"], abs=1e-6), "a cooler judge"
+    exact = np.array(summary["sentiment_gain_ci"]) * 0.3
+    assert other["judge_gain_expected_ci"] == pytest.approx(exact, abs=0.01), "a slope without noise adds no doubt"
+    noisy = summarise(
+        named.assign(base_judge=0.3 * named.base_score + np.random.default_rng(0).normal(0, 0.5, len(named)))
+    )
+    widths = [np.ptp(found["judge_gain_expected_ci"]) for found in (other, noisy)]
+    assert widths[1] > widths[0] + 0.01, "one with noise does"
+    assert "judge_gain_expected" not in summarise(named.assign(base_score=0.5))
     labelled = tmp_path / "labelled"
     train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
     rows = {"text": train, "label": [("pos", "neg")[i % 4 == 1] for i in range(len(train))]}

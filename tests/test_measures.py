@@ -183,8 +183,9 @@ def test_doctor_has_nothing_to_say_of_a_healthy_run() -> None:
         assert not Doctor(TrainConfig(reward_every=reward_every, gae_lambda=gae_lambda)).look(HEALTHY)
 
 
-def test_doctor_sees_a_score_that_reaches_no_one() -> None:
-    doctor = Doctor(TrainConfig(reward_every=0, gae_lambda=0.5))
+@pytest.mark.parametrize("asked", [{"reward_every": 0}, {"reward_every": 64}, {"batch_size": 4, "minibatch_size": 4}])
+def test_doctor_sees_a_score_that_reaches_no_one(asked: dict[str, int]) -> None:
+    doctor = Doctor(TrainConfig(**asked))  # type: ignore[arg-type]
     told = [text for _ in range(3) for text in doctor.look(HEALTHY)]
     assert len(told) == 1
     assert "--gae_lambda 1" in told[0]

@@ -78,32 +78,40 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 
 
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run on the same prompts gets the share that an evaluation with draws of its own would have found."""
-    results = {f"run{seed}": made_results(seed) for seed in (0, 1, 2)}
-    results["run2"].loc[0, "prompt"] = "another one"
-    judged: list[list[str]] = []
+    """Every run against the same base gets the share that an evaluation with draws of its own would have found."""
+    results = {seed: made_results(seed) for seed in (0, 1, 2, 3)}
+    results[2].loc[0, "prompt"] = "another one"
+    results[3]["base_score"] += 0.1  # another reward
+    drawn: list[Path] = []
 
     def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
-        if words[1].endswith("eval.py"):
-            judged.append(words)
+        seed = int(next(w for w in words if "_seed" in w).partition("_seed")[2][0])
+        if words[1].endswith("eval.py") and seed != 1:
+            assert sum(w.startswith("--out_csv=") for w in words) == 1
             out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
-            table = results[f"run{out.parent.name[-1]}"]
-            drawn = any(w.startswith("--frontier") for w in words)
-            (table if drawn else table.drop(columns="base_draws")).to_csv(out, index=False)
-            summary = summarise(table) if drawn else summarise(table.drop(columns="base_draws"))
-            out.with_name("eval_summary.json").write_text(
-                json.dumps({**SUMMARY, "optimal_share_rate": None, **summary})
-            )
-        return subprocess.CompletedProcess(words, 0)
+            if with_draws := "--frontier=4" in words:
+                drawn.append(out)
+            if seed == 2 and with_draws:
+                return subprocess.CompletedProcess(words, 1)
+            table = results[seed] if with_draws else results[seed].drop(columns="base_draws")
+            table.to_csv(out, index=False)
+            found = summarise(table)
+            out.with_name("eval_summary.json").write_text(json.dumps({**SUMMARY, "optimal_share_rate": None, **found}))
+        return subprocess.CompletedProcess(words, 2 if seed == 1 else 0)
 
     monkeypatch.setattr(subprocess, "run", pretend)
-    main(["--seeds=0,1,2", "--frontier=4", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])
-    assert [sum(w.startswith("--frontier") for w in words) for words in judged] == [1, 0, 0]
+    words = [f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"]
+    main(["--seeds=1,0", *words])
+    assert drawn == []
+    assert pd.read_csv(tmp_path / "a.csv").optimal_share.isna().all()
+    results[4] = made_results(4)
+    main(["--seeds=1,0,4,2,3", "--frontier=4", *words])
+    assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "once for each base"
     share = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
-    for seed in (0, 1):
-        assert share[seed] == pytest.approx(summarise(results[f"run{seed}"])["optimal_share_rate"], rel=1e-4)
-    assert share[0] != share[1]
-    assert pd.isna(share[2]), "other prompts"
+    for seed in (0, 4, 3):
+        assert share[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
+    assert share.nunique() == 3
+    assert share[[1, 2]].isna().all(), "one run failed, another could not be drawn for"
 
 
 def made_results(seed: int) -> pd.DataFrame:
@@ -119,7 +127,7 @@ def made_results(seed: int) -> pd.DataFrame:
 
 
 def test_wrong_input_is_told(tmp_path: Path) -> None:
-    for words in (["--seeds=a"], ["--jobs=0"], [f"--draw={tmp_path / 'no.csv'}"]):
+    for words in (["--seeds=a"], ["--jobs=0"], ["--frontier=1"], [f"--draw={tmp_path / 'no.csv'}"]):
         with pytest.raises(UserError):
             main(words)
     done = subprocess.run(

@@ -5,6 +5,7 @@ from collections import deque
 from typing import Any
 
 from config import TrainConfig
+from utils import ENOUGH
 
 STEPS = 10  # a critic is judged over this many
 
@@ -15,6 +16,8 @@ class Doctor:
     def __init__(self, cfg: TrainConfig) -> None:
         """cfg: what was asked for."""
         self.cfg, self.micro_batch_size = cfg, cfg.micro_batch_size or cfg.minibatch_size
+        never = cfg.batch_size < ENOUGH or cfg.reward_every >= cfg.max_new_tokens
+        self.paid_at_end = not cfg.reward_every or never
         self.told: set[str] = set()
         self.first_entropy = math.nan
         self.critic: deque[float] = deque(maxlen=STEPS)
@@ -43,7 +46,7 @@ class Doctor:
             "entropy": row["entropy"] < 0.3 * self.first_entropy,
             "same": row["distinct_rate"] < 0.5,
             "critic": critic < -0.5,
-            "credit": not self.cfg.reward_every and self.cfg.gae_lambda < 0.9,
+            "credit": self.paid_at_end and self.cfg.gae_lambda < 0.9,
         }
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
@@ -65,6 +68,6 @@ class Doctor:
             "critic": f"the critic explains nothing (explained_var {critic:.1f} over {STEPS} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
             "credit": f"the score is paid on the last token, and at gae_lambda={self.cfg.gae_lambda} hardly reaches "
-            "those that earned it; set --gae_lambda 1, or --reward_every 1",
+            f"those that earned it; set --gae_lambda 1, or --reward_every 1 and a batch_size of {ENOUGH} or more",
         }
         return {name: texts[name] for name, is_so in wrong.items() if is_so}

@@ -22,6 +22,7 @@ from typing import Any
 
 from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
@@ -54,9 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg = StudyConfig(**vars(HfArgumentParser(StudyConfig, allow_abbrev=False, description=__doc__).parse_args(argv)))
     if cfg.jobs < 1:
         raise UserError(f"jobs={cfg.jobs} must be at least 1")
+    if cfg.frontier < 0 or cfg.frontier == 1:
+        raise UserError(f"frontier={cfg.frontier} must be 0, or 2 and more")
     if cfg.draw is None:
-        crossed = itertools.product(settings(cfg), whole_numbers(cfg.seeds))
-        runs = [(*run, 0 if i else cfg.frontier) for i, run in enumerate(crossed)]
+        runs = list(itertools.product(settings(cfg), whole_numbers(cfg.seeds)))
         with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
@@ -95,7 +97,7 @@ def whole_numbers(text: str) -> list[int]:
         raise UserError(f"seeds={text!r} is not understood: write 0,1,2") from None
 
 
-def one_run(cfg: StudyConfig, setting: str, seed: int, draws: int) -> dict[str, Any]:
+def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
     """Train and evaluate, unless just that is done; returns the row for the table."""
     name = cfg.peer_name if cfg.peer else setting.replace("--", "").strip() or "defaults"
     folder = folder_of(cfg, name, seed)
@@ -107,7 +109,7 @@ def one_run(cfg: StudyConfig, setting: str, seed: int, draws: int) -> dict[str, 
         command = ["python", "train.py", *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
     judged = ["python", "eval.py", *shlex.split(cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
-              f"--out_csv={folder / 'eval_results.csv'}", *([f"--frontier={draws}"] if draws else [])]  # fmt: skip
+              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
     row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,20 +132,45 @@ def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
 
 
 def share_draws(cfg: StudyConfig) -> None:
-    """Say of every run how near the best possible it is, by base responses that one run's evaluation drew."""
+    """Say of every run how near the best possible it is, by base responses that are drawn once for all of one base."""
     table = pd.read_csv(cfg.csv)
-    kept = {place: folder_of(cfg, row.setting, row.seed) / "eval_results.csv" for place, row in table.iterrows()}
-    results = {place: pd.read_csv(path, keep_default_na=False) for place, path in kept.items() if path.is_file()}
-    drawn = next((found for found in results.values() if "base_draws" in found), None)
+    kept = {place: folder_of(cfg, row.setting, row.seed) for place, row in table.iterrows() if row.get("n", 0) > 0}
+    kept = {place: folder for place, folder in kept.items() if (folder / "eval_results.csv").is_file()}
+    results = {place: read_results(folder / "eval_results.csv") for place, folder in kept.items()}
+    drawn = [read_results(folder / "drawn.csv") for folder in kept.values() if (folder / "drawn.csv").is_file()]
     for place, found in results.items():
         row = table.loc[place].to_dict()
-        if (
-            drawn is None
-            or not math.isnan(row.get("optimal_share", math.nan))
-            or list(found.prompt) != list(drawn.prompt)
-        ):
-            continue  # nothing was drawn, or for other prompts, or all is known
-        add_row(Path(cfg.csv), {**row, **best_possible(summarise(found.assign(base_draws=drawn.base_draws)))})
+        if not math.isnan(row.get("optimal_share", math.nan)):
+            continue
+        if cfg.frontier and not any(same_base(found, draws) for draws in drawn):
+            drawn += draw_base(cfg, row["judged"], kept[place])
+        draws = next((draws for draws in drawn if same_base(found, draws)), None)
+        if draws is not None:
+            add_row(Path(cfg.csv), {**row, **best_possible(summarise(found.assign(base_draws=draws.base_draws)))})
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """What eval.py wrote, one row per prompt; an empty answer is no missing one."""
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Whether two evaluations asked the same of the same base, and scored it alike: answers are drawn with one seed."""
+    return all(list(one[name]) == list(other[name]) for name in ("prompt", "base_text")) and np.allclose(
+        one.base_score, other.base_score, atol=1e-3
+    )
+
+
+def draw_base(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]:
+    """Evaluate once more with many base responses per prompt, in a table of its own; nothing where that fails."""
+    path = folder / "drawn.csv"
+    words = [word for word in shlex.split(judged) if not word.startswith(("--out_csv", "--frontier"))]
+    with (folder / "log.txt").open("a") as log:
+        command = here([*words, f"--out_csv={path}", f"--frontier={cfg.frontier}"])
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        tqdm.write(f"base responses could not be drawn: code {done.returncode}, see {folder}/log.txt")
+    return [] if done.returncode else [read_results(path)]
 
 
 def said(note: Path, command: str) -> bool:

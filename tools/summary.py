@@ -128,15 +128,30 @@ def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
     liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
     slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
     expected = slope * more.mean()
-    gain, news = column["policy_score"] - column["base_score"], column["base_score"] - column["base_score"].mean()
-    per_point = float(news @ column["base_judge"] / (news @ news)) if news.any() else 0.0  # the judge's own scale
     return {
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
-        **_estimate("judge_gain_expected", per_point * gain),
+        **_judge_gain_expected(column["policy_score"], column["base_score"], column["base_judge"]),
         **_estimate("judge_gap_rate", more - more_by_judge),
         "judge_slope": slope,
         "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
     }
+
+
+def _judge_gain_expected(ours: np.ndarray, base: np.ndarray, judge: np.ndarray) -> dict[str, Any]:
+    """The reward's gain on the judge's own scale: times the slope of judge on reward among base's answers."""
+    if np.ptp(base) < 1e-6:
+        return {}
+
+    def expected(times: np.ndarray) -> np.ndarray:
+        def mean(x: np.ndarray) -> np.ndarray:
+            return times @ x / times.sum(1)
+
+        spread = np.maximum(mean(base**2) - mean(base) ** 2, 1e-12)
+        return (mean(base * judge) - mean(base) * mean(judge)) / spread * mean(ours - base)
+
+    interval = np.quantile(expected(resampled(len(base), 0)), [0.025, 0.975])
+    return {"judge_gain_expected": float(expected(np.ones((1, len(base))))[0]),
+            "judge_gain_expected_ci": interval.tolist()}  # fmt: skip
 
 
 def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
