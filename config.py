@@ -115,7 +115,8 @@ class TrainConfig:
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
-    # PPO
+    # PPO; on real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). Step sizes of
+    # 2e-5 and 1e-4 end within an evaluation's noise of it (results/tried.csv)
     lr: float = opt(5e-5, "AdamW step size.")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
@@ -247,6 +248,7 @@ def _check_type(name: str, value: object, hint: Any) -> None:
 PRESETS: dict[type, dict[str, Any]] = {}
 PRESETS[TrainConfig] = {
     "default": TrainConfig(),
+    # Everything paid on the last token, as the formula has it: in so small a world that is 97 % of the best possible
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
