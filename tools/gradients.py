@@ -8,10 +8,11 @@ The policy answers `batches` batches of prompts. Each gives one estimate g of th
 reward_every and gae_lambda from the same responses; without critic, discount, whitening and the price of KL, so that
 nothing but the way differs. Products g_i g_j of different batches estimate the signal |E g|^2, products g_i g_i signal
 and noise together. Each weight counts by one over the root mean square of its gradient in `pilot` batches of their own
-(plus the mean of that over all weights), as it does for Adam with its eps. `signal_to_noise` is that of one batch, with its standard error; `responses` is how many it takes
-for signal to equal noise (the gradient noise scale of McCandlish et al. 2018, arXiv 1812.06162). `length` and `cosine`
-compare the true gradient with that of REINFORCE, which pays everything at the end, has lambda 1 and is unbiased; they
-are left out where the signal is within two standard errors of nothing.
+(plus the mean of that over all weights), as it does for Adam with its eps. `signal_to_noise` is that of one batch, with
+its standard error; `responses` is how many it takes for signal to equal noise (the gradient noise scale of McCandlish
+et al. 2018, arXiv 1812.06162). `length` and `cosine` compare the true gradient with that of REINFORCE, which pays
+everything at the end, has lambda 1 and is unbiased; they are left out where the signal is within two standard errors of
+nothing.
 
 Keeps one vector as large as the policy for each way.
 """
