@@ -75,7 +75,7 @@ class TrainConfig:
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
     # Which tokens earned the score is seen as it comes about. Scored after every token, and with lambda 0.5, a batch's
-    # gradient holds 9 times the signal to noise of a score paid at the end (results/gradients.csv)
+    # gradient holds 13 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
         1,
         "Tokens between scores of the unfinished response, which pay tokens for what they changed. Rarer is cheaper "
