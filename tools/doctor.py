@@ -16,8 +16,7 @@ class Doctor:
     def __init__(self, cfg: TrainConfig) -> None:
         """cfg: what was asked for."""
         self.cfg, self.micro_batch_size = cfg, cfg.micro_batch_size or cfg.minibatch_size
-        never = cfg.batch_size < ENOUGH or cfg.reward_every >= cfg.max_new_tokens
-        self.paid_at_end = not cfg.reward_every or never
+        self.paid_at_end = cfg.batch_size < ENOUGH or cfg.reward_every not in range(1, cfg.max_new_tokens)
         self.told: set[str] = set()
         self.first_entropy = math.nan
         self.critic: deque[float] = deque(maxlen=STEPS)
@@ -26,9 +25,8 @@ class Doctor:
         """Findings in a row that were not told before."""
         if math.isnan(self.first_entropy):
             self.first_entropy = row["entropy"]
-        if row["positive_rate"] < 0.9 and math.isfinite(
-            row["explained_var"]
-        ):  # where every return is alike there is nothing to explain
+        # where every return is alike there is nothing to explain
+        if row["positive_rate"] < 0.9 and math.isfinite(row["explained_var"]):
             self.critic.append(row["explained_var"])
         new = {name: text for name, text in self._findings(row).items() if name not in self.told}
         self.told |= new.keys()

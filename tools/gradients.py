@@ -22,9 +22,8 @@ import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from config import TrainConfig, UserError, opt, parse_config, run_tool, with_changes  # isort: skip  (before torch)
+from config import TrainConfig, UserError, numbers, opt, parse_config, run_tool, with_changes  # isort: skip
 
 import numpy as np
 import pandas as pd
@@ -99,14 +98,6 @@ def measure(cfg: GradientsConfig) -> pd.DataFrame:
         for way, products in found.items()
     ]
     return pd.DataFrame(rows).assign(batch=run.batch_size, batches=cfg.batches, train=cfg.train)
-
-
-def numbers(name: str, text: str, kind: type) -> list[Any]:
-    """`1,2` -> [1, 2] (raises UserError)."""
-    try:
-        return [kind(x) for x in text.split(",")]
-    except ValueError:
-        raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
 
 
 @dataclass(frozen=True, eq=False)

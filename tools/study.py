@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, numbers, opt, run_tool  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.frontier < 0 or cfg.frontier == 1:
         raise UserError(f"frontier={cfg.frontier} must be 0, or 2 and more")
     if cfg.draw is None:
-        runs = list(itertools.product(settings(cfg), whole_numbers(cfg.seeds)))
+        runs = list(itertools.product(settings(cfg), numbers("seeds", cfg.seeds, int)))
         with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
@@ -87,14 +87,6 @@ def settings(cfg: StudyConfig) -> list[str]:
             raise UserError(f"grid={part!r} is not understood: write name=a,b")
         choices.append([f"--{name}={value}" for value in values.split(",")])
     return [" ".join(chosen) for chosen in itertools.product(*choices)]
-
-
-def whole_numbers(text: str) -> list[int]:
-    """`0,1,2` -> [0, 1, 2] (raises UserError)."""
-    try:
-        return [int(x) for x in text.split(",")]
-    except ValueError:
-        raise UserError(f"seeds={text!r} is not understood: write 0,1,2") from None
 
 
 def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
@@ -134,19 +126,21 @@ def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
 def share_draws(cfg: StudyConfig) -> None:
     """Say of every run how near the best possible it is, by base responses that are drawn once for all of one base."""
     table = pd.read_csv(cfg.csv)
-    kept = {place: folder_of(cfg, row.setting, row.seed) for place, row in table.iterrows() if row.get("n", 0) > 0}
-    kept = {place: folder for place, folder in kept.items() if (folder / "eval_results.csv").is_file()}
-    results = {place: read_results(folder / "eval_results.csv") for place, folder in kept.items()}
-    drawn = [read_results(folder / "drawn.csv") for folder in kept.values() if (folder / "drawn.csv").is_file()]
-    for place, found in results.items():
-        row = table.loc[place].to_dict()
-        if not math.isnan(row.get("optimal_share", math.nan)):
+    rows = [row for row in table.to_dict("records") if row.get("n", 0) > 0]  # those that did not fail
+    folders = [folder_of(cfg, row["setting"], row["seed"]) for row in rows]
+    drawn = [read_results(folder / "drawn.csv") for folder in folders if (folder / "drawn.csv").is_file()]
+    for row, folder in zip(rows, folders, strict=True):
+        known = not math.isnan(row.get("optimal_share", math.nan))
+        if known or not (folder / "eval_results.csv").is_file():
             continue
-        if cfg.frontier and not any(same_base(found, draws) for draws in drawn):
-            drawn += draw_base(cfg, row["judged"], kept[place])
-        draws = next((draws for draws in drawn if same_base(found, draws)), None)
-        if draws is not None:
-            add_row(Path(cfg.csv), {**row, **best_possible(summarise(found.assign(base_draws=draws.base_draws)))})
+        found = read_results(folder / "eval_results.csv")
+        draws = [one for one in drawn if same_base(found, one)]
+        if cfg.frontier and not draws:
+            draws = draw_base(cfg, row["judged"], folder)
+            drawn += draws
+        if draws:
+            summary = summarise(found.assign(base_draws=draws[0].base_draws))
+            add_row(Path(cfg.csv), {**row, **best_possible(summary)})
 
 
 def read_results(path: Path) -> pd.DataFrame:
