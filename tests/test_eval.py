@@ -171,6 +171,26 @@ def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
     assert "\n" not in honest["verdict"]
 
 
+def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along() -> None:
+    """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
+    n, names = 400, ("policy", "base")
+    liked = np.arange(n) % 2 == 0
+    frame = {f"{m}_{c}": np.ones(n) for m in names for c in ("log_odds", "eos", "nll_base")} | {
+        "policy_score": np.where(np.arange(n) % 10 == 0, -0.8, 0.8), "base_score": np.where(liked, 0.8, -0.8),
+        "policy_len": np.full(n, 5.0), "base_len": np.where(liked, 10.0, 30),
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in names},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    summary = summarise(pd.DataFrame(frame))
+    assert summary["response_len_expected"] == pytest.approx(0.9 * 10 + 0.1 * 30), "90 % liked"
+    low, high = summary["response_len_expected_ci"]
+    assert low < 12 < high
+    assert high - low == pytest.approx(2 * 1.96 * 20 * math.sqrt(0.09 / n), rel=0.3), "the policy's own doubt"
+    assert "shorter (5 against 20 tokens; 12 would go with such scores)" in summary["verdict"]
+    unlike = summarise(pd.DataFrame({**frame, "base_len": np.where(liked, 30.0, 10)}))
+    assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
+
+
 def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

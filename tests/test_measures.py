@@ -8,7 +8,7 @@ import pytest
 
 from config import TrainConfig
 from tools.doctor import Doctor
-from tools.frontier import best_of_n, best_of_n_kl, frontier
+from tools.frontier import best_of_n, best_of_n_kl, frontier, tilted
 from tools.judge import FittedJudge
 from tools.measures import (
     bootstrap_ci,
@@ -121,6 +121,25 @@ def test_frontier_equals_the_closed_form_on_a_language_of_six_sentences() -> Non
     assert found.optimal_reward(np.array([0.1]), np.array([[1.0] * 5 + [0.0] * 35])) == few.optimal_reward(
         np.array([0.1])
     )
+
+
+def test_answers_are_tilted_to_a_mean_by_the_weights_nearest_to_their_own() -> None:
+    two = np.array([-1.0, 1, 1, 1])  # with two scores, the mean decides the share of each
+    times = np.array([[1.0, 1, 1, 1], [1, 0, 2, 1]])
+    np.testing.assert_allclose(
+        tilted(two, np.array([0.8, -0.4]), times), [[0.1, 0.3, 0.3, 0.3], [0.7, 0, 0.2, 0.1]], atol=1e-6
+    )
+    rng = np.random.default_rng(4)
+    scores, even = rng.uniform(-1, 1, 50), np.ones((1, 50))
+    found = tilted(scores, np.array([0.5]), even)[0]
+    assert (found.sum(), found @ scores) == pytest.approx((1, 0.5))
+    for _ in range(20):  # a move that changes neither sum nor mean can only lead away
+        move = rng.normal(size=50)
+        plane = np.linalg.qr(np.stack([np.ones(50), scores], 1))[0]
+        other = found + 1e-3 * (move - plane @ (plane.T @ move))
+        assert (other > 0).all()
+        assert (other * np.log(other)).sum() > (found * np.log(found)).sum()
+    assert tilted(scores, np.array([2.0]), even)[0] @ scores == pytest.approx(scores.max(), abs=0.05), "out of reach"
 
 
 def test_frontier_of_few_samples_promises_no_more_than_the_truth() -> None:

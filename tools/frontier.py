@@ -52,6 +52,22 @@ def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
     return Frontier(kl, reward, effective, scores.mean(1))
 
 
+def tilted(scores: np.ndarray, means: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Weights (S, P), proportional to times * exp(score / beta), under which the mean of scores (P,) is means (S,).
+
+    Of all weights with that mean these are the nearest to `times` in KL (Csiszar 1975). |beta| is at least 1/50, where
+    a mean beyond all scores ends, too.
+    """
+    low, high = np.full(len(times), -50.0), np.full(len(times), 50.0)
+    for _ in range(45):
+        middle = (low + high) / 2
+        weights = times * np.exp(middle[:, None] * scores)
+        weights /= weights.sum(1, keepdims=True)
+        short = weights @ scores < means
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return weights
+
+
 def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
     """Expected best score (P,) among n of the N responses, over all ways of choosing them."""
     total = scores.shape[1]

@@ -191,6 +191,7 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
         "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
         "distinct_rate": ours["distinct_rate"],
+        "length_expected_ratio": summary.get("response_len_expected", math.nan) / base["response_len"],
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         **best_possible(summary),

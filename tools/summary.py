@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tools.frontier import best_of_n, best_of_n_kl, frontier
+from tools.frontier import best_of_n, best_of_n_kl, frontier, tilted
 from tools.measures import (
     bootstrap_ci,
     distinct,
@@ -45,6 +45,7 @@ PAIRED = {
     "judge_gain": ("gained, says the second judge", SIGNED),
     "judge_gain_expected": ("  as base's answers lead to expect", SIGNED),
     "judge_gap_rate": ("gain in positives it does not see, %", PERCENT),
+    "response_len_expected": ("length that base leads to expect", PLAIN),
     "kl_seq": ("KL to base, nats per response", PLAIN),
     "kl_seq_exact": ("  the same, exact per token", PLAIN),
     "kl_token": ("KL to base, nats per token", LONG),
@@ -89,6 +90,7 @@ def summarise(results: pd.DataFrame) -> dict[str, Any]:
     for key in ("kl_seq", "kl_seq_exact"):
         summary |= _estimate(key, column[key])
         summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
+    summary |= _expected(column)
     if "policy_judge" in column:
         summary |= _judge_summary(column)
     if "base_draws" in results:
@@ -130,28 +132,25 @@ def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
     expected = slope * more.mean()
     return {
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
-        **_judge_gain_expected(column["policy_score"], column["base_score"], column["base_judge"]),
         **_estimate("judge_gap_rate", more - more_by_judge),
         "judge_slope": slope,
         "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
     }
 
 
-def _judge_gain_expected(ours: np.ndarray, base: np.ndarray, judge: np.ndarray) -> dict[str, Any]:
-    """The reward's gain on the judge's own scale: times the slope of judge on reward among base's answers."""
+def _expected(column: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a mean score like the policy's brings along by itself: base's answers, weighted until theirs is as high."""
+    ours, base = column["policy_score"], column["base_score"]
     if np.ptp(base) < 1e-6:
         return {}
-
-    def expected(times: np.ndarray) -> np.ndarray:
-        def mean(x: np.ndarray) -> np.ndarray:
-            return times @ x / times.sum(1)
-
-        spread = np.maximum(mean(base**2) - mean(base) ** 2, 1e-12)
-        return (mean(base * judge) - mean(base) * mean(judge)) / spread * mean(ours - base)
-
-    interval = np.quantile(expected(resampled(len(base), 0)), [0.025, 0.975])
-    return {"judge_gain_expected": float(expected(np.ones((1, len(base))))[0]),
-            "judge_gain_expected_ci": interval.tolist()}  # fmt: skip
+    times = np.vstack([np.ones(len(base)), resampled(len(base), 0)])
+    shares = times / times.sum(1, keepdims=True)
+    weights = tilted(base, shares @ ours, times)
+    seen = {"response_len_expected": weights @ column["base_len"]}
+    if "base_judge" in column:
+        seen["judge_gain_expected"] = (weights - shares) @ column["base_judge"]
+    return {name: value for key, (first, *rest) in seen.items() for name, value in
+            ((key, float(first)), (f"{key}_ci", np.quantile(rest, [0.025, 0.975]).tolist()))}  # fmt: skip
 
 
 def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
@@ -212,7 +211,11 @@ def verdict(summary: dict[str, Any]) -> str:
     ]  # fmt: skip
     if abs(ours["response_len"] - base["response_len"]) > 0.15 * base["response_len"]:
         longer = "longer" if ours["response_len"] > base["response_len"] else "shorter"
-        losses.append(f"{longer} ({ours['response_len']:.0f} against {base['response_len']:.0f} tokens)")
+        lengths = f"{ours['response_len']:.0f} against {base['response_len']:.0f} tokens"
+        natural = summary.get("response_len_expected", base["response_len"])
+        if abs(ours["response_len"] - natural) < abs(ours["response_len"] - base["response_len"]):
+            lengths += f"; {natural:.0f} would go with such scores"
+        losses.append(f"{longer} ({lengths})")
     words.append(f"It is {', '.join(losses)}." if losses else "Variety, repetition and length are about as before.")
     if summary["n"] < FEW:
         words.append(f"With only {summary['n']} prompts none of this is certain.")
