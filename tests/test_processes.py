@@ -1,12 +1,15 @@
 """Several processes, for real: torchrun starts them on this CPU, and nothing may depend on how many there are."""
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +21,7 @@ import eval as evaluation
 import ppo
 import train
 from config import EvalConfig, TrainConfig, run_cli
+from tools.processes import processes
 from tools.states import damage, states
 
 NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
@@ -42,16 +46,16 @@ def table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path).drop(columns=TIMINGS, errors="ignore")
 
 
-@pytest.mark.parametrize("processes", [2, 4] if NIGHTLY else [4])  # 2: also in the next test
+@pytest.mark.parametrize("count", [2, 4] if NIGHTLY else [4])  # 2: also in the next test
 def test_the_result_does_not_depend_on_the_number_of_processes(
-    processes: int, flags: dict[str, str], tmp_path: Path
+    count: int, flags: dict[str, str], tmp_path: Path
 ) -> None:
     """Rollouts of the first step within 1e-6, tables of 20 steps within 1e-4. 9 rows in minibatches of 3 fall unevenly
     on 2 and on 4 processes, of which one then has no row at all. Gradients: below.
     """
     alone = run({**flags, **STEPS, "ckpt_dir": str(tmp_path / "alone")})
     many = {**flags, **STEPS, "ckpt_dir": str(tmp_path / "many")}
-    job = torchrun(processes, "train.py", *words_of(many))
+    job = torchrun(count, "train.py", *words_of(many))
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
     assert out.count("self-check") == 1, "only one of them speaks"
@@ -138,43 +142,58 @@ def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
     assert "joy" in errors[0]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gradients_do_not_depend_on_the_number_of_processes(processes: int, tmp_path: Path) -> None:
+def cramped(place: int, count: int, port: int, folder: Path) -> None:
+    """One process of some: an update in which the last of them is short of memory, as torchrun would start it."""
+    os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(count),
+                   "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    calls = []
+
+    def fail(grad: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 4 // count and place == count - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ppo.GradientSum.BUCKET = 500
+    with processes("cpu"):
+        policy, rollout = make_policy(), one_rollout()
+        policy.lm.transformer.h[0].ln_1.weight.register_hook(fail)
+        row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, ONE_STEP, 1)
+    torch.save([p.detach() for p in policy.parameters()], folder / f"weights_{place}.pt")
+    (folder / f"row_{place}.txt").write_text(f"{row['micro_batch_size']} {row['updates']} {row['skipped']}")
+
+
+def one_rollout() -> ppo.Rollout:
+    policy = make_policy()
+    return ppo.make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)
+
+
+ONE_STEP = TrainConfig(
+    batch_size=8, minibatch_size=8, micro_batch_size=2, ppo_epochs=1, lr=1.0, lr_schedule="constant"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path: Path) -> None:
     """Of one minibatch, to 1e-6; and the last process runs out of memory in the last micro-batch of its share, when
     some gradients are already on their way: it halves its own micro-batch and nothing else changes.
     """
-    script = tmp_path / "cramped.py"
-    script.write_text(
-        "import sys, torch\nsys.path.insert(0, sys.argv[1])\n"
-        "from conftest import make_policy, sample\nfrom config import TrainConfig\nimport ppo\n"
-        "from tools.processes import processes\nfrom utils import GradientSum, rank, world_size\n"
-        "GradientSum.BUCKET = 500\n"
-        "policy = make_policy()\n"
-        "rollout = ppo.make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)\n"
-        "cfg = TrainConfig(batch_size=8, minibatch_size=8, micro_batch_size=2, ppo_epochs=1, lr=1.0,\n"
-        "                  lr_schedule='constant')\n"
-        "calls = []\n"
-        "def fail(grad):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 4 // world_size() and 0 < rank() == world_size() - 1:\n"
-        "        raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "with processes('cpu'):\n"
-        "    policy.lm.transformer.h[0].ln_1.weight.register_hook(fail)\n"
-        "    row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, cfg, 1)\n"
-        "    if rank() == 0:\n"
-        "        torch.save([p.detach() for p in policy.parameters()], sys.argv[2])\n"
-        "        print(row['micro_batch_size'], row['updates'], row['skipped'])\n"
-    )
     policy = make_policy()
-    rollout = ppo.make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)
-    cfg = TrainConfig(batch_size=8, minibatch_size=8, ppo_epochs=1, lr=1.0, lr_schedule="constant")
-    ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, cfg, 1)
-    job = torchrun(processes, str(script), str(ROOT / "tests"), str(tmp_path / "weights.pt"))
-    out, err = job.communicate(timeout=100)
-    assert job.returncode == 0, err
-    assert out.split() == ["1", "1", "0"]
-    for ours, theirs in zip(torch.load(tmp_path / "weights.pt"), policy.parameters(), strict=True):
-        assert (ours - theirs).abs().max() <= 1e-6
+    ppo.ppo_update(
+        policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # everything is imported already
+    children = [fork.Process(target=cramped, args=(place, count, port, tmp_path)) for place in range(count)]
+    for child in children:
+        child.start()
+    for place, child in enumerate(children):
+        child.join(timeout=60)
+        assert child.exitcode == 0
+        assert (tmp_path / f"row_{place}.txt").read_text() == "1 1 0"
+        for ours, theirs in zip(torch.load(tmp_path / f"weights_{place}.pt"), policy.parameters(), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-6
 
 
 def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str, str], tmp_path: Path) -> None:
