@@ -13,7 +13,7 @@ import pytest
 
 from config import UserError
 from tools import study
-from tools.study import StudyConfig, figures, main, over_seeds, settings
+from tools.study import StudyConfig, figures, main, markdown, settings
 from tools.summary import summarise
 
 SUMMARY = {
@@ -62,9 +62,8 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert table[table.setting == "lr=9"].failed.str.contains("code 3").all()
     assert all("--resume" in c for c in commands if c[1].endswith("train.py"))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    means = over_seeds(table)
-    assert means.setting.tolist() == ["lr=1"]
-    assert means.seeds.tolist() == [2]
+    rows = markdown(table).splitlines()
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| base", ""], ["| `lr=1`", "2"]], "not what failed"
     commands.clear()
     with pytest.raises(UserError, match=r"judged\.txt tells of another command"):
         main([*words, "--evaluate=--n_samples=7"])
@@ -75,6 +74,17 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert pd.read_csv(tmp_path / "a.csv").query("setting == 'other'").command.str.contains("other.py").all()
     shutil.rmtree(tmp_path / "runs")
     main([f"--draw={tmp_path / 'a.csv'}"])
+
+
+def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
+    one = figures(SUMMARY | {"win_rate_ci": [0.65, 0.75], "optimal_share_rate_ci": [0.5, 0.7]}, Path("none.csv"))
+    runs = [{**one, "setting": "x", "seed": 0, "episodes": 2560.0}, {**one, "setting": "y", "seed": 0},
+            {**one, "setting": "y", "seed": 1, "sentiment": 0.8}]  # fmt: skip
+    base, x, y = (row.split(" | ") for row in markdown(pd.DataFrame(runs)).splitlines()[2:])
+    assert base[:5] == ["| base", "", "", "50.0", "+0.10"]
+    assert x[:6] == ["| `x`", "1", "2,560", "80.0", "+0.60", "70.0 [65.0, 75.0]"]
+    assert x[7] == "60 [50, 70]"
+    assert y[:5] == ["| `y`", "2", "", "80.0 (80.0 to 80.0)", "+0.70 (+0.60 to +0.80)"]
 
 
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a table that this tool wrote")
     table = pd.read_csv(path)
-    print(over_seeds(table).to_string(index=False))
+    print(markdown(table))
     picture(table, path.with_suffix(".png"))
 
 
@@ -185,16 +185,21 @@ def here(words: list[str]) -> list[str]:
 def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     """What a study keeps of an evaluation, and of the run's own table where there is one."""
     ours, base = summary["policy"], summary["base"]
+    intervals = {"positive": ours.get("positive_ci"), "sentiment": ours.get("sentiment_ci"),
+                 "win_rate": summary.get("win_rate_ci"), "kl": summary.get("kl_seq_exact_ci"),
+                 "judge_positive": ours.get("judge_positive_rate_ci")}  # fmt: skip
     found = {
         "n": summary["n"], "sentiment": ours["sentiment_mean"], "base_sentiment": base["sentiment_mean"],
         "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
+        "judge_positive": ours.get("judge_positive_rate"), "base_judge_positive": base.get("judge_positive_rate"),
         "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
         "distinct_rate": ours["distinct_rate"],
         "length_expected_ratio": summary.get("response_len_expected", math.nan) / base["response_len"],
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         **best_possible(summary),
+        **{f"{name}_ci": json.dumps(interval) for name, interval in intervals.items()},
     }  # fmt: skip
     if metrics.is_file():
         table = pd.read_csv(metrics)
@@ -206,8 +211,10 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
 
 def best_possible(summary: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation found out about the best possible, where base responses were drawn."""
-    return {"optimal_share": summary.get("optimal_share_rate"), "best_of_n": json.dumps(summary.get("best_of_n")),
-            "optimal_curve": json.dumps(summary.get("optimal_curve"))}  # fmt: skip
+    kept = {"optimal_share_ci": "optimal_share_rate_ci", "best_of_n": "best_of_n", "optimal_curve": "optimal_curve"}
+    return {"optimal_share": summary.get("optimal_share_rate")} | {
+        name: json.dumps(summary.get(key)) for name, key in kept.items()
+    }
 
 
 def brief(row: dict[str, Any]) -> str:
@@ -228,17 +235,46 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 # --- table and picture ----------------------------------------------------------------------------------------------
 
 
-def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of each setting, with the standard deviation of sentiment."""
-    if "sentiment" not in table:
-        return table
-    groups = table.dropna(subset="sentiment").groupby("setting", sort=False)
-    columns = ["sentiment", "positive", "kl", "optimal_share", "judge_gain", "perplexity_ratio", "distinct_2_ratio",
-               "length_ratio"]  # fmt: skip
-    means = groups[columns].mean().round(3)
-    means.insert(0, "seeds", groups.size())
-    means.insert(2, "spread", groups["sentiment"].std().round(3))
-    return means.reset_index()
+SHOWN = {  # column of the table -> its name, its factor, and how it is written
+    "positive": ("positive, %", 100, "{:.1f}"),
+    "sentiment": ("mean score", 1, "{:+.2f}"),
+    "win_rate": ("win-rate, %", 100, "{:.1f}"),
+    "kl": ("KL, nats", 1, "{:.2f}"),
+    "optimal_share": ("of the best gain, %", 100, "{:.0f}"),
+    "judge_positive": ("second judge: positive, %", 100, "{:.1f}"),
+    "length_ratio": ("length / base's", 1, "{:.2f}"),
+}
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A row for each setting: means over its seeds (lowest to highest), or one run's figures [95 % interval]."""
+    known = table.dropna(subset="sentiment") if "sentiment" in table else table[:0]
+    lines = [_line("setting", "seeds", "episodes", *(name for name, _, _ in SHOWN.values()))]
+    lines.append(_line(*["---"] * (3 + len(SHOWN))))
+    base = known.filter(regex="^base_")[:1].rename(columns=lambda name: name.removeprefix("base_"))
+    for name, runs in [("base", base), *known.groupby("setting", sort=False)]:
+        episodes = runs.episodes.dropna().unique() if "episodes" in runs else ()
+        seeds = "" if runs is base else str(len(runs))
+        lines.append(_line(name if runs is base else f"`{name}`", seeds, *(f"{n:,.0f}" for n in episodes[:1]),
+                           *[""] * (len(episodes) == 0), *(_cell(runs, column) for column in SHOWN)))  # fmt: skip
+    return "\n".join(lines)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(runs: pd.DataFrame, column: str) -> str:
+    if column not in runs or runs[column].isna().all():
+        return ""
+    _, factor, form = SHOWN[column]
+    values = factor * runs[column]
+    if len(runs) > 1:
+        ends = f" ({form.format(values.min())} to {form.format(values.max())})"
+    else:
+        known = json.loads(str(runs.get(f"{column}_ci", pd.Series("null")).fillna("null").iloc[0]))
+        ends = f" [{', '.join(form.format(factor * x) for x in known)}]" if known else ""
+    return form.format(values.mean()) + ends
 
 
 def picture(table: pd.DataFrame, path: Path) -> None:
