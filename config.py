@@ -254,7 +254,8 @@ PRESETS[TrainConfig] = {
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
         reward_every=0, gae_lambda=1.0, save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
     ),
-    # Published set-ups, as far as their texts and this method allow: see "Against published figures" in README.md
+    # Published set-ups, as far as their texts and this method allow: see "Against published figures" in README.md.
+    # They pay at the end with a lambda of 0.95, which is what the comment at gae_lambda warns of
     "original": TrainConfig(
         preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
         kl_coef=1.0, ent_coef=0.02, reward_every=0, gae_lambda=0.95,
@@ -365,6 +366,12 @@ def numbers(name: str, text: str, kind: type) -> list[Any]:
         return [kind(x) for x in text.split(",")]
     except ValueError:
         raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
+
+
+def parse_tool(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
+    """Command line of a tool -> its settings (raises UserError)."""
+    parser = _OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def run_tool(main: Callable[[], object]) -> None:

@@ -45,6 +45,13 @@ def load_examples(
     return texts, None if label_column is None else [_label(x) for x in table[label_column]]
 
 
+def label_names(labels: Sequence[str | int | None]) -> list[str | None]:
+    """Labels as names: where they are 0 and 1 and nothing else, these mean negative and positive."""
+    plain = {label for label in labels if label is not None} == {0, 1}
+    names = {0: "NEGATIVE", 1: "POSITIVE"}
+    return [None if label is None else names[int(label)] if plain else str(label) for label in labels]
+
+
 def _label(value: Any) -> str | int | None:
     if isinstance(value, str):
         return value or None

@@ -5,8 +5,8 @@
     python eval.py --top_k 50 --top_p 0.9       both models under another decoding
     python eval.py --frontier 64                and how far that is from the best possible at its KL
 
-Owns the comparison, its statistics and its table. Both models answer the same prompts with the same random numbers,
-so that differences are paired; every number follows from eval_results.csv alone.
+Owns the comparison; its statistics and its table are in tools/summary.py. Both models answer the same prompts with the
+same random numbers, so that differences are paired; every number follows from eval_results.csv alone.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import is_file, load_examples, load_prompts, pad_left
+from data import is_file, label_names, load_examples, load_prompts, pad_left
 from model import GPT2WithValueHead, Sequences, check_fit, generate, load_reference, score_responses
 from reward import SentimentReward, full_label
 from tools.judge import FittedJudge
@@ -168,8 +168,12 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
     if not is_first():
         return pd.DataFrame()
     results = pd.concat(tables).sort_index()
-    if not np.isfinite(results["kl_seq"]).all():
-        raise UserError(f"policy_path={cfg.policy_path} computes numbers that are not finite: try --dtype float32")
+    for names, culprit in (
+        (["kl_seq", "policy_nll_base", "base_nll_base"], f"policy_path={cfg.policy_path}"),
+        (["policy_log_odds", "base_log_odds"], f"rm_name={settings.rm_name}"),
+    ):
+        if not np.isfinite(results[names].to_numpy()).all():
+            raise UserError(f"{culprit} computes numbers that are not finite: try --dtype float32")
     for name in ("prompt", "policy_text", "base_text"):
         results[name] = results[name].map(spreadsheet_safe)
     if parts.judge is not None:
@@ -191,7 +195,9 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
     if cfg.judge == "none":
         return None
     if cfg.judge != "labels":
-        model = SentimentReward(resolve_name(cfg.judge), run.target_label, run.device, dtype=getattr(torch, run.dtype))
+        model = SentimentReward(
+            resolve_name(cfg.judge), run.target_label, run.device, dtype=getattr(torch, run.dtype), setting="judge"
+        )
         return lambda texts: model(texts).cpu().numpy()
     try:
         name = resolve_name(run.dataset, run.split)
@@ -200,12 +206,15 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         if cfg.label_column != EvalConfig.label_column:
             raise
         texts, labels = [], []
-    known = [
-        (text, full_label(str(label))) for text, label in zip(texts, labels or [], strict=True) if label is not None
-    ]
+    names = label_names(labels or [])
+    known = [(text, full_label(name)) for text, name in zip(texts, names, strict=True) if name is not None]
     target = [label == full_label(run.target_label) for _, label in known]
     if not 1 < sum(target) < len(target) - 1:
-        print(f"note: {run.dataset} has no labels in column {cfg.label_column!r} to fit a second judge on; see --judge")
+        there = ", ".join(sorted({label for _, label in known})[:5]) or "none"
+        print(
+            f"note: column {cfg.label_column!r} of {run.dataset} does not tell what is {run.target_label} from what is "
+            f"not (its labels: {there}), so there is no second judge; see --judge"
+        )
         return None
     judge = FittedJudge([text for text, _ in known], target)
     print(

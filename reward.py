@@ -22,14 +22,14 @@ class SentimentReward:
 
     def __init__(
         self, name: str, target_label: str = "positive", device: str | torch.device = "cpu", batch_size: int = 64,
-        dtype: torch.dtype = torch.float32, revision: str | None = None,
+        dtype: torch.dtype = torch.float32, revision: str | None = None, setting: str = "rm_name",
     ) -> None:  # fmt: skip
-        """Load the classifier (raises UserError where it, its tokenizer or its label is missing)."""
-        self.model: Any = _load_classifier(name, revision).to(device).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer("rm_name", name, revision)
+        """Load the classifier that `setting` names (raises UserError where it, its tokenizer or label is missing)."""
+        self.model: Any = _load_classifier(setting, name, revision).to(device).eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer(setting, name, revision)
         if self.tokenizer.pad_token_id is None:
-            raise UserError(f"rm_name={name} has a tokenizer without a padding token: save one with it")
-        self.target = find_label(self.model.config, target_label, name)
+            raise UserError(f"{setting}={name} has a tokenizer without a padding token: save one with it")
+        self.target = find_label(self.model.config, target_label, f"{setting}={name}")
         self.batch_size, self.dtype = batch_size, dtype
         longest = getattr(self.model.config, "max_position_embeddings", 512)
         self.max_length = min(self.tokenizer.model_max_length, longest)
@@ -66,12 +66,12 @@ class SentimentReward:
         return target - logits[:, others].logsumexp(-1)
 
 
-def find_label(config: PretrainedConfig, target_label: str, name: str) -> int:
-    """The index of a label by its name, whatever its case; pos, neg and neu count as their long forms."""
+def find_label(config: PretrainedConfig, target_label: str, model: str) -> int:
+    """The index of a label of a model by its name, whatever its case; pos, neg and neu count as their long forms."""
     labels = {full_label(label): int(index) for index, label in config.id2label.items()}
     if full_label(target_label) not in labels:
         known = ", ".join(config.id2label.values())
-        raise UserError(f"target_label={target_label!r} is not a label of rm_name={name}: choose {known}")
+        raise UserError(f"target_label={target_label!r} is not a label of {model}: choose {known}")
     return labels[full_label(target_label)]
 
 
@@ -80,8 +80,8 @@ def full_label(label: str) -> str:
     return SHORT_NAMES.get(label.lower(), label.lower())
 
 
-def _load_classifier(name: str, revision: str | None) -> torch.nn.Module:
-    with loading("rm_name", name, "sequence classifier"):
+def _load_classifier(setting: str, name: str, revision: str | None) -> torch.nn.Module:
+    with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or MAIN, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -91,5 +91,5 @@ def _load_classifier(name: str, revision: str | None) -> torch.nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    refuse_missing("rm_name", name, info, "sequence classifier")
+    refuse_missing(setting, name, info, "sequence classifier")
     return model

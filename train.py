@@ -123,8 +123,8 @@ def train(
                         seqs = act(parts, cfg, step)
                         watch.lap("seconds_generate")
                         # score
-                        scores = score(parts, cfg, seqs), kl.coef, running_scores(parts, cfg, seqs)
-                    rollout = make_rollout(parts.policy, parts.reference, seqs, *scores).of_all()
+                        scored = score(parts, cfg, seqs), kl.coef, running_scores(parts, cfg, seqs)
+                    rollout = make_rollout(parts.policy, parts.reference, seqs, *scored).of_all()
                     watch.lap("seconds_score")
                 with stop.may_abandon(before is not None):
                     # learn

@@ -195,7 +195,7 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, summary = run(finished_run, tmp_path / "a")
-    assert "no labels" in capsys.readouterr().out
+    assert "(its labels: none), so there is no second judge" in capsys.readouterr().out
     assert "policy_judge" not in plain
     assert "judge_gain" not in summary
     named, summary = run(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
@@ -221,6 +221,14 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     fitted, summary = run(finished_run, tmp_path / "c", "--dataset", str(labelled))
     assert fitted.policy_judge.between(-1, 1).all()
     assert "judge_mean" in summary["base"]
+    rows["label"] = [int(label == "pos") for label in rows["label"]]
+    splits["train"] = datasets.Dataset.from_dict(rows)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "numbered")
+    numbered, _ = run(finished_run, tmp_path / "d", "--dataset", str(tmp_path / "numbered"))
+    assert (numbered.policy_judge == fitted.policy_judge).all(), "0 is negative, 1 positive"
+    with pytest.raises(SystemExit):
+        run(finished_run, tmp_path / "e", "--judge", str(tmp_path / "nowhere"))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: judge=")
 
 
 def test_a_judge_that_knows_nothing_accuses_nobody() -> None:
@@ -300,14 +308,22 @@ def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run:
     assert settings["max_new_tokens"] == 8, "as the run had it, which no flag said"
 
 
-def test_a_broken_policy_is_told(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_reward_or_policy_is_told(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_odds = evaluation.SentimentReward.log_odds
+    with monkeypatch.context() as broken:
+        broken.setattr(evaluation.SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
+        with pytest.raises(SystemExit):
+            run(finished_run, tmp_path)
+    assert re.search("error: rm_name=.* not finite", capsys.readouterr().err.splitlines()[-1])
     lm = GPT2LMHeadModel.from_pretrained(finished_run / "policy_lm")
     with torch.no_grad():
         lm.transformer.ln_f.weight.fill_(torch.nan)
     lm.save_pretrained(finished_run / "policy_lm")
     with pytest.raises(SystemExit):
         run(finished_run, tmp_path)
-    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert re.search("error: policy_path=.* not finite", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_damaged_tables_of_the_run_are_left_out_of_the_report(finished_run: Path, tmp_path: Path) -> None:

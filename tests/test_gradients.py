@@ -130,3 +130,5 @@ def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixt
 def test_wrong_input_is_told_before_anything_is_loaded(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=wrong[0].partition("=")[0][2:].replace("draw", "none")):
         main([f"--csv={tmp_path / 'a.csv'}", "--train=--policy_name=nowhere", *wrong])
+    with pytest.raises(UserError, match="batch_size=4 "):
+        main(["--train=--policy_name=nowhere --batch_size=4 --minibatch_size=4"])

@@ -135,6 +135,27 @@ def test_reward_init_keeps_the_encoder_and_takes_the_labels(made: Path, tmp_path
     assert after.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
 
 
+def test_classifier_rows_stand_between_what_the_tokenizer_puts_around_them() -> None:
+    for around in ([], [7], [7, 8], [7, 8, 9]):
+        batch = make_models.rm_batch([[1, 2], [3]], [0, 1], Around(around))  # type: ignore[arg-type]
+        rows = [[*around[:1], *row, *around[1:]] for row in ([1, 2], [3])]
+        found = [ids[mask > 0].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        assert found == rows
+        assert batch["input_ids"][batch["attention_mask"] == 0].tolist() == [0]
+
+
+class Around:
+    """A tokenizer as far as rm_batch knows one."""
+
+    pad_token_id = 0
+
+    def __init__(self, around: list[int]) -> None:
+        self.around = around
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.around}
+
+
 def test_rows_without_label_go_to_the_language_model_only(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     texts, labels = tiny_reviews.generate_reviews(60, seed=0)

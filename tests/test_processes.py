@@ -23,6 +23,7 @@ import train
 from config import EvalConfig, TrainConfig, run_cli
 from tools.processes import processes
 from tools.states import damage, states
+from utils import world_size
 
 NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
 ROOT = Path(train.__file__).parent
@@ -133,6 +134,13 @@ def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_
     assert not Path(flags["ckpt_dir"]).exists()
 
 
+def test_a_size_of_the_world_without_a_place_in_it_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with processes("cpu"):
+        assert world_size() == 1
+
+
 def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
     job = torchrun(2, "train.py", *words_of({**flags, "target_label": "joy"}))
     _, err = job.communicate(timeout=100)
@@ -167,8 +175,8 @@ def one_rollout() -> ppo.Rollout:
     return ppo.make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)
 
 
-ONE_STEP = TrainConfig(
-    batch_size=8, minibatch_size=8, micro_batch_size=2, ppo_epochs=1, lr=1.0, lr_schedule="constant"
+ONE_STEP = TrainConfig(  # no gradient is scaled down, which would hide a wrong factor
+    batch_size=8, minibatch_size=8, micro_batch_size=2, ppo_epochs=1, lr=1.0, lr_schedule="constant", max_grad_norm=1e9
 )  # fmt: skip
 
 

@@ -85,6 +85,10 @@ def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     assert x[:6] == ["| `x`", "1", "2,560", "80.0", "+0.60", "70.0 [65.0, 75.0]"]
     assert x[7] == "60 [50, 70]"
     assert y[:5] == ["| `y`", "2", "", "80.0 (80.0 to 80.0)", "+0.70 (+0.60 to +0.80)"]
+    assert y[-1] == "0.141 |", "divided by n - 1"
+    others = pd.DataFrame([*runs, {**one, "setting": "z", "seed": 0, "base_positive": 0.4}])
+    assert markdown(others).count("| base |") == 2
+    assert markdown(pd.DataFrame([{"setting": "x", "seed": 0, "failed": "code 2"}])).count("\n") == 1
 
 
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +103,7 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
         if words[1].endswith("eval.py") and seed != 1:
             assert sum(w.startswith("--out_csv=") for w in words) == 1
             out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
-            if with_draws := "--frontier=4" in words:
+            if with_draws := any(w.startswith("--frontier=") for w in words):
                 drawn.append(out)
             if seed == 2 and with_draws:
                 return subprocess.CompletedProcess(words, 1)
@@ -122,6 +126,17 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
         assert share[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
     assert share.nunique() == 3
     assert share[[1, 2]].isna().all(), "one run failed, another could not be drawn for"
+    drawn.clear()
+    main(["--seeds=1,0,4,2,3", "--frontier=4", *words])
+    assert [path.parent.name[-1] for path in drawn] == ["2"], "what is there is not drawn again"
+    for table in results.values():
+        table["base_draws"] += " 0.5 0.9"
+    drawn.clear()
+    main(["--seeds=1,0,4,2,3", "--frontier=6", *words])
+    assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "but more are"
+    more = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
+    for seed in (0, 4, 3):
+        assert more[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
 
 
 def made_results(seed: int) -> pd.DataFrame:
@@ -137,7 +152,7 @@ def made_results(seed: int) -> pd.DataFrame:
 
 
 def test_wrong_input_is_told(tmp_path: Path) -> None:
-    for words in (["--seeds=a"], ["--jobs=0"], ["--frontier=1"], [f"--draw={tmp_path / 'no.csv'}"]):
+    for words in (["--seeds=a"], ["--bogus=1"], ["--jobs=0"], ["--frontier=1"], [f"--draw={tmp_path / 'no.csv'}"]):
         with pytest.raises(UserError):
             main(words)
     done = subprocess.run(

@@ -26,6 +26,7 @@ from config import TrainConfig, UserError, parse_config, with_changes
 from model import GPT2WithValueHead
 from reward import SentimentReward
 from tools import run_folder
+from tools.run_folder import RunFolder
 from tools.states import states
 
 REPOSITORY = Path(train.__file__).parent
@@ -214,6 +215,15 @@ def test_train_does_not_overwrite_the_policy_that_it_starts_from(
     assert stop.value.code == 2
     assert "which this run needs" in capsys.readouterr().err
     assert files_in(folder) == before
+
+
+def test_names_from_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    RunFolder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
+    (tmp_path / "here" / "gpt2").mkdir()
+    with pytest.raises(UserError, match="holds gpt2, which this run needs"):
+        RunFolder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
 
 
 def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import TrainConfig, UserError, opt, run_tool  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
 
 import pandas as pd
 import torch
@@ -37,7 +37,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )  # fmt: skip
-from transformers.hf_argparser import HfArgumentParser
 
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
@@ -85,8 +84,7 @@ class BenchConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and append to the CSV file."""
-    parser = HfArgumentParser(BenchConfig, allow_abbrev=False, description=__doc__)
-    cfg = BenchConfig(**vars(parser.parse_args(argv)))
+    cfg = parse_tool(BenchConfig, argv, __doc__)
     if cfg.steps < 1 or cfg.rounds < 1:
         raise UserError("steps and rounds must be at least 1")
     quiet_libraries()

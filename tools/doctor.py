@@ -44,7 +44,7 @@ class Doctor:
             "entropy": row["entropy"] < 0.3 * self.first_entropy,
             "same": row["distinct_rate"] < 0.5,
             "critic": critic < -0.5,
-            "credit": self.paid_at_end and self.cfg.gae_lambda < 0.9,
+            "credit": self.paid_at_end and self.cfg.gae_lambda < 0.99,
         }
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
@@ -65,7 +65,7 @@ class Doctor:
             "raise --kl_coef, and read samples.csv",
             "critic": f"the critic explains nothing (explained_var {critic:.1f} over {STEPS} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
-            "credit": f"the score is paid on the last token, and at gae_lambda={self.cfg.gae_lambda} hardly reaches "
+            "credit": f"the score is paid on the last token, and gae_lambda={self.cfg.gae_lambda} keeps it from "
             f"those that earned it; set --gae_lambda 1, or --reward_every 1 and a batch_size of {ENOUGH} or more",
         }
         return {name: texts[name] for name, is_so in wrong.items() if is_so}

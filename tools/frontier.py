@@ -14,12 +14,15 @@ MIN_EFFECTIVE = 5.0  # samples: with fewer behind its average, a point of the cu
 
 @dataclass(frozen=True)
 class Frontier:
-    """The optimal policies ref * exp(r / beta) for falling beta: kl, reward, effective sample size, each (P, K)."""
+    """The optimal policies ref * exp(r / beta) for falling beta: kl, reward, effective sample size, each (P, K).
+
+    best_of is the expected score of the best of 1, 2, …, N responses, (P, N); the first of them is that of the base.
+    """
 
     kl: np.ndarray
     reward: np.ndarray
     effective: np.ndarray
-    base: np.ndarray  # (P,) mean score of the base
+    best_of: np.ndarray
 
     @property
     def certain(self) -> np.ndarray:
@@ -27,13 +30,19 @@ class Frontier:
         return self.effective.mean(0) >= MIN_EFFECTIVE
 
     def optimal_reward(self, kl: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
-        """Best mean reward at mean KL of kl (S,), with prompts counted `times` (S, P): flat beyond the curve's end."""
-        times = np.ones((len(kl), len(self.base))) if times is None else times
+        """Best mean reward shown possible at mean KL of kl (S,), with prompts counted `times` (S, P).
+
+        Both the curve and best-of-n can be reached, and so can a mixture of two neighbours on either: the higher
+        counts. Beyond their ends they are flat.
+        """
+        times = np.ones((len(kl), len(self.best_of))) if times is None else times
         weights = times / times.sum(1, keepdims=True)
-        nothing = np.zeros((len(weights), 1))  # the curve begins at the base itself
-        kls = np.hstack([nothing, weights @ self.kl])
-        rewards = np.hstack([(weights @ self.base)[:, None], weights @ self.reward])
-        return np.array([np.interp(x, k, r) for x, k, r in zip(kl, kls, rewards, strict=True)])
+        best_of = weights @ self.best_of
+        kls = np.hstack([np.zeros((len(kl), 1)), weights @ self.kl])  # the curve begins at the base itself
+        rewards = np.hstack([best_of[:, :1], weights @ self.reward])
+        sizes = [best_of_n_kl(n) for n in range(1, self.best_of.shape[1] + 1)]
+        return np.array([max(np.interp(x, k, r), np.interp(x, sizes, b))
+                         for x, k, r, b in zip(kl, kls, rewards, best_of, strict=True)])  # fmt: skip
 
 
 def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
@@ -49,7 +58,8 @@ def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
         reward[:, k] = (weights * scores).sum(1)
         kl[:, k] = (weights * np.log(np.maximum(weights, 1e-300) * scores.shape[1])).sum(1)
         effective[:, k] = 1 / (weights**2).sum(1)
-    return Frontier(kl, reward, effective, scores.mean(1))
+    best_of = np.stack([best_of_n(scores, n) for n in range(1, scores.shape[1] + 1)], 1)
+    return Frontier(kl, reward, effective, best_of)
 
 
 def tilted(scores: np.ndarray, means: np.ndarray, times: np.ndarray) -> np.ndarray:

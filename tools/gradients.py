@@ -23,18 +23,17 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TrainConfig, UserError, numbers, opt, parse_config, run_tool, with_changes  # isort: skip
+from config import TrainConfig, UserError, numbers, opt, parse_config, parse_tool, run_tool, with_changes  # isort: skip
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import trange
-from transformers.hf_argparser import HfArgumentParser
 
 import train
 from model import GPT2WithValueHead, Sequences
-from utils import compute_gae, quiet_libraries, spread_scores, write_whole
+from utils import ENOUGH, compute_gae, quiet_libraries, spread_scores, write_whole
 
 Way = tuple[int, float]  # reward_every and gae_lambda
 REINFORCE: Way = (0, 1.0)
@@ -55,8 +54,7 @@ class GradientsConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, keep the table, and print it."""
-    parser = HfArgumentParser(GradientsConfig, allow_abbrev=False, description=__doc__)
-    cfg = GradientsConfig(**vars(parser.parse_args(argv)))
+    cfg = parse_tool(GradientsConfig, argv, __doc__)
     if cfg.batches < 3 or cfg.pilot < 1:
         raise UserError("batches must be at least 3 and pilot at least 1: noise shows where estimates differ")
     path = Path(cfg.draw or cfg.csv)
@@ -77,6 +75,8 @@ def measure(cfg: GradientsConfig) -> pd.DataFrame:
     ways = list(dict.fromkeys([REINFORCE, *asked]))
     for every, lam in ways:
         with_changes(run, reward_every=every, gae_lambda=lam)  # refuses what is out of range
+    if run.batch_size < ENOUGH:
+        raise UserError(f"batch_size={run.batch_size} leaves running scores unused: take {ENOUGH} or more")
     run = train.resolve(run)
     parts = train.load_parts(run)
     square = torch.zeros(())

@@ -18,9 +18,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from config import UserError, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -35,15 +35,14 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
-from data import load_examples
+from data import label_names, load_examples
 from tools import tiny_reviews
-from utils import loading
+from utils import loading, resolve_device
 
 END, PAD, CLS = "<|endoftext|>", "<|pad|>", "<|cls|>"
 
@@ -120,29 +119,25 @@ SIZES = {
 # --- command line ---------------------------------------------------------------------------------
 
 
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class MakeConfig:
     """Settings of `python -m tools.make_models`."""
 
     dataset: str = field(metadata={"help": "Labelled texts: a hub name, a folder or a file."})
     out: str = field(metadata={"help": "Folder to make: policy/, reward/ and report.json."})
-    size: Literal["tiny", "small", "124m"] = _flag("Shape and schedule of both models.", "small")
-    split: str = _flag("Split with labels; a part of it is kept back to measure on.", "train")
-    lm_split: str | None = _flag("Splits for the language model, joined by + (default: split).")
-    text_column: str = _flag("Column that holds the text.", "text")
-    label_column: str = _flag("Column that holds the label; rows without one are left out.", "label")
-    init: str | None = _flag("Language model to continue from, with its tokenizer.")
-    reward_init: str | None = _flag("Encoder or classifier to continue from, with its tokenizer.")
-    lm_steps: int | None = _flag("Optimiser steps of the language model (default: the size's).")
-    rm_steps: int | None = _flag("Optimiser steps of the classifier (default: the size's).")
-    lm_lr: float | None = _flag("Largest step size of the language model (default: the size's).")
-    rm_lr: float | None = _flag("Largest step size of the classifier (default: the size's).")
-    device: Literal["auto", "cpu", "cuda"] = _flag("auto takes CUDA where present.", "auto")
-    seed: int = _flag("Fixes the weights drawn, the rows kept back and the order of batches.", 0)
+    size: Literal["tiny", "small", "124m"] = opt("small", "Shape and schedule of both models.")
+    split: str = opt("train", "Split with labels; a part of it is kept back to measure on.")
+    lm_split: str | None = opt(None, "Splits for the language model, joined by + (default: split).")
+    text_column: str = opt("text", "Column that holds the text.")
+    label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
+    init: str | None = opt(None, "Language model to continue from, with its tokenizer.")
+    reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.")
+    lm_steps: int | None = opt(None, "Optimiser steps of the language model (default: the size's).")
+    rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).")
+    lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).")
+    rm_lr: float | None = opt(None, "Largest step size of the classifier (default: the size's).")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    seed: int = opt(0, "Fixes the weights drawn, the rows kept back and the order of batches.")
 
     @property
     def recipe(self) -> Recipe:
@@ -157,15 +152,9 @@ class MakeConfig:
         )
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
-
-
 def parse_flags(argv: Sequence[str] | None = None) -> MakeConfig:
     """Command line -> settings (raises UserError)."""
-    parser = _Parser(MakeConfig, allow_abbrev=False, description=MakeConfig.__doc__)  # type: ignore[arg-type]
-    cfg = MakeConfig(**vars(parser.parse_args(argv)))
+    cfg = parse_tool(MakeConfig, argv, MakeConfig.__doc__)
     for name in ("lm_steps", "rm_steps", "lm_lr", "rm_lr"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < float("inf"):
@@ -178,7 +167,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> MakeConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make both models as the command line says and report how good they are."""
     cfg = parse_flags(argv)
-    device = _device(cfg.device)
+    device = torch.device(resolve_device(cfg.device))
     corpus = load_corpus(cfg)
     try:
         with _quiet(), new_folder(Path(cfg.out)) as folder:
@@ -186,12 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise _unwritable("out", Path(cfg.out), error) from None
     print(f"{cfg.out}: {_summary(report)}", file=sys.stderr)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but no CUDA device is present: use --device cpu")
-    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
 # --- what is learned from -------------------------------------------------------------------------
@@ -215,8 +198,9 @@ class Corpus:
 def load_corpus(cfg: MakeConfig) -> Corpus:
     """Read the data set; a tenth of its labelled rows, 2,000 at most, is kept back (UserError)."""
     texts, labels = load_examples(cfg.dataset, cfg.split, cfg.text_column, cfg.label_column)
-    rows = [(text, label) for text, label in zip(texts, labels or [], strict=True) if label is not None]
-    values = sorted({label for _, label in rows}, key=str)
+    named = label_names(labels or [])
+    rows = [(text, label) for text, label in zip(texts, named, strict=True) if label is not None]
+    values = sorted({label for _, label in rows})
     where = f"label_column={cfg.label_column!r} of {cfg.dataset}"
     if len(values) < 2:
         raise UserError(f"{where} holds {len(values)} different labels, and a classifier needs two or more")
@@ -236,7 +220,7 @@ def load_corpus(cfg: MakeConfig) -> Corpus:
         labels=[values.index(label) for _, label in kept],
         held_texts=[text for text, _ in held],
         held_labels=[values.index(label) for _, label in held],
-        names=["NEGATIVE", "POSITIVE"] if values == [0, 1] else [str(value) for value in values],
+        names=values,
     )
 
 
@@ -310,8 +294,10 @@ def lm_batches(rows: Sequence[list[int]], batch_tokens: int, rng: random.Random)
 
 def rm_batch(rows: Sequence[list[int]], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Batch:
     """Token rows without special tokens -> input_ids, attention_mask (B, T) and labels (B,)."""
-    first, *last = tokenizer("")["input_ids"]  # what the tokenizer puts before and after a text
-    ids = pad_sequence([torch.tensor([first, *row, *last]) for row in rows], batch_first=True, padding_value=-1)
+    around = tokenizer("")["input_ids"]  # what the tokenizer puts before and after a text, if anything
+    ids = pad_sequence(
+        [torch.tensor([*around[:1], *row, *around[1:]]) for row in rows], batch_first=True, padding_value=-1
+    )
     mask = ids >= 0
     return {
         "input_ids": ids.masked_fill(~mask, tokenizer.pad_token_id),
@@ -564,6 +550,8 @@ def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerB
         model = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, ignore_mismatched_sizes=True, **_label_names(names)
         )
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"reward_init={name} has a tokenizer without a padding token: save one with it")
     return model, tokenizer
 
 

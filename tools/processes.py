@@ -31,7 +31,7 @@ PATIENCE = timedelta(minutes=30)  # with a process that is slow; one that died i
 @contextmanager
 def processes(device: str) -> Iterator[None]:
     """Join the other processes, if torchrun started this one; leave them at the end (raises UserError)."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # some machines set the latter for no reason
         yield
         return
     cuda = resolve_device(device) == "cuda"

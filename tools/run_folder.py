@@ -78,7 +78,7 @@ class RunFolder:
         if present and not is_run(self.path):
             raise UserError(f"ckpt_dir={self.path} holds {present[0]}, but not from a run: choose another folder")
         for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
-            if name and self.path.resolve() in Path(name).resolve().parents:
+            if name and Path(name).exists() and self.path.resolve() in Path(name).resolve().parents:
                 raise UserError(f"ckpt_dir={self.path} holds {name}, which this run needs: choose another folder")
         if cfg.resume:
             self.state = self.find_state(cfg)

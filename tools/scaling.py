@@ -18,11 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
-from transformers.hf_argparser import HfArgumentParser
 
 from utils import GradientSum
 
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         raise UserError("name the CSV file that tools.benchmark wrote: python -m tools.scaling results/scaling.csv")
     flags = words[0 if words[0].startswith("-") else 1 :]
-    cfg = ScalingConfig(**vars(HfArgumentParser(ScalingConfig, description=__doc__).parse_args(flags)))
+    cfg = parse_tool(ScalingConfig, flags, __doc__)
     try:
         table = pd.read_csv(Path(words[0]))
         kinds = table.groupby(SHAPES)

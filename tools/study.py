@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, numbers, opt, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, numbers, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
-from transformers.hf_argparser import HfArgumentParser
 
 from tools.summary import summarise
 from utils import write_whole
@@ -52,7 +51,7 @@ class StudyConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print and draw."""
-    cfg = StudyConfig(**vars(HfArgumentParser(StudyConfig, allow_abbrev=False, description=__doc__).parse_args(argv)))
+    cfg = parse_tool(StudyConfig, argv, __doc__)
     if cfg.jobs < 1:
         raise UserError(f"jobs={cfg.jobs} must be at least 1")
     if cfg.frontier < 0 or cfg.frontier == 1:
@@ -96,7 +95,7 @@ def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     if cfg.peer:
-        command = shlex.split(cfg.peer.format(seed=seed, folder=folder))
+        command = shlex.split(cfg.peer.replace("{seed}", str(seed)).replace("{folder}", str(folder)))
     else:
         command = ["python", "train.py", *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
@@ -130,17 +129,21 @@ def share_draws(cfg: StudyConfig) -> None:
     folders = [folder_of(cfg, row["setting"], row["seed"]) for row in rows]
     drawn = [read_results(folder / "drawn.csv") for folder in folders if (folder / "drawn.csv").is_file()]
     for row, folder in zip(rows, folders, strict=True):
-        known = not math.isnan(row.get("optimal_share", math.nan))
-        if known or not (folder / "eval_results.csv").is_file():
+        if not (folder / "eval_results.csv").is_file():
             continue
         found = read_results(folder / "eval_results.csv")
-        draws = [one for one in drawn if same_base(found, one)]
-        if cfg.frontier and not draws:
-            draws = draw_base(cfg, row["judged"], folder)
-            drawn += draws
+        draws = [one for one in (found, *drawn) if draws_in(one) and same_base(found, one)]
+        if max(map(draws_in, draws), default=0) < cfg.frontier:
+            more = draw_base(cfg, row["judged"], folder)
+            draws, drawn = draws + more, drawn + more
         if draws:
-            summary = summarise(found.assign(base_draws=draws[0].base_draws))
-            add_row(Path(cfg.csv), {**row, **best_possible(summary)})
+            found["base_draws"] = max(draws, key=draws_in).base_draws
+        add_row(Path(cfg.csv), {**row, **figures(summarise(found), folder / "metrics.csv")})
+
+
+def draws_in(results: pd.DataFrame) -> int:
+    """How many base responses stand behind each prompt of an evaluation."""
+    return len(str(results.base_draws.iloc[0]).split()) if "base_draws" in results else 0
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -212,7 +215,7 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
 def best_possible(summary: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation found out about the best possible, where base responses were drawn."""
     kept = {"optimal_share_ci": "optimal_share_rate_ci", "best_of_n": "best_of_n", "optimal_curve": "optimal_curve"}
-    return {"optimal_share": summary.get("optimal_share_rate")} | {
+    return {"optimal_share": summary.get("optimal_share_rate"), "kl_certain": summary.get("kl_certain")} | {
         name: json.dumps(summary.get(key)) for name, key in kept.items()
     }
 
@@ -247,16 +250,18 @@ SHOWN = {  # column of the table -> its name, its factor, and how it is written
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A row for each setting: means over its seeds (lowest to highest), or one run's figures [95 % interval]."""
+    """A row for each base and setting: means over seeds (lowest to highest), or one run's figures [95 % interval]."""
     known = table.dropna(subset="sentiment") if "sentiment" in table else table[:0]
-    lines = [_line("setting", "seeds", "episodes", *(name for name, _, _ in SHOWN.values()))]
-    lines.append(_line(*["---"] * (3 + len(SHOWN))))
-    base = known.filter(regex="^base_")[:1].rename(columns=lambda name: name.removeprefix("base_"))
-    for name, runs in [("base", base), *known.groupby("setting", sort=False)]:
-        episodes = runs.episodes.dropna().unique() if "episodes" in runs else ()
-        seeds = "" if runs is base else str(len(runs))
-        lines.append(_line(name if runs is base else f"`{name}`", seeds, *(f"{n:,.0f}" for n in episodes[:1]),
-                           *[""] * (len(episodes) == 0), *(_cell(runs, column) for column in SHOWN)))  # fmt: skip
+    lines = [_line("setting", "seeds", "episodes", *(name for name, _, _ in SHOWN.values()), "sd of score")]
+    lines.append(_line(*["---"] * (4 + len(SHOWN))))
+    bases = known.filter(regex="^base_").drop_duplicates().rename(columns=lambda name: name.removeprefix("base_"))
+    for i in range(len(bases)):
+        lines.append(_line("base", "", "", *(_cell(bases[i : i + 1], column) for column in SHOWN), ""))
+    for name, runs in known.groupby("setting", sort=False):
+        episodes = [f"{n:,.0f}" for n in runs.get("episodes", pd.Series(dtype=float)).dropna().unique()]
+        spread = "" if len(runs) == 1 else f"{runs.sentiment.std():.3f}"
+        cells = (_cell(runs, column) for column in SHOWN)
+        lines.append(_line(f"`{name}`", str(len(runs)), ", ".join(episodes), *cells, spread))
     return "\n".join(lines)
 
 
@@ -292,8 +297,11 @@ def picture(table: pd.DataFrame, path: Path) -> None:
     known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
     if len(known):
         curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
-        axis.plot(curve["kl"], curve["sentiment_mean"], color="tab:gray", label="best possible")
-        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".:", color="gray", label="best of n")
+        kl, reward = (np.array(curve[name]) for name in ("kl", "sentiment_mean"))
+        certain = kl <= known.kl_certain.iloc[0] if "kl_certain" in known else kl >= 0
+        axis.plot(kl[certain], reward[certain], color="tab:gray", label="best possible")
+        axis.plot(kl, reward, ":", color="tab:gray", label="at least possible")
+        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="gray", label="best of n")
     axis.set_xlabel("KL to base, nats per response")
     axis.set_ylabel("mean score on held-out prompts")
     axis.set_xlim(left=0, right=1.15 * table.kl.max())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tools.frontier import best_of_n, best_of_n_kl, frontier, tilted
+from tools.frontier import best_of_n_kl, frontier, tilted
 from tools.measures import (
     bootstrap_ci,
     distinct,
@@ -159,18 +159,19 @@ def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
     best = frontier(scores)
     ours, kl = results["policy_score"].to_numpy(), results["kl_seq_exact"].to_numpy()
     sizes = [2**k for k in range(scores.shape[1].bit_length())]
+    grid = np.unique([*best.kl.mean(0), *map(best_of_n_kl, sizes)])
     found: dict[str, Any] = {
         "best_of_n": [
-            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(best_of_n(scores, n).mean())} for n in sizes
+            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(best.best_of[:, n - 1].mean())} for n in sizes
         ],
-        "optimal_curve": {"kl": best.kl.mean(0).tolist(), "sentiment_mean": best.reward.mean(0).tolist()},
+        "optimal_curve": {"kl": grid.tolist(), "sentiment_mean": best.optimal_reward(grid).tolist()},
         "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
-        "base_draws_mean": float(best.base.mean()),
+        "base_draws_mean": float(best.best_of[:, 0].mean()),
     }  # fmt: skip
 
     def gains(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weights = times / times.sum(1, keepdims=True)
-        base = weights @ best.base
+        base = weights @ best.best_of[:, 0]
         return weights @ ours - base, best.optimal_reward(weights @ kl, times) - base
 
     gain, possible = gains(np.ones((1, len(ours))))

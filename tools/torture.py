@@ -17,11 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, opt, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
 
 import pandas as pd
 from tqdm import tqdm
-from transformers.hf_argparser import HfArgumentParser
 
 from tools.benchmark import Work, make_random_models
 from tools.states import states
@@ -44,7 +43,7 @@ class TortureConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Torture, and say what was lost; exit code 1 if anything was."""
-    cfg = TortureConfig(**vars(HfArgumentParser(TortureConfig, description=__doc__).parse_args(argv)))
+    cfg = parse_tool(TortureConfig, argv, __doc__)
     if cfg.kills < 1 or cfg.steps < 2:
         raise UserError("kills must be at least 1, steps at least 2")
     quiet_libraries()
