@@ -27,6 +27,9 @@ SUMMARY = {
 }  # fmt: skip
 
 
+METRICS = "step,episodes,sentiment_mean,kl_seq,seconds_update,lr\n1,64,0.1,0.0,2.0,1e-5\n2,128,0.2,0.5,2.0,1e-5\n"
+
+
 def test_a_grid_is_every_combination() -> None:
     assert settings(StudyConfig(grid="lr=1e-5,2e-5 kl_coef=0.1")) == [
         "--lr=1e-5 --kl_coef=0.1",
@@ -49,6 +52,9 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 
     def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
         commands.append(words)
+        if words[1].endswith("train.py"):
+            folder = Path(next(w for w in words if w.startswith("--ckpt_dir=")).partition("=")[2])
+            (folder / "metrics.csv").write_text(METRICS)
         if words[1].endswith("eval.py"):
             out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
             out.with_name("eval_summary.json").write_text(json.dumps(SUMMARY))
@@ -62,6 +68,10 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert table[table.setting == "lr=9"].failed.str.contains("code 3").all()
     assert all("--resume" in c for c in commands if c[1].endswith("train.py"))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    steps = pd.read_csv(tmp_path / "a_steps.csv")
+    assert steps[steps.setting == "lr=1"].seed.tolist() == [0, 0, 1, 1]
+    assert steps.sentiment_mean.tolist()[:2] == [0.1, 0.2]
+    assert "seconds_update" not in steps, "the machine's, not the method's"
     rows = markdown(table).splitlines()
     assert [row.split(" | ")[:2] for row in rows[2:]] == [["| base", ""], ["| `lr=1`", "2"]], "not what failed"
     commands.clear()
@@ -70,6 +80,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert [c for c in commands if "--lr=1" in c] == []
     main(words)
     assert [c for c in commands if "--lr=1" in c] == [], "what is done is not done again"
+    assert len(pd.read_csv(tmp_path / "a_steps.csv")) == len(steps), "nor kept twice"
     main(["--peer=python other.py --seed {seed} --out {folder}/policy_lm", "--peer_name=other", *words[1:]])
     assert pd.read_csv(tmp_path / "a.csv").query("setting == 'other'").command.str.contains("other.py").all()
     shutil.rmtree(tmp_path / "runs")

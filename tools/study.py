@@ -30,6 +30,7 @@ from tools.summary import summarise
 from utils import write_whole
 
 ROOT = Path(__file__).parent.parent
+STEP_COLUMNS = ("step", "episodes", "sentiment_mean", "positive_rate", "kl_seq", "kl_seq_exact", "response_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
                 tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or brief(row)}")
-                add_row(Path(cfg.csv), row)
+                keep(cfg, row)
         share_draws(cfg)
     path = Path(cfg.draw or cfg.csv)
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a table that this tool wrote")
     table = pd.read_csv(path)
     print(markdown(table))
-    picture(table, path.with_suffix(".png"))
+    picture(table, pd.read_csv(steps_of(path)) if steps_of(path).is_file() else None, path.with_suffix(".png"))
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def share_draws(cfg: StudyConfig) -> None:
             draws, drawn = draws + more, drawn + more
         if draws:
             found["base_draws"] = max(draws, key=draws_in).base_draws
-        add_row(Path(cfg.csv), {**row, **figures(summarise(found), folder / "metrics.csv")})
+        keep(cfg, {**row, **figures(summarise(found), folder / "metrics.csv")})
 
 
 def draws_in(results: pd.DataFrame) -> int:
@@ -225,14 +226,28 @@ def brief(row: dict[str, Any]) -> str:
     return f"sentiment {row['sentiment']:+.3f}, {row['positive']:.1%} positive, KL {row['kl']:.2f}"
 
 
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into the table, in the place of an older one of the same setting and seed."""
+def keep(cfg: StudyConfig, row: dict[str, Any]) -> None:
+    """Put a run into the table, and the steps of its training into the table of these."""
+    put(Path(cfg.csv), pd.DataFrame([row]))
+    metrics = folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv"
+    if metrics.is_file():
+        steps = pd.read_csv(metrics)
+        own = steps[[name for name in STEP_COLUMNS if name in steps]]
+        put(steps_of(Path(cfg.csv)), own.assign(setting=row["setting"], seed=row["seed"]))
+
+
+def steps_of(path: Path) -> Path:
+    """Where the steps of a study's runs are kept, beside its table."""
+    return path.with_name(f"{path.stem}_steps.csv")
+
+
+def put(path: Path, rows: pd.DataFrame) -> None:
+    """Put the rows of one setting and seed into a table, in the place of older ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame([row])
     if path.exists():
         old = pd.read_csv(path)
-        table = pd.concat([old[(old.setting != row["setting"]) | (old.seed != row["seed"])], table])
-    write_whole(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+        rows = pd.concat([old[(old.setting != rows.setting.iloc[0]) | (old.seed != rows.seed.iloc[0])], rows])
+    write_whole(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
 # --- table and picture ----------------------------------------------------------------------------------------------
@@ -282,8 +297,8 @@ def _cell(runs: pd.DataFrame, column: str) -> str:
     return form.format(values.mean()) + ends
 
 
-def picture(table: pd.DataFrame, path: Path) -> None:
-    """Sentiment against KL: every run, the optimal curve and best-of-n where a run was evaluated with a frontier."""
+def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None:
+    """Sentiment against KL, every run beside the best possible where that is known; and on the way there."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -291,9 +306,12 @@ def picture(table: pd.DataFrame, path: Path) -> None:
 
     if "sentiment" not in table:
         return
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    axis, on_the_way = axes
+    colours = {}
     for setting, runs in table.dropna(subset="sentiment").groupby("setting", sort=False):
-        axis.plot(runs.kl, runs.sentiment, "o", label=str(setting), alpha=0.8)
+        (dots,) = axis.plot(runs.kl, runs.sentiment, "o", label=str(setting), alpha=0.8)
+        colours[setting] = dots.get_color()
     known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
     if len(known):
         curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
@@ -302,11 +320,21 @@ def picture(table: pd.DataFrame, path: Path) -> None:
         axis.plot(kl[certain], reward[certain], color="tab:gray", label="best possible")
         axis.plot(kl, reward, ":", color="tab:gray", label="at least possible")
         axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="gray", label="best of n")
-    axis.set_xlabel("KL to base, nats per response")
-    axis.set_ylabel("mean score on held-out prompts")
+    axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
     axis.set_xlim(left=0, right=1.15 * table.kl.max())
-    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    if steps is not None:
+        for setting, runs in steps.groupby("setting", sort=False):
+            by_step = runs.groupby("episodes").sentiment_mean
+            smooth = {name: by_step.agg(name).rolling(5, 1, center=True).mean() for name in ("mean", "min", "max")}
+            on_the_way.plot(smooth["mean"], color=colours.get(setting), label=str(setting))
+            if runs.seed.nunique() > 1:
+                ends = smooth["mean"].index, smooth["min"], smooth["max"]
+                on_the_way.fill_between(*ends, color=colours.get(setting), alpha=0.2)
+        on_the_way.set_xscale("log")
+    on_the_way.set(xlabel="episodes", title="batches while training (5 smoothed; band: lowest to highest seed)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
