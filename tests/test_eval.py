@@ -104,6 +104,7 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
             "response_len": t[f"{name}_len"].mean(),
             "eos_rate": t[f"{name}_eos"].mean(),
         }
+        assert summary[name]["commonest"] == t[f"{name}_text"].value_counts().iloc[0]
         for key, value in expected.items():
             assert summary[name][key] == pytest.approx(value), (name, key)
             low, high = summary[name][{"sentiment_mean": "sentiment_ci", "positive_rate": "positive_ci",

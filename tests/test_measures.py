@@ -117,6 +117,9 @@ def test_frontier_equals_the_closed_form_on_a_language_of_six_sentences() -> Non
         assert found.kl[:, k].mean() == pytest.approx((best * np.log(best / base)).sum(1).mean(), abs=0.02)
     assert found.certain.all()
     assert (np.diff(found.kl.mean(0)) > 0).all()
+    best = best_of_n(draws, 8).mean()  # with so few points of the curve, it is the better of the two somewhere
+    assert found.optimal_reward(np.array([best_of_n_kl(8)]))[0] >= best
+    assert frontier(draws, betas[:1]).optimal_reward(np.array([best_of_n_kl(8)]))[0] == pytest.approx(best)
     at = found.kl.mean(0)[1:2]
     assert found.optimal_reward(at)[0] == pytest.approx(found.reward.mean(0)[1])
     # prompts counted differently: the same as a frontier of these prompts alone

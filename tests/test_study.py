@@ -102,6 +102,13 @@ def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     assert markdown(pd.DataFrame([{"setting": "x", "seed": 0, "failed": "code 2"}])).count("\n") == 1
 
 
+def test_the_readme_says_what_the_tables_say() -> None:
+    readme = (study.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in ("study_tiny", "study_imdb"):
+        for line in markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines():
+            assert line in readme, name
+
+
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run against the same base gets the share that an evaluation with draws of its own would have found."""
     results = {seed: made_results(seed) for seed in (0, 1, 2, 3)}

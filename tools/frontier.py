@@ -16,7 +16,7 @@ MIN_EFFECTIVE = 5.0  # samples: with fewer behind its average, a point of the cu
 class Frontier:
     """The optimal policies ref * exp(r / beta) for falling beta: kl, reward, effective sample size, each (P, K).
 
-    best_of is the expected score of the best of 1, 2, …, N responses, (P, N); the first of them is that of the base.
+    best_of is the expected score of the best of 1, 2, 4, … responses, (P, S); the first of them is that of the base.
     """
 
     kl: np.ndarray
@@ -40,8 +40,8 @@ class Frontier:
         best_of = weights @ self.best_of
         kls = np.hstack([np.zeros((len(kl), 1)), weights @ self.kl])  # the curve begins at the base itself
         rewards = np.hstack([best_of[:, :1], weights @ self.reward])
-        sizes = [best_of_n_kl(n) for n in range(1, self.best_of.shape[1] + 1)]
-        return np.array([max(np.interp(x, k, r), np.interp(x, sizes, b))
+        best_kl = [best_of_n_kl(2**i) for i in range(self.best_of.shape[1])]
+        return np.array([max(np.interp(x, k, r), np.interp(x, best_kl, b))
                          for x, k, r, b in zip(kl, kls, rewards, best_of, strict=True)])  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
         reward[:, k] = (weights * scores).sum(1)
         kl[:, k] = (weights * np.log(np.maximum(weights, 1e-300) * scores.shape[1])).sum(1)
         effective[:, k] = 1 / (weights**2).sum(1)
-    best_of = np.stack([best_of_n(scores, n) for n in range(1, scores.shape[1] + 1)], 1)
+    best_of = np.stack([best_of_n(scores, 2**i) for i in range(scores.shape[1].bit_length())], 1)
     return Frontier(kl, reward, effective, best_of)
 
 

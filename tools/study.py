@@ -198,12 +198,12 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
         "judge_positive": ours.get("judge_positive_rate"), "base_judge_positive": base.get("judge_positive_rate"),
         "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
-        "distinct_rate": ours["distinct_rate"],
+        "distinct_rate": ours["distinct_rate"], "commonest": ours.get("commonest"),
         "length_expected_ratio": summary.get("response_len_expected", math.nan) / base["response_len"],
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         **best_possible(summary),
-        **{f"{name}_ci": json.dumps(interval) for name, interval in intervals.items()},
+        **{f"{name}_ci": as_json(interval) for name, interval in intervals.items()},
     }  # fmt: skip
     if metrics.is_file():
         table = pd.read_csv(metrics)
@@ -217,8 +217,13 @@ def best_possible(summary: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation found out about the best possible, where base responses were drawn."""
     kept = {"optimal_share_ci": "optimal_share_rate_ci", "best_of_n": "best_of_n", "optimal_curve": "optimal_curve"}
     return {"optimal_share": summary.get("optimal_share_rate"), "kl_certain": summary.get("kl_certain")} | {
-        name: json.dumps(summary.get(key)) for name, key in kept.items()
+        name: as_json(summary.get(key)) for name, key in kept.items()
     }
+
+
+def as_json(value: Any) -> str:
+    """JSON with numbers of four digits."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}")))
 
 
 def brief(row: dict[str, Any]) -> str:
@@ -308,31 +313,31 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
         return
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     axis, on_the_way = axes
-    colours = {}
-    for setting, runs in table.dropna(subset="sentiment").groupby("setting", sort=False):
-        (dots,) = axis.plot(runs.kl, runs.sentiment, "o", label=str(setting), alpha=0.8)
-        colours[setting] = dots.get_color()
+    done = table.dropna(subset="sentiment")
+    colours = dict(zip(done.setting.unique(), itertools.cycle(map(plt.get_cmap("tab20"), range(20))), strict=False))
+    for setting, runs in done.groupby("setting", sort=False):
+        axis.plot(runs.kl, runs.sentiment, "o", color=colours[setting], label=str(setting))
     known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
     if len(known):
         curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
         kl, reward = (np.array(curve[name]) for name in ("kl", "sentiment_mean"))
         certain = kl <= known.kl_certain.iloc[0] if "kl_certain" in known else kl >= 0
-        axis.plot(kl[certain], reward[certain], color="tab:gray", label="best possible")
-        axis.plot(kl, reward, ":", color="tab:gray", label="at least possible")
-        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="gray", label="best of n")
+        axis.plot(kl[certain], reward[certain], color="black", label="best possible")
+        axis.plot(kl, reward, ":", color="black", label="at least possible")
+        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="black", label="best of n")
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
     axis.set_xlim(left=0, right=1.15 * table.kl.max())
     axis.legend(fontsize=8)
     if steps is not None:
         for setting, runs in steps.groupby("setting", sort=False):
             by_step = runs.groupby("episodes").sentiment_mean
-            smooth = {name: by_step.agg(name).rolling(5, 1, center=True).mean() for name in ("mean", "min", "max")}
+            smooth = {name: by_step.agg(name).rolling(5, 1).mean() for name in ("mean", "min", "max")}
             on_the_way.plot(smooth["mean"], color=colours.get(setting), label=str(setting))
             if runs.seed.nunique() > 1:
                 ends = smooth["mean"].index, smooth["min"], smooth["max"]
                 on_the_way.fill_between(*ends, color=colours.get(setting), alpha=0.2)
         on_the_way.set_xscale("log")
-    on_the_way.set(xlabel="episodes", title="batches while training (5 smoothed; band: lowest to highest seed)")
+    on_the_way.set(xlabel="episodes", title="batches while training (mean of 5; band: lowest to highest seed)")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

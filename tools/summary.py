@@ -3,6 +3,7 @@
 All of it follows from eval_results.csv alone; rates are shares between 0 and 1, KL is in nats.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -74,6 +75,7 @@ def summarise(results: pd.DataFrame) -> dict[str, Any]:
             **_estimate("repetition_rate", repeated, triples),
             **_exponential("perplexity", column[f"{name}_nll_base"], length),
             **_of_all("distinct_rate", distinct_responses, texts),
+            "commonest": max(Counter(texts).values()),
         }
         for n in (1, 2, 3):
             summary[name] |= _of_all(f"distinct_{n}", partial(distinct, n=n), even[name])
@@ -158,11 +160,12 @@ def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
     scores = np.array([row.split() for row in results["base_draws"]], dtype=float)
     best = frontier(scores)
     ours, kl = results["policy_score"].to_numpy(), results["kl_seq_exact"].to_numpy()
-    sizes = [2**k for k in range(scores.shape[1].bit_length())]
+    sizes = [2**i for i in range(best.best_of.shape[1])]
     grid = np.unique([*best.kl.mean(0), *map(best_of_n_kl, sizes)])
     found: dict[str, Any] = {
         "best_of_n": [
-            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(best.best_of[:, n - 1].mean())} for n in sizes
+            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(mean)}
+            for n, mean in zip(sizes, best.best_of.mean(0), strict=True)
         ],
         "optimal_curve": {"kl": grid.tolist(), "sentiment_mean": best.optimal_reward(grid).tolist()},
         "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
