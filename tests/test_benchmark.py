@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, with_changes
+from reward import SentimentReward
 from tools.benchmark import Work, append, make_random_models, measure, measure_peer, sweep
 
 SMALL = Work((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)
@@ -21,14 +21,21 @@ def test_sweep_sets_one_shape_and_refuses_nonsense() -> None:
             sweep(SMALL, wrong)
 
 
-def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path) -> None:
+def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = make_random_models(SMALL, tmp_path, vocabulary=300)
     cfg = TrainConfig(
         **names, device="cpu", dtype="float32", batch_size=4, minibatch_size=2, ppo_epochs=1, max_prompt_len=6,
         min_prompt_len=6, max_new_tokens=5,
     )  # fmt: skip
-    torch.manual_seed(0)
-    row = measure(cfg, steps=1)
+    texts: list[int] = []
+    score = SentimentReward.score
+    monkeypatch.setattr(SentimentReward, "__call__", lambda self, some: texts.append(len(some)) or score(self, some))
+    measure(with_changes(cfg, reward_every=2), steps=1)
+    assert len(texts) == 4, "a step to warm up and one more, whole responses and unfinished ones"
+    assert texts[0] == texts[2] == 4
+    texts.clear()
+    row = measure(with_changes(cfg, reward_every=0), steps=1)
+    assert texts == [4, 4]
     phases = [row[f"seconds_{name}"] for name in ("generate", "score", "update")]
     assert all(seconds > 0 for seconds in phases)
     assert row["seconds"] == pytest.approx(sum(phases))

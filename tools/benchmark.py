@@ -41,7 +41,7 @@ from transformers import (
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
 from tools.processes import processes
-from train import Parts, Stopwatch, act, load_parts, resolve
+from train import Parts, Stopwatch, act, load_parts, resolve, running_scores, score
 from utils import is_first, keep_freed_memory, meeting_place, quiet_libraries, world_size, write_whole
 
 
@@ -75,6 +75,7 @@ class BenchConfig:
     dataset: str | None = opt(None, "Its prompts.")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
     steps: int = opt(3, "Steps timed, after one that is not.")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
     peer: str | None = opt(None, "Another command to time, in turn with this one.")
@@ -96,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         for work, train_cfg in configs:
             for turn in range(cfg.rounds):
                 models = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
-                row = {"models": models, **shapes(work), "turn": turn, **measure(train_cfg, cfg.steps)}
+                row = {"models": models, **shapes(work), "reward_every": cfg.reward_every, "turn": turn,
+                       **measure(train_cfg, cfg.steps)}  # fmt: skip
                 if cfg.peer:
                     row |= measure_peer(cfg.peer)
                     row["times_faster"] = row["peer_seconds"] / row["seconds"]
@@ -137,6 +139,7 @@ def make_config(cfg: BenchConfig, work: Work, folder: Path) -> TrainConfig:
         TrainConfig(
             **names, device=cfg.device, dtype=cfg.dtype, batch_size=work.batch, minibatch_size=work.minibatch,
             ppo_epochs=work.epochs, max_prompt_len=work.prompt, max_new_tokens=work.response,
+            reward_every=cfg.reward_every,
         )
     )  # fmt: skip
 
@@ -181,8 +184,8 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
         watch = Stopwatch(cfg.device)
         seqs = act(parts, cfg, step)
         watch.lap("seconds_generate")
-        scores = parts.reward(seqs.texts(parts.tokenizer))
-        rollout = make_rollout(parts.policy, parts.reference, seqs, scores, cfg.kl_coef).of_all()
+        scored = score(parts, cfg, seqs), cfg.kl_coef, running_scores(parts, cfg, seqs)
+        rollout = make_rollout(parts.policy, parts.reference, seqs, *scored).of_all()
         watch.lap("seconds_score")
         ppo_update(parts.policy, optimizer, rollout, cfg, step)
         watch.lap("seconds_update")
@@ -246,9 +249,11 @@ def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
 
     reward = parts.reward.model
     judged = sum(p.numel() for name, p in reward.named_parameters() if "embeddings" not in name)
+    unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()
+    read = cfg.batch_size * (cfg.max_new_tokens + sum(unfinished))  # tokens by the reward
     return {
         "generate": forward(parts.policy),
-        "score": forward(parts.policy) + forward(parts.reference) + 2 * judged * cfg.batch_size * cfg.max_new_tokens,
+        "score": forward(parts.policy) + forward(parts.reference) + 2 * judged * read,
         "update": 3 * cfg.ppo_epochs * forward(parts.policy),
     }
 
