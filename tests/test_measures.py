@@ -191,7 +191,7 @@ def test_judge_learns_the_labels_and_knows_nothing_of_random_ones() -> None:
 HEALTHY = {
     "kl_seq": 2.0, "kl_seq_exact": 2.0, "ratio_max": 1.5, "clip_frac": 0.02, "entropy": 4.0, "distinct_rate": 1.0,
     "explained_var": 0.2, "positive_rate": 0.6, "skipped": 0, "updates": 8,
-    "micro_batch_size": 16,
+    "micro_batch_size": 16, "response_len": 40.0,
 }  # fmt: skip
 SICK = {
     "kl_seq": (-5.0, "--check"), "kl_seq_exact": (50.0, "--kl_coef"), "ratio_max": (40.0, "--lr"),
@@ -220,6 +220,15 @@ def test_doctor_sees_a_score_that_reaches_no_one(asked: TrainConfig) -> None:
     told = [text for _ in range(3) for text in doctor.look(HEALTHY)]
     assert len(told) == 1
     assert "--gae_lambda 1" in told[0]
+
+
+def test_doctor_sees_responses_grow_short_and_no_passing_dip() -> None:
+    doctor = Doctor(TrainConfig())
+    lengths = [40.0] * 10 + [10.0] * 3 + [40.0] * 10 + [28.5] * 20 + [27.0] * 20
+    told = {step: text for step, n in enumerate(lengths) for text in doctor.look({**HEALTHY, "response_len": n})}
+    assert list(told) == [46], "once four of ten are at 27"
+    assert "28 tokens where they began with 40" in told[46]
+    assert "--kl_coef" in told[46]
 
 
 @pytest.mark.parametrize("name", SICK)

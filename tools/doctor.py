@@ -7,7 +7,7 @@ from typing import Any
 from config import TrainConfig
 from utils import ENOUGH
 
-STEPS = 10  # a critic is judged over this many
+STEPS = 10  # a critic is judged over this many, and lengths
 
 
 class Doctor:
@@ -18,13 +18,15 @@ class Doctor:
         self.cfg, self.micro_batch_size = cfg, cfg.micro_batch_size or cfg.minibatch_size
         self.paid_at_end = cfg.batch_size < ENOUGH or cfg.reward_every not in range(1, cfg.max_new_tokens)
         self.told: set[str] = set()
-        self.first_entropy = math.nan
+        self.first_entropy = self.first_length = math.nan
         self.critic: deque[float] = deque(maxlen=STEPS)
+        self.lengths: deque[float] = deque(maxlen=STEPS)
 
     def look(self, row: dict[str, Any]) -> list[str]:
         """Findings in a row that were not told before."""
         if math.isnan(self.first_entropy):
-            self.first_entropy = row["entropy"]
+            self.first_entropy, self.first_length = row["entropy"], row["response_len"]
+        self.lengths.append(row["response_len"])
         # where every return is alike there is nothing to explain
         if row["positive_rate"] < 0.9 and math.isfinite(row["explained_var"]):
             self.critic.append(row["explained_var"])
@@ -34,6 +36,7 @@ class Doctor:
 
     def _findings(self, row: dict[str, Any]) -> dict[str, str]:
         critic = sum(self.critic) / STEPS if len(self.critic) == STEPS else 0.0
+        length = sum(self.lengths) / len(self.lengths)
         wrong = {
             "skipped": row["skipped"] > 0,
             "memory": row["micro_batch_size"] < self.micro_batch_size,
@@ -43,6 +46,7 @@ class Doctor:
             "clip": row["clip_frac"] > 0.3,
             "entropy": row["entropy"] < 0.3 * self.first_entropy,
             "same": row["distinct_rate"] < 0.5,
+            "length": len(self.lengths) == STEPS and length < 0.7 * self.first_length,
             "critic": critic < -0.5,
             "credit": self.paid_at_end and self.cfg.gae_lambda < 0.99,
         }
@@ -63,6 +67,8 @@ class Doctor:
             "narrows; raise --kl_coef or --ent_coef",
             "same": f"only {row['distinct_rate']:.0%} of the responses differ: the reward is probably being gamed; "
             "raise --kl_coef, and read samples.csv",
+            "length": f"responses have {length:.0f} tokens where they began with {self.first_length:.0f}: the policy "
+            "learns to stop while it is ahead; raise --kl_coef, take fewer steps, or score --reward_on_prompt",
             "critic": f"the critic explains nothing (explained_var {critic:.1f} over {STEPS} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
             "credit": f"the score is paid on the last token, and gae_lambda={self.cfg.gae_lambda} keeps it from "
