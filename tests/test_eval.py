@@ -192,6 +192,25 @@ def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along()
     assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
 
 
+def test_doubt_about_the_best_possible_ends_where_there_is_no_more_to_be_had() -> None:
+    """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
+    n, rng = 100, np.random.default_rng(0)
+    frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
+        "policy_score": np.full(n, 0.9), "base_score": np.zeros(n), "kl_seq": np.full(n, 3.9),
+        "kl_seq_exact": np.full(n, 3.9), "policy_text": [f"policy {i}" for i in range(n)],
+        "base_text": [f"base {i}" for i in range(n)],
+    }  # fmt: skip
+    easy = np.where(rng.random((n, 64)) < 0.25, 0.99, rng.uniform(-1, 0.9, (n, 64)))
+    hard = -1 + 0.1 * rng.exponential(size=(n, 64)) ** 2
+    doubtful = []
+    for draws in (easy, hard):
+        rows = pd.DataFrame({**frame, "base_draws": [" ".join(map(str, row)) for row in draws]})
+        summary = summarise(rows)
+        assert summary["kl_certain"] < 3.9, "too few draws stand behind the curve at the policy's own KL"
+        doubtful.append("more draws would be needed" in summary["verdict"])
+    assert doubtful == [False, True]
+
+
 def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,8 +201,9 @@ def verdict(summary: dict[str, Any]) -> str:
         f"at {summary['kl_seq_exact']:.1f} nats from base."
     ]  # fmt: skip
     if "optimal_share_rate" in summary:
-        ends = max(summary["optimal_curve"]["kl"])  # beyond its end the curve is flat: the best response always
-        certain = min(summary["kl_seq_exact"], ends) <= summary["kl_certain"]
+        kl, best = (np.array(summary["optimal_curve"][name]) for name in ("kl", "sentiment_mean"))
+        flat = kl[best > best.max() - 0.005].min()  # from there on there is no more to be had, and no doubt about it
+        certain = min(summary["kl_seq_exact"], flat) <= summary["kl_certain"]
         doubt = "" if certain else " (more draws would be needed to be certain)"
         words.append(f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}.")
     losses = [
