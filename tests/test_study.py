@@ -107,6 +107,15 @@ def test_the_readme_says_what_the_tables_say() -> None:
     for name in ("study_tiny", "study_imdb"):
         for line in markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines():
             assert line in readme, name
+    for row in pd.read_csv(study.ROOT / "results" / "presets.csv").to_dict("records"):
+        line = next(line for line in readme if f"`--{row['setting'].replace('=', ' ')}`" in line and "→" in line)
+        low, high = (100 * end for end in json.loads(row["positive_ci"]))
+        for said in (
+            f"{100 * row['base_positive']:.1f} → {100 * row['positive']:.1f} [{low:.1f}, {high:.1f}]",
+            f"{row['base_sentiment']:+.2f} → {row['sentiment']:+.2f} [",
+            f"at {row['kl']:.2f} nats",
+        ):
+            assert said in line, row["setting"]
 
 
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
