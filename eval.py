@@ -155,15 +155,18 @@ def evaluate(cfg: EvalConfig, run: TrainConfig | None = None) -> pd.DataFrame:
     Where there are several processes each takes some batches, and only the first has the rows.
     """
     settings = run or settings_of_run(cfg)
-    with together():
+    with together("batch_size or max_new_tokens"):
         parts = first_then_others(lambda: load_parts(cfg, settings))
     keep_freed_memory()
     batches = [slice(first, first + cfg.batch_size) for first in range(0, len(parts.prompts), cfg.batch_size)]
     own = batches[rank() :: world_size()]
-    tables = [compare(parts, rows) for rows in tqdm(own, "evaluating", unit="batch", dynamic_ncols=True)]
-    if cfg.frontier:
-        for table, rows in zip(tables, tqdm(own, "frontier", unit="batch", dynamic_ncols=True), strict=True):
-            table["base_draws"] = base_draws(parts, rows, cfg.frontier)
+    with together("batch_size or max_new_tokens"):
+        with tqdm(own, "evaluating", unit="batch", dynamic_ncols=True) as bar:  # whose line an error must not share
+            tables = [compare(parts, rows) for rows in bar]
+        if cfg.frontier:
+            with tqdm(own, "frontier", unit="batch", dynamic_ncols=True) as bar:
+                for table, rows in zip(tables, bar, strict=True):
+                    table["base_draws"] = base_draws(parts, rows, cfg.frontier)
     tables = gather_to_first(tables)
     if not is_first():
         return pd.DataFrame()

@@ -41,6 +41,7 @@ from tools.run_folder import Onlooker, RunFolder, begun_by
 from tools.signals import Abandoned, Stop, stop_signals
 from tools.states import Snapshot
 from utils import (
+    enough_memory,
     is_first,
     keep_freed_memory,
     largest,
@@ -90,9 +91,8 @@ def run_steps(cfg: TrainConfig, parts: Parts, run: RunFolder) -> None:
         counters = hand_out(parts.policy, optimizer, {**run.counters(), "evaluated": run.evaluated})
         run.failed_steps, run.evaluated, kl.coef = (counters[x] for x in ("failed_steps", "evaluated", "kl_coef"))
         try:
-            last = train(cfg, parts, optimizer, kl, run, counters["step"] + 1, stop)
-        except torch.OutOfMemoryError:
-            raise UserError("memory does not suffice: lower batch_size or max_new_tokens") from None
+            with enough_memory("batch_size or max_new_tokens"):
+                last = train(cfg, parts, optimizer, kl, run, counters["step"] + 1, stop)
         except BrokenPipeError:
             raise
         except (OSError, SafetensorError) as error:

@@ -474,6 +474,15 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
 
+@contextlib.contextmanager
+def enough_memory(to_lower: str) -> Iterator[None]:
+    """Where memory does not suffice, name the settings to lower (raises UserError)."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"memory does not suffice: lower {to_lower}") from None
+
+
 def quiet_libraries() -> None:
     """Silence progress bars and notices of the libraries that a user cannot act on."""
     transformers_logging.set_verbosity_error()

@@ -126,6 +126,22 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
     assert [len(row) for row in per_token] == t.policy_len.tolist()
 
 
+@pytest.mark.parametrize("where", ["score_responses", "base_draws"])
+def test_too_little_memory_names_what_to_lower(
+    where: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cramped(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluation, where, cramped)
+    with pytest.raises(SystemExit) as stop:
+        run(finished_run, tmp_path / "out", "--frontier", "2")
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: memory does not suffice: lower batch_size or max_new_tokens"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path, gpt2_dir: Path) -> None:
     """Of the base on the policy's answers and of both on what the authors wrote; also under another decoding."""
     t, _ = run(finished_run, tmp_path, "--top_k", "20", "--temperature", "0.7")

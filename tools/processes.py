@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from utils import is_first, meeting_place, rank, resolve_device, world_size
+from utils import enough_memory, is_first, meeting_place, rank, resolve_device, world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # with a process that is slow; one that died is noticed at once
@@ -82,15 +82,14 @@ def job() -> str | None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What fails with a UserError in one process fails with it in all."""
+def together(to_lower: str = "batch_size, eval_prompts or max_new_tokens") -> Iterator[None]:
+    """What fails with a UserError, or for want of memory, in one process fails in all."""
     problem = None
     try:
-        yield
+        with enough_memory(to_lower):
+            yield
     except UserError as error:
         problem = error
-    except torch.OutOfMemoryError:
-        problem = UserError("memory does not suffice: lower batch_size, eval_prompts or max_new_tokens")
     if world_size() == 1:
         if problem is not None:
             raise problem
