@@ -10,8 +10,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import json
+import multiprocessing
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -254,3 +256,33 @@ def run(flags: dict[str, str], *extra: str) -> Path:
     sys.argv = ["train.py", *argv, *extra]
     run_cli(TrainConfig, train.main)
     return Path(flags["ckpt_dir"])
+
+
+def forked(work: Callable[[], object], said: Path, **variables: str) -> multiprocessing.context.ForkProcess:
+    """Work in a process of its own, which need not load torch anew; what it prints is appended to a file."""
+
+    def child() -> None:
+        os.environ.update(variables)
+        with said.open("a", buffering=1) as sys.stdout:
+            sys.stderr = sys.__stderr__ = sys.stdout
+            work()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def as_processes(count: int, work: Callable[[], object], said: Path) -> list[int | None]:
+    """Work as torchrun would start it, in some processes at a time; returns their exit codes, None after 100 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port)}  # fmt: skip
+    children = [forked(work, said, RANK=str(i), LOCAL_RANK=str(i), **job) for i in range(count)]
+    for child in children:
+        child.join(100)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes

@@ -1,11 +1,11 @@
-"""Several processes, for real: torchrun starts them on this CPU, and nothing may depend on how many there are."""
+"""Several processes, for real, on this CPU: nothing may depend on how many there are. Where it matters that torchrun
+starts and restarts them, it does; elsewhere they are forked with what it would tell them, which is sooner done.
+"""
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import TIMINGS, make_policy, run, sample
+from conftest import TIMINGS, as_processes, make_policy, run, sample
 
 import eval as evaluation
 import ppo
@@ -56,10 +56,9 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     """
     alone = run({**flags, **STEPS, "ckpt_dir": str(tmp_path / "alone")})
     many = {**flags, **STEPS, "ckpt_dir": str(tmp_path / "many")}
-    job = torchrun(count, "train.py", *words_of(many))
-    out, err = job.communicate(timeout=200)
-    assert job.returncode == 0, err
-    assert out.count("self-check") == 1, "only one of them speaks"
+    said = tmp_path / "said.txt"
+    assert as_processes(count, lambda: run(many), said) == [0] * count, said.read_text()
+    assert said.read_text().count("self-check") == 1, "only one of them speaks"
     for name in ("metrics.csv", "eval.csv"):
         ours, theirs = table(tmp_path / "many" / name), table(alone / name)
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
@@ -75,10 +74,10 @@ def test_resume_with_another_number_of_processes(flags: dict[str, str], tmp_path
     whole = run({**flags, **STEPS, "total_steps": "6", "save_every": "3", "ckpt_dir": str(tmp_path / "whole")})
     shutil.copytree(whole, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "state" / "step_000006")
-    job = torchrun(2, "train.py", "--resume", str(tmp_path / "broken"))
-    out, err = job.communicate(timeout=200)
-    assert job.returncode == 0, err
-    assert "going on after step 3" in out
+    said = tmp_path / "said.txt"
+    again = {"ckpt_dir": str(tmp_path / "broken")}
+    assert as_processes(2, lambda: run(again, "--resume"), said) == [0, 0], said.read_text()
+    assert "going on after step 3" in said.read_text()
     pd.testing.assert_frame_equal(
         table(tmp_path / "broken" / "metrics.csv"),
         table(whole / "metrics.csv"),
@@ -121,15 +120,9 @@ def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_t
 
 
 def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_path: Path) -> None:
-    script = tmp_path / "differ.py"
-    script.write_text(
-        "import os, sys\nfrom config import TrainConfig, run_cli\nimport train\n"
-        "sys.argv += [f'--lr={1 + int(os.environ[\"RANK\"])}e-4']\nrun_cli(TrainConfig, train.main)\n"
-    )
-    job = torchrun(2, str(script), *words_of({**flags, **STEPS}))
-    _, err = job.communicate(timeout=100)
-    assert job.returncode != 0
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    said = tmp_path / "said.txt"
+    assert as_processes(2, lambda: run({**flags, **STEPS}, f"--lr={1 + int(os.environ['RANK'])}e-4"), said) == [2, 2]
+    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
     assert errors == ["error: process 1 has lr=0.0002 where process 0 has 0.0001: make them alike on all machines"]
     assert not Path(flags["ckpt_dir"]).exists()
 
@@ -150,10 +143,9 @@ def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
     assert "joy" in errors[0]
 
 
-def cramped(place: int, count: int, port: int, folder: Path) -> None:
-    """One process of some: an update in which the last of them is short of memory, as torchrun would start it."""
-    os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(count),
-                   "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+def cramped(folder: Path) -> None:
+    """One process of some: an update in which the last of them is short of memory."""
+    place, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     calls = []
 
     def fail(grad: torch.Tensor) -> None:
@@ -189,16 +181,9 @@ def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path
     ppo.ppo_update(
         policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # everything is imported already
-    children = [fork.Process(target=cramped, args=(place, count, port, tmp_path)) for place in range(count)]
-    for child in children:
-        child.start()
-    for place, child in enumerate(children):
-        child.join(timeout=60)
-        assert child.exitcode == 0
+    said = tmp_path / "said.txt"
+    assert as_processes(count, lambda: cramped(tmp_path), said) == [0] * count, said.read_text()
+    for place in range(count):
         assert (tmp_path / f"row_{place}.txt").read_text() == "1 1 0"
         for ours, theirs in zip(torch.load(tmp_path / f"weights_{place}.pt"), policy.parameters(), strict=True):
             assert (ours - theirs).abs().max() <= 1e-6
@@ -210,9 +195,9 @@ def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str,
              "--frontier=3", "--device=cpu", "--dtype=float32"]  # fmt: skip
     sys.argv = ["eval.py", *words, f"--out_csv={tmp_path / 'alone' / 'eval_results.csv'}"]
     run_cli(EvalConfig, evaluation.main)
-    job = torchrun(2, "eval.py", *words, f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}")
-    out, err = job.communicate(timeout=100)
-    assert job.returncode == 0, err
-    assert out.count("written: ") == 1
+    sys.argv[-1] = f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}"
+    said = tmp_path / "said.txt"
+    assert as_processes(2, lambda: run_cli(EvalConfig, evaluation.main), said) == [0, 0], said.read_text()
+    assert said.read_text().count("written: ") == 1
     files = [(tmp_path / name / "eval_results.csv").read_bytes() for name in ("alone", "many")]
     assert files[0] == files[1]

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import TIMINGS, run
+from conftest import TIMINGS, forked, run
 
 import train
 from config import TrainConfig, UserError, parse_config
@@ -452,8 +452,26 @@ def test_a_signal_stops_soon_saves_and_says_how_to_resume(
     assert exact(folder) == whole
 
 
-def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
-    runs, _, lost = torture(TortureConfig(kills=1, steps=6), tmp_path)
+class Forked:
+    """What the torture wants of a process, without loading torch anew each time."""
+
+    def __init__(self, flags: list[str], folder: Path) -> None:
+        settings = dict(flag.removeprefix("--").split("=") for flag in flags)
+        self.process = forked(lambda: run({**settings, "ckpt_dir": str(folder)}, "--resume"), Path(os.devnull))
+
+    def wait(self, patience: float | None = None) -> int:
+        self.process.join(patience)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("train.py", patience or 0)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.torture.start", Forked)
+    runs, _, lost = torture(TortureConfig(kills=4, steps=9), tmp_path)
     assert runs >= 1
     assert lost == []
 
