@@ -11,8 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import copy
 import json
 import multiprocessing
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -51,6 +53,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     return
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """A test that hangs fails after five minutes, with a traceback that shows where."""
+
+    def lose(*_: object) -> None:
+        raise TimeoutError("this test has taken five minutes: it hangs")
+
+    before = signal.signal(signal.SIGALRM, lose)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def make_lm(vocab: int = 20, seed: int = 0, **changes: object) -> GPT2LMHeadModel:
@@ -258,18 +274,24 @@ def run(flags: dict[str, str], *extra: str) -> Path:
     return Path(flags["ckpt_dir"])
 
 
-def forked(work: Callable[[], object], said: Path, **variables: str) -> multiprocessing.context.ForkProcess:
+# Forked from a process that has only imported: one that has computed has threads, whose locks a fork may take along
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train", "eval", "pytest", "matplotlib.pyplot"])
+
+
+def forked(work: Callable[[], object], said: Path, **variables: str) -> multiprocessing.context.ForkServerProcess:
     """Work in a process of its own, which need not load torch anew; what it prints is appended to a file."""
-
-    def child() -> None:
-        os.environ.update(variables)
-        with said.open("a", buffering=1) as sys.stdout:
-            sys.stderr = sys.__stderr__ = sys.stdout
-            work()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = PROCESSES.Process(target=in_its_own_process, args=(work, said, variables), daemon=True)
     process.start()
     return process
+
+
+def in_its_own_process(work: Callable[[], object], said: Path, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    with said.open("a", buffering=1) as sys.stdout:
+        sys.stderr = sys.__stderr__ = sys.stdout
+        work()
 
 
 def as_processes(count: int, work: Callable[[], object], said: Path) -> list[int | None]:
@@ -280,8 +302,9 @@ def as_processes(count: int, work: Callable[[], object], said: Path) -> list[int
     job = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(port)}  # fmt: skip
     children = [forked(work, said, RANK=str(i), LOCAL_RANK=str(i), **job) for i in range(count)]
+    ends = time.monotonic() + 100
     for child in children:
-        child.join(100)
+        child.join(max(0, ends - time.monotonic()))
     codes = [child.exitcode for child in children]
     for child in children:
         child.kill()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -57,7 +58,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     alone = run({**flags, **STEPS, "ckpt_dir": str(tmp_path / "alone")})
     many = {**flags, **STEPS, "ckpt_dir": str(tmp_path / "many")}
     said = tmp_path / "said.txt"
-    assert as_processes(count, lambda: run(many), said) == [0] * count, said.read_text()
+    assert as_processes(count, partial(run, many), said) == [0] * count, said.read_text()
     assert said.read_text().count("self-check") == 1, "only one of them speaks"
     for name in ("metrics.csv", "eval.csv"):
         ours, theirs = table(tmp_path / "many" / name), table(alone / name)
@@ -76,7 +77,7 @@ def test_resume_with_another_number_of_processes(flags: dict[str, str], tmp_path
     shutil.rmtree(tmp_path / "broken" / "state" / "step_000006")
     said = tmp_path / "said.txt"
     again = {"ckpt_dir": str(tmp_path / "broken")}
-    assert as_processes(2, lambda: run(again, "--resume"), said) == [0, 0], said.read_text()
+    assert as_processes(2, partial(run, again, "--resume"), said) == [0, 0], said.read_text()
     assert "going on after step 3" in said.read_text()
     pd.testing.assert_frame_equal(
         table(tmp_path / "broken" / "metrics.csv"),
@@ -119,9 +120,13 @@ def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_t
     assert damage(states(folder / "state")[-1]) is None
 
 
+def run_with_another_lr(flags: dict[str, str]) -> None:
+    run(flags, f"--lr={1 + int(os.environ['RANK'])}e-4")
+
+
 def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_path: Path) -> None:
     said = tmp_path / "said.txt"
-    assert as_processes(2, lambda: run({**flags, **STEPS}, f"--lr={1 + int(os.environ['RANK'])}e-4"), said) == [2, 2]
+    assert as_processes(2, partial(run_with_another_lr, {**flags, **STEPS}), said) == [2, 2]
     errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
     assert errors == ["error: process 1 has lr=0.0002 where process 0 has 0.0001: make them alike on all machines"]
     assert not Path(flags["ckpt_dir"]).exists()
@@ -182,7 +187,7 @@ def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path
         policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
     )
     said = tmp_path / "said.txt"
-    assert as_processes(count, lambda: cramped(tmp_path), said) == [0] * count, said.read_text()
+    assert as_processes(count, partial(cramped, tmp_path), said) == [0] * count, said.read_text()
     for place in range(count):
         assert (tmp_path / f"row_{place}.txt").read_text() == "1 1 0"
         for ours, theirs in zip(torch.load(tmp_path / f"weights_{place}.pt"), policy.parameters(), strict=True):
@@ -197,7 +202,7 @@ def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str,
     run_cli(EvalConfig, evaluation.main)
     sys.argv[-1] = f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}"
     said = tmp_path / "said.txt"
-    assert as_processes(2, lambda: run_cli(EvalConfig, evaluation.main), said) == [0, 0], said.read_text()
+    assert as_processes(2, partial(run_cli, EvalConfig, evaluation.main), said) == [0, 0], said.read_text()
     assert said.read_text().count("written: ") == 1
     files = [(tmp_path / name / "eval_results.csv").read_bytes() for name in ("alone", "many")]
     assert files[0] == files[1]

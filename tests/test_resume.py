@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -457,7 +458,7 @@ class Forked:
 
     def __init__(self, flags: list[str], folder: Path) -> None:
         settings = dict(flag.removeprefix("--").split("=") for flag in flags)
-        self.process = forked(lambda: run({**settings, "ckpt_dir": str(folder)}, "--resume"), Path(os.devnull))
+        self.process = forked(partial(run, {**settings, "ckpt_dir": str(folder)}, "--resume"), Path(os.devnull))
 
     def wait(self, patience: float | None = None) -> int:
         self.process.join(patience)
@@ -471,7 +472,8 @@ class Forked:
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.torture.start", Forked)
-    runs, _, lost = torture(TortureConfig(kills=4, steps=9), tmp_path)
+    forked(int, Path(os.devnull)).join()  # the first waits for imports
+    runs, _, lost = torture(TortureConfig(kills=4, steps=6), tmp_path)
     assert runs >= 1
     assert lost == []
 

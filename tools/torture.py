@@ -72,10 +72,13 @@ def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]
             runs += 1
             victim = folder / f"run{runs}"
             while True:
+                begun, anew = time.monotonic(), not victim.exists()
                 process = start(flags, victim)
-                patience = None if kills == cfg.kills else moments.uniform(0.3, 1.1) * duration
+                patience = None if kills == cfg.kills else moments.uniform(0, 1.1) * duration
                 try:
                     code = process.wait(patience)
+                    if anew:  # the machine may be faster now; were it much, no moment would come soon enough
+                        duration = time.monotonic() - begun
                     break
                 except subprocess.TimeoutExpired:
                     process.kill()
