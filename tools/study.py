@@ -311,7 +311,7 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
 
     if "sentiment" not in table:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained", sharey=True)
     axis, on_the_way = axes
     done = table.dropna(subset="sentiment")
     colours = dict(zip(done.setting.unique(), itertools.cycle(map(plt.get_cmap("tab20"), range(20))), strict=False))
@@ -327,12 +327,12 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
         axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="black", label="best of n")
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
     axis.set_xlim(left=0, right=1.15 * table.kl.max())
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     if steps is not None:
         for setting, runs in steps.groupby("setting", sort=False):
             by_step = runs.groupby("episodes").sentiment_mean
             smooth = {name: by_step.agg(name).rolling(5, 1).mean() for name in ("mean", "min", "max")}
-            on_the_way.plot(smooth["mean"], color=colours.get(setting), label=str(setting))
+            on_the_way.plot(smooth["mean"], color=colours.get(setting))
             if runs.seed.nunique() > 1:
                 ends = smooth["mean"].index, smooth["min"], smooth["max"]
                 on_the_way.fill_between(*ends, color=colours.get(setting), alpha=0.2)
