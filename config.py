@@ -7,6 +7,7 @@ project names a flag. This file needs no torch.
 import json
 import math
 import os
+import shlex
 import sys
 import typing
 from argparse import ArgumentParser
@@ -368,6 +369,14 @@ def numbers(name: str, text: str, kind: type) -> list[Any]:
         raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
 
 
+def words(name: str, text: str) -> list[str]:
+    """The words of a command line that a setting holds, quotes and all (raises UserError)."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not understood: a quotation mark is not closed") from None
+
+
 def parse_tool(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
     """Command line of a tool -> its settings (raises UserError)."""
     parser = _OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
@@ -380,6 +389,8 @@ def run_tool(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _report(error: Exception) -> int:

@@ -23,8 +23,8 @@ from utils import (
     largest,
     masked_mean,
     permutation,
+    shape_rewards,
     share_of,
-    spread_scores,
     sum_of_all,
     whiten,
     world_size,
@@ -85,7 +85,7 @@ class Rollout:
 
     def rewards(self) -> Tensor:
         """The rewards per token (B, R), shaped over the whole batch."""
-        return spread_scores(self.scores, self.running, self.mask) - self.kl_coef * self.kl
+        return shape_rewards(self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.running)[0]
 
     @property
     def mask(self) -> Tensor:

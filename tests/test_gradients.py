@@ -2,16 +2,19 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import train
 from config import TrainConfig, UserError
 from model import GPT2WithValueHead, Sequences
 from ppo import Batch, ppo_loss
-from tools.gradients import REINFORCE, Observed, Products, advantages, main, policy_gradient
+from tools import gradients
+from tools.gradients import REINFORCE, GradientsConfig, Observed, Products, advantages, main, policy_gradient
 
 WEIGHTS = 100_000
 
@@ -109,6 +112,25 @@ def test_the_gradient_is_that_of_ppos_loss(gpt2_dir: Path, way: tuple[int, float
     assert found.norm() > 0.01
 
 
+def test_weights_count_as_they_do_for_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signal and noise of known gradients, of very unequal size, against the formula of the module's docstring."""
+    batches = torch.randn(6, 40, generator=torch.Generator().manual_seed(4)) + 1
+    batches = (batches * torch.logspace(-3, 1, 40)).double()
+    ways = {REINFORCE: batches, (1, 0.5): batches.flip(1)}
+    parts = SimpleNamespace(policy=None)
+    monkeypatch.setattr(gradients, "observe", lambda parts, run, batch: batch - 1)
+    monkeypatch.setattr(gradients, "policy_gradient", lambda policy, batch, way, run: ways[way][batch])
+    monkeypatch.setattr(train, "load_parts", lambda run: parts)
+    monkeypatch.setattr(train, "resolve", lambda run: run)
+    rows = gradients.measure(GradientsConfig(batches=4, pilot=2, reward_every="1", gae_lambda="0.5"))
+    size = batches[:2].square().mean(0).sqrt()
+    for row, way in zip(rows.to_dict("records"), ways, strict=True):
+        scaled = (ways[way][2:] / (size + size.mean()).sqrt()).numpy()
+        gram = scaled @ scaled.T
+        signal = gram[np.triu_indices(4, 1)].mean()
+        assert row["signal_to_noise"] == pytest.approx(signal / (gram.trace() / 4 - signal), rel=1e-6)
+
+
 def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(f"--{name}={value}" for name, value in flags.items())
     table = tmp_path / "deep" / "gradients.csv"
@@ -130,5 +152,12 @@ def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixt
 def test_wrong_input_is_told_before_anything_is_loaded(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=wrong[0].partition("=")[0][2:].replace("draw", "none")):
         main([f"--csv={tmp_path / 'a.csv'}", "--train=--policy_name=nowhere", *wrong])
+    with pytest.raises(UserError, match="train="):
+        main(["--train='--lr", f"--csv={tmp_path / 'a.csv'}"])
+    with pytest.raises(UserError, match="csv="):
+        main([f"--csv={tmp_path}"])
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(UserError, match="empty"):
+        main([f"--draw={tmp_path / 'empty.csv'}"])
     with pytest.raises(UserError, match="batch_size=4 "):
         main(["--train=--policy_name=nowhere --batch_size=4 --minibatch_size=4"])

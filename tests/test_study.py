@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from config import UserError
+from config import EvalConfig, UserError, parse_config
 from tools import study
 from tools.study import StudyConfig, figures, main, markdown, settings
 from tools.summary import summarise
@@ -32,12 +32,14 @@ METRICS = "step,episodes,sentiment_mean,kl_seq,seconds_update,lr\n1,64,0.1,0.0,2
 
 def test_a_grid_is_every_combination() -> None:
     assert settings(StudyConfig(grid="lr=1e-5,2e-5 kl_coef=0.1")) == [
-        "--lr=1e-5 --kl_coef=0.1",
-        "--lr=2e-5 --kl_coef=0.1",
+        ("--lr=1e-5", "--kl_coef=0.1"),
+        ("--lr=2e-5", "--kl_coef=0.1"),
     ]
-    assert settings(StudyConfig()) == [""]
-    with pytest.raises(UserError):
-        settings(StudyConfig(grid="lr"))
+    assert settings(StudyConfig()) == [()]
+    assert settings(StudyConfig(grid="dataset='my reviews',b")) == [("--dataset=my reviews",), ("--dataset=b",)]
+    for wrong in ("lr", "lr='1"):
+        with pytest.raises(UserError, match="grid="):
+            settings(StudyConfig(grid=wrong))
 
 
 def test_figures_are_ratios_to_the_base(tmp_path: Path) -> None:
@@ -62,7 +64,8 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(subprocess, "run", pretend)
     words = ["--grid=lr=1,9", "--seeds=0,1", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}", "--jobs=2"]
-    main(words)
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        main(words)
     table = pd.read_csv(tmp_path / "a.csv")
     assert sorted(zip(table.setting, table.seed, strict=True)) == [("lr=1", 0), ("lr=1", 1), ("lr=9", 0), ("lr=9", 1)]
     assert table[table.setting == "lr=9"].failed.str.contains("code 3").all()
@@ -78,7 +81,8 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"judged\.txt tells of another command"):
         main([*words, "--evaluate=--n_samples=7"])
     assert [c for c in commands if "--lr=1" in c] == []
-    main(words)
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        main(words)
     assert [c for c in commands if "--lr=1" in c] == [], "what is done is not done again"
     assert len(pd.read_csv(tmp_path / "a_steps.csv")) == len(steps), "nor kept twice"
     main(["--peer=python other.py --seed {seed} --out {folder}/policy_lm", "--peer_name=other", *words[1:]])
@@ -128,9 +132,10 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
     def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
         seed = int(next(w for w in words if "_seed" in w).partition("_seed")[2][0])
         if words[1].endswith("eval.py") and seed != 1:
-            assert sum(w.startswith("--out_csv=") for w in words) == 1
-            out = Path(next(w for w in words if w.startswith("--out_csv=")).partition("=")[2])
-            if with_draws := any(w.startswith("--frontier=") for w in words):
+            asked = parse_config(EvalConfig, words[2:])
+            out = Path(asked.out_csv)
+            if with_draws := asked.frontier > 0:
+                assert asked.frontier == int(frontier)
                 drawn.append(out)
             if seed == 2 and with_draws:
                 return subprocess.CompletedProcess(words, 1)
@@ -141,25 +146,32 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
         return subprocess.CompletedProcess(words, 2 if seed == 1 else 0)
 
     monkeypatch.setattr(subprocess, "run", pretend)
-    words = [f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"]
-    main(["--seeds=1,0", *words])
+    frontier = "0"
+
+    def run(seeds: str, failing: str) -> None:
+        drawn.clear()
+        with pytest.raises(UserError, match=failing):
+            main([f"--seeds={seeds}", f"--frontier={frontier}", f"--folder={tmp_path / 'runs'}",
+                  f"--csv={tmp_path / 'a.csv'}", "--evaluate=--n_samples 30 --frontier 0"])  # fmt: skip
+
+    run("1,0", "1 of 2 runs failed")
     assert drawn == []
     assert pd.read_csv(tmp_path / "a.csv").optimal_share.isna().all()
     results[4] = made_results(4)
-    main(["--seeds=1,0,4,2,3", "--frontier=4", *words])
+    frontier = "4"
+    run("1,0,4,2,3", "1 of 5 runs failed")
     assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "once for each base"
     share = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
     for seed in (0, 4, 3):
         assert share[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
     assert share.nunique() == 3
     assert share[[1, 2]].isna().all(), "one run failed, another could not be drawn for"
-    drawn.clear()
-    main(["--seeds=1,0,4,2,3", "--frontier=4", *words])
+    run("1,0,4,2,3", "1 of 5 runs failed")
     assert [path.parent.name[-1] for path in drawn] == ["2"], "what is there is not drawn again"
     for table in results.values():
         table["base_draws"] += " 0.5 0.9"
-    drawn.clear()
-    main(["--seeds=1,0,4,2,3", "--frontier=6", *words])
+    frontier = "6"
+    run("1,0,4,2,3", "1 of 5 runs failed")
     assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "but more are"
     more = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
     for seed in (0, 4, 3):
@@ -178,7 +190,57 @@ def made_results(seed: int) -> pd.DataFrame:
     return pd.DataFrame(table).assign(kl_seq=0.5, kl_seq_exact=0.5)
 
 
+def test_a_run_that_fails_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the README's command runs where its models are not, on the table that came with the project."""
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2))
+    table = tmp_path / "a.csv"
+    table.write_bytes((study.ROOT / "results" / "study_tiny.csv").read_bytes())
+    before = table.read_text()
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        main([f"--folder={tmp_path / 'runs'}", f"--csv={table}"])
+    assert table.read_text() == before
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        main([f"--folder={tmp_path / 'runs'}", f"--csv={table}", "--seeds=99"])
+    assert pd.read_csv(table).set_index("seed").failed[99] == f"code 2, see {tmp_path / 'runs'}/defaults_seed99/log.txt"
+
+
+def test_a_program_with_tables_of_its_own_is_evaluated_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(words: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+        folder = tmp_path / "runs" / "peer_seed0"
+        (folder / "metrics.csv").write_text(next(tables))
+        (folder / "eval_summary.json").write_text(json.dumps(SUMMARY))
+        (folder / "eval_results.csv").write_text("")
+        return subprocess.CompletedProcess(words, 0)
+
+    tables = iter(["step,reward\n1,0.5\n", ""])
+    monkeypatch.setattr(subprocess, "run", pretend)
+    main(["--peer=other --out {folder}", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])
+    assert pd.read_csv(tmp_path / "a.csv").sentiment.tolist() == [0.6]
+    assert not (tmp_path / "a_steps.csv").exists()
+
+
+def test_damaged_tables_are_told_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    table = tmp_path / "a.csv"
+    for text in ("", 'a,b\n1,"2', "step,loss\n1,2\n"):
+        table.write_text(text)
+        for words in ([f"--draw={table}"], [f"--csv={table}"]):
+            with pytest.raises(UserError, match=r"a\.csv "):
+                main(words)
+    table.write_text("setting,seed,failed\nx,0,code 2\n")
+    (tmp_path / "a_steps.csv").touch()
+    for words in ([f"--draw={table}"], [f"--csv={table}"]):
+        with pytest.raises(UserError, match=r"a_steps\.csv cannot be read"):
+            main(words)
+    for wrong in (tmp_path, table / "b.csv"):
+        with pytest.raises(UserError, match="csv="):
+            main([f"--csv={wrong}"])
+
+
 def test_wrong_input_is_told(tmp_path: Path) -> None:
+    for flag in ("train", "evaluate", "peer"):
+        with pytest.raises(UserError, match=f"{flag}="):
+            main([f"--{flag}=--lr '1", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])
     for words in (["--seeds=a"], ["--bogus=1"], ["--jobs=0"], ["--frontier=1"], [f"--draw={tmp_path / 'no.csv'}"]):
         with pytest.raises(UserError):
             main(words)

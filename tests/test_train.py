@@ -387,12 +387,10 @@ def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_the_end(scores: Tensor, logprobs: Tensor, *rest: Any) -> Any:
-        rewards = torch.zeros_like(logprobs)
-        rewards[:, -1] = scores
-        return rewards, rewards
+    def at_the_end(scores: Tensor, running: Tensor | None, response_mask: Tensor) -> Tensor:
+        return torch.zeros(response_mask.shape).index_fill(1, torch.tensor([-1]), 1) * scores[:, None]
 
-    monkeypatch.setattr("tools.audit.shape_rewards", at_the_end)
+    monkeypatch.setattr("utils.spread_scores", at_the_end)
 
 
 def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:

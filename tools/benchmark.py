@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import TrainConfig, UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, opt, parse_tool, run_tool, words  # isort: skip  (before torch: see there)
 
 import pandas as pd
 import torch
@@ -41,6 +41,7 @@ from transformers import (
 from model import GPT2WithValueHead
 from ppo import build_optimizer, make_rollout, ppo_update
 from tools.processes import processes
+from tools.tables import read_table, ready_for_table
 from train import Parts, Stopwatch, act, load_parts, resolve, running_scores, score
 from utils import is_first, keep_freed_memory, meeting_place, quiet_libraries, world_size, write_whole
 
@@ -262,7 +263,10 @@ def measure_peer(command: str) -> dict[str, float]:
     """Run another program to its end: median of the step times that it prints, without the first; its peak memory."""
     peak = 0.0
     with tempfile.TemporaryFile("w+") as out:
-        peer = subprocess.Popen(shlex.split(command), stdout=out, stderr=subprocess.DEVNULL)
+        try:
+            peer = subprocess.Popen(words("peer", command), stdout=out, stderr=subprocess.DEVNULL)
+        except (OSError, IndexError) as error:
+            raise UserError(f"peer={command!r} cannot be started ({error})") from None
         while peer.poll() is None:
             peak = max(peak, peak_memory_mb(peer.pid))
             time.sleep(0.2)
@@ -285,9 +289,9 @@ def peak_memory_mb(pid: int) -> float:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, with the command that made them; columns that one lacks stay empty."""
     table = pd.DataFrame(rows).assign(command="python -m tools.benchmark " + shlex.join(sys.argv[1:]))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    ready_for_table(path)
     if path.exists():
-        table = pd.concat([pd.read_csv(path), table])
+        table = pd.concat([read_table(path), table])
     write_whole(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 

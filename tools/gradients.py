@@ -19,11 +19,10 @@ Keeps one vector as large as the policy for each way.
 
 import itertools
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TrainConfig, UserError, numbers, opt, parse_config, parse_tool, run_tool, with_changes  # isort: skip
+from config import TrainConfig, UserError, numbers, opt, parse_config, parse_tool, run_tool, with_changes, words  # isort: skip
 
 import numpy as np
 import pandas as pd
@@ -33,6 +32,7 @@ from tqdm import trange
 
 import train
 from model import GPT2WithValueHead, Sequences
+from tools.tables import read_table, ready_for_table
 from utils import ENOUGH, compute_gae, quiet_libraries, spread_scores, write_whole
 
 Way = tuple[int, float]  # reward_every and gae_lambda
@@ -59,17 +59,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("batches must be at least 3 and pilot at least 1: noise shows where estimates differ")
     path = Path(cfg.draw or cfg.csv)
     if cfg.draw is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        ready_for_table(path)
         quiet_libraries()
         write_whole(path, measure(cfg).to_csv(index=False, float_format="%.3g", lineterminator="\n"))
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a table that this tool wrote")
-    print(pd.read_csv(path).to_string(index=False))
+    print(read_table(path).to_string(index=False))
 
 
 def measure(cfg: GradientsConfig) -> pd.DataFrame:
     """One row per way (raises UserError)."""
-    run = parse_config(TrainConfig, [*shlex.split(cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
+    run = parse_config(TrainConfig, [*words("train", cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
     asked = itertools.product(numbers("reward_every", cfg.reward_every, int),
                               numbers("gae_lambda", cfg.gae_lambda, float))  # fmt: skip
     ways = list(dict.fromkeys([REINFORCE, *asked]))

@@ -1,9 +1,12 @@
 """Pictures of a run: `python -m tools.plot ckpts` draws ckpts/curves.png from ckpts/metrics.csv again."""
 
+import itertools
 import sys
 from pathlib import Path
 
-import pandas as pd
+from config import UserError, run_tool  # isort: skip  (before torch: see there)
+
+from tools.tables import read_table
 
 PANELS = {  # title -> columns drawn together
     "sentiment (score −1 … 1)": ["sentiment_mean"],
@@ -22,7 +25,7 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    table = pd.read_csv(metrics_csv, index_col="step")
+    table = read_table(metrics_csv, "step", *itertools.chain(*PANELS.values())).set_index("step")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for axis, (title, columns) in zip(axes.flat, PANELS.items(), strict=True):
         for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
@@ -40,9 +43,14 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
     partial.replace(picture)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draw the run whose folder the command line names."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "ckpts")
     if not (folder / "metrics.csv").is_file():
-        sys.exit(f"error: {folder}/metrics.csv does not exist: name the folder of a run")
+        raise UserError(f"{folder}/metrics.csv does not exist: name the folder of a run")
     plot_curves(folder / "metrics.csv", folder / "curves.png")
     print(folder / "curves.png")
+
+
+if __name__ == "__main__":
+    run_tool(main)

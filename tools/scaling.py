@@ -23,6 +23,7 @@ from config import UserError, opt, parse_tool, run_tool  # isort: skip  (before 
 import numpy as np
 import pandas as pd
 
+from tools.tables import read_table
 from utils import GradientSum
 
 TOKEN_BYTES = 60  # of a rollout, per response token: four-byte numbers, and tokens of eight
@@ -49,12 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("name the CSV file that tools.benchmark wrote: python -m tools.scaling results/scaling.csv")
     flags = words[0 if words[0].startswith("-") else 1 :]
     cfg = parse_tool(ScalingConfig, flags, __doc__)
-    try:
-        table = pd.read_csv(Path(words[0]))
-        kinds = table.groupby(SHAPES)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{words[0]} is no file that tools.benchmark wrote ({error})") from None
-    for shapes, rows in kinds:
+    for shapes, rows in read_table(Path(words[0]), *SHAPES).groupby(SHAPES):
         told = ", ".join(f"{name} {value}" for name, value in zip(SHAPES, shapes, strict=True))
         print(f"{told}\n\nmeasured\n{measured(rows).to_string(index=False)}\n")
         model = Model(rows, cfg)

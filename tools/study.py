@@ -15,21 +15,25 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, numbers, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, numbers, opt, parse_tool, run_tool, words  # isort: skip  (before torch: see there)
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from tools.summary import summarise
+from tools.tables import read_table, ready_for_table
 from utils import write_whole
 
 ROOT = Path(__file__).parent.parent
+KEY = ("setting", "seed")  # of a row
 STEP_COLUMNS = ("step", "episodes", "sentiment_mean", "positive_rate", "kl_seq", "kl_seq_exact", "response_len")
 
 
@@ -51,67 +55,73 @@ class StudyConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print and draw."""
+    """Run what is missing, then print and draw (raises UserError, at the end, where runs failed)."""
     cfg = parse_tool(StudyConfig, argv, __doc__)
     if cfg.jobs < 1:
         raise UserError(f"jobs={cfg.jobs} must be at least 1")
     if cfg.frontier < 0 or cfg.frontier == 1:
         raise UserError(f"frontier={cfg.frontier} must be 0, or 2 and more")
+    failed = 0
     if cfg.draw is None:
         runs = list(itertools.product(settings(cfg), numbers("seeds", cfg.seeds, int)))
+        ready_for_table(Path(cfg.csv))
+        for path in filter(Path.exists, (Path(cfg.csv), steps_of(Path(cfg.csv)))):
+            read_table(path, *KEY)  # told now, not after the first run
         with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
                 tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or brief(row)}")
+                failed += "failed" in row
                 keep(cfg, row)
         share_draws(cfg)
     path = Path(cfg.draw or cfg.csv)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a table that this tool wrote")
-    table = pd.read_csv(path)
+    table = read_table(path, *KEY)
     print(markdown(table))
-    picture(table, pd.read_csv(steps_of(path)) if steps_of(path).is_file() else None, path.with_suffix(".png"))
+    steps = read_table(steps_of(path), *KEY, *STEP_COLUMNS[:3]) if steps_of(path).is_file() else None
+    picture(table, steps, path.with_suffix(".png"))
+    if failed:
+        raise UserError(f"{failed} of {len(runs)} runs failed, as told above: see log.txt in their folders")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def settings(cfg: StudyConfig) -> list[str]:
+def settings(cfg: StudyConfig) -> list[tuple[str, ...]]:
     """The flags of each setting: all ways of choosing one value of every name in the grid (raises UserError)."""
     if cfg.peer:
-        return [""]
+        return [()]
     choices = []
-    for part in shlex.split(cfg.grid):
+    for part in words("grid", cfg.grid):
         name, equals, values = part.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"grid={part!r} is not understood: write name=a,b")
         choices.append([f"--{name}={value}" for value in values.split(",")])
-    return [" ".join(chosen) for chosen in itertools.product(*choices)]
+    return list(itertools.product(*choices))
 
 
-def one_run(cfg: StudyConfig, setting: str, seed: int) -> dict[str, Any]:
+def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, Any]:
     """Train and evaluate, unless just that is done; returns the row for the table."""
-    name = cfg.peer_name if cfg.peer else setting.replace("--", "").strip() or "defaults"
+    name = cfg.peer_name if cfg.peer else " ".join(flag.removeprefix("--") for flag in setting) or "defaults"
     folder = folder_of(cfg, name, seed)
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     if cfg.peer:
-        command = shlex.split(cfg.peer.replace("{seed}", str(seed)).replace("{folder}", str(folder)))
+        command = words("peer", cfg.peer.replace("{seed}", str(seed)).replace("{folder}", shlex.quote(str(folder))))
     else:
-        command = ["python", "train.py", *shlex.split(cfg.train), *setting.split(), f"--seed={seed}",
+        command = ["python", "train.py", *words("train", cfg.train), *setting, f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
-    judged = ["python", "eval.py", *shlex.split(cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
+    judged = ["python", "eval.py", *words("evaluate", cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
               f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
     row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for words, note in ((command, "trained.txt"), (judged, "judged.txt")):
-            if not said(folder / note, shlex.join(words)):
+        for argv, note in ((command, "trained.txt"), (judged, "judged.txt")):
+            if not said(folder / note, shlex.join(argv)):
                 with (folder / "log.txt").open("a") as log:
-                    done = subprocess.run(here(words), env=env, stdout=log, stderr=subprocess.STDOUT)
+                    done = subprocess.run(here(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
                 if done.returncode:
                     return {**row, "failed": f"code {done.returncode}, see {folder}/log.txt"}
-                write_whole(folder / note, shlex.join(words))
+                write_whole(folder / note, shlex.join(argv))
         summary = json.loads((folder / "eval_summary.json").read_text(encoding="utf-8"))
         return {**row, **figures(summary, folder / "metrics.csv")}
     except (OSError, ValueError, KeyError) as error:
@@ -125,14 +135,13 @@ def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
 
 def share_draws(cfg: StudyConfig) -> None:
     """Say of every run how near the best possible it is, by base responses that are drawn once for all of one base."""
-    table = pd.read_csv(cfg.csv)
+    table = read_table(Path(cfg.csv), *KEY)
     rows = [row for row in table.to_dict("records") if row.get("n", 0) > 0]  # those that did not fail
     folders = [folder_of(cfg, row["setting"], row["seed"]) for row in rows]
-    drawn = [read_results(folder / "drawn.csv") for folder in folders if (folder / "drawn.csv").is_file()]
+    drawn = [one for folder in folders if (one := read_results(folder / "drawn.csv")) is not None]
     for row, folder in zip(rows, folders, strict=True):
-        if not (folder / "eval_results.csv").is_file():
+        if (found := read_results(folder / "eval_results.csv")) is None:
             continue
-        found = read_results(folder / "eval_results.csv")
         draws = [one for one in (found, *drawn) if draws_in(one) and same_base(found, one)]
         if max(map(draws_in, draws), default=0) < cfg.frontier:
             more = draw_base(cfg, row["judged"], folder)
@@ -147,9 +156,11 @@ def draws_in(results: pd.DataFrame) -> int:
     return len(str(results.base_draws.iloc[0]).split()) if "base_draws" in results else 0
 
 
-def read_results(path: Path) -> pd.DataFrame:
-    """What eval.py wrote, one row per prompt; an empty answer is no missing one."""
-    return pd.read_csv(path, keep_default_na=False)
+def read_results(path: Path) -> pd.DataFrame | None:
+    """What eval.py wrote, one row per prompt, if it is there and whole; an empty answer is no missing one."""
+    with suppress(OSError, ValueError):
+        return pd.read_csv(path, keep_default_na=False)
+    return None
 
 
 def same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -162,13 +173,13 @@ def same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
 def draw_base(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]:
     """Evaluate once more with many base responses per prompt, in a table of its own; nothing where that fails."""
     path = folder / "drawn.csv"
-    words = [word for word in shlex.split(judged) if not word.startswith(("--out_csv", "--frontier"))]
     with (folder / "log.txt").open("a") as log:
-        command = here([*words, f"--out_csv={path}", f"--frontier={cfg.frontier}"])
+        command = here([*shlex.split(judged), f"--out_csv={path}", f"--frontier={cfg.frontier}"])  # the last one counts
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
+    drawn = None if done.returncode else read_results(path)
+    if drawn is None:
         tqdm.write(f"base responses could not be drawn: code {done.returncode}, see {folder}/log.txt")
-    return [] if done.returncode else [read_results(path)]
+    return [] if drawn is None else [drawn]
 
 
 def said(note: Path, command: str) -> bool:
@@ -205,8 +216,7 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         **best_possible(summary),
         **{f"{name}_ci": as_json(interval) for name, interval in intervals.items()},
     }  # fmt: skip
-    if metrics.is_file():
-        table = pd.read_csv(metrics)
+    if (table := steps_in(metrics)) is not None:
         found |= {"episodes": int(table.episodes.iloc[-1]), "kl_max": table.kl_seq.max(), "kl_min": table.kl_seq.min(),
                   "first_sentiment": table.sentiment_mean.iloc[0],
                   "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
@@ -232,13 +242,29 @@ def brief(row: dict[str, Any]) -> str:
 
 
 def keep(cfg: StudyConfig, row: dict[str, Any]) -> None:
-    """Put a run into the table, and the steps of its training into the table of these."""
-    put(Path(cfg.csv), pd.DataFrame([row]))
-    metrics = folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv"
-    if metrics.is_file():
-        steps = pd.read_csv(metrics)
+    """Put a run into the table, and the steps of its training into the table of these.
+
+    One that failed takes the place of none that did not: the table may be of models that are not at hand any more.
+    """
+    path = Path(cfg.csv)
+    if "sentiment" not in row and path.exists():
+        old = read_table(path, *KEY)
+        if "sentiment" in old and old[same_run(old, row)].sentiment.notna().any():
+            return
+    put(path, pd.DataFrame([row]))
+    steps = steps_in(folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv")
+    if steps is not None:
         own = steps[[name for name in STEP_COLUMNS if name in steps]]
-        put(steps_of(Path(cfg.csv)), own.assign(setting=row["setting"], seed=row["seed"]))
+        put(steps_of(path), own.assign(setting=row["setting"], seed=row["seed"]))
+
+
+def steps_in(metrics: Path) -> pd.DataFrame | None:
+    """The steps of a run's training, if its program told of them as train.py does."""
+    with suppress(OSError, ValueError):
+        table = pd.read_csv(metrics)
+        if len(table) and {*STEP_COLUMNS[:3], "kl_seq"} <= set(table):
+            return table
+    return None
 
 
 def steps_of(path: Path) -> Path:
@@ -250,9 +276,14 @@ def put(path: Path, rows: pd.DataFrame) -> None:
     """Put the rows of one setting and seed into a table, in the place of older ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        old = pd.read_csv(path)
-        rows = pd.concat([old[(old.setting != rows.setting.iloc[0]) | (old.seed != rows.seed.iloc[0])], rows])
+        old = read_table(path, *KEY)
+        rows = pd.concat([old[~same_run(old, rows.iloc[0])], rows])
     write_whole(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+
+
+def same_run(table: pd.DataFrame, run: Mapping[str, Any] | pd.Series) -> pd.Series:
+    """Which rows of a table are of the same setting and seed."""
+    return (table.setting == run["setting"]) & (table.seed == run["seed"])
 
 
 # --- table and picture ----------------------------------------------------------------------------------------------
@@ -309,11 +340,10 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    if "sentiment" not in table:
+    if not len(done := table.dropna(subset="sentiment") if "sentiment" in table else table[:0]):
         return
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained", sharey=True)
     axis, on_the_way = axes
-    done = table.dropna(subset="sentiment")
     colours = dict(zip(done.setting.unique(), itertools.cycle(map(plt.get_cmap("tab20"), range(20))), strict=False))
     for setting, runs in done.groupby("setting", sort=False):
         axis.plot(runs.kl, runs.sentiment, "o", color=colours[setting], label=str(setting))
@@ -326,7 +356,7 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
         axis.plot(kl, reward, ":", color="black", label="at least possible")
         axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="black", label="best of n")
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
-    axis.set_xlim(left=0, right=1.15 * table.kl.max())
+    axis.set_xlim(left=0, right=max(1.15 * done.kl.max(), 0.1))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     if steps is not None:
         for setting, runs in steps.groupby("setting", sort=False):
