@@ -106,7 +106,7 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ}
     if cfg.peer:
-        command = words("peer", cfg.peer.replace("{seed}", str(seed)).replace("{folder}", shlex.quote(str(folder))))
+        command = [w.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for w in words("peer", cfg.peer)]
     else:
         command = ["python", "train.py", *words("train", cfg.train), *setting, f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
