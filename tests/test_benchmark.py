@@ -50,5 +50,6 @@ def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monk
 def test_peer_is_the_median_without_the_first_step() -> None:
     talk = "for x in (9, 2, 4, 3): print(f'step total {x:.2f} s  done')"
     assert measure_peer(f'{sys.executable} -c "{talk}"')["peer_seconds"] == 3
-    with pytest.raises(UserError, match="peer"):
-        measure_peer(f"{sys.executable} -c 1/0")
+    for wrong in (f"{sys.executable} -c 1/0", "no_such_program", "", "'"):
+        with pytest.raises(UserError, match="peer"):
+            measure_peer(wrong)
