@@ -35,7 +35,7 @@ from utils import (
 class Rollout:
     """What was observed when each prompt was answered once; advantages and returns are derived from it.
 
-    logprobs, ref_logprobs, values, kl, exact_kl and entropy are (B, R), in nats; running (B, R) are scores of the
+    logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; running (B, R) are scores of the
     unfinished responses, NaN where there is none; scores (B,) in [-1, 1].
     """
 
@@ -43,7 +43,6 @@ class Rollout:
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
-    kl: Tensor
     exact_kl: Tensor
     entropy: Tensor
     running: Tensor
@@ -51,7 +50,7 @@ class Rollout:
     kl_coef: float
 
     def __post_init__(self) -> None:
-        for x in (self.logprobs, self.ref_logprobs, self.values, self.kl, self.exact_kl, self.entropy, self.running):
+        for x in (self.logprobs, self.ref_logprobs, self.values, self.exact_kl, self.entropy, self.running):
             assert x.shape == self.mask.shape
         assert self.scores.shape == self.mask.shape[:1]
 
@@ -73,7 +72,7 @@ class Rollout:
     def _widened(self, width: int) -> list[Tensor]:
         """All tensors, with responses padded to this width."""
         extra = width - self.mask.shape[1]
-        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.kl, self.exact_kl,
+        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.exact_kl,
                    self.entropy, self.running]  # fmt: skip
         return [*(F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra)) for x in tensors), self.scores]
 
@@ -86,6 +85,11 @@ class Rollout:
     def rewards(self) -> Tensor:
         """The rewards per token (B, R), shaped over the whole batch."""
         return shape_rewards(self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.running)[0]
+
+    @property
+    def kl(self) -> Tensor:
+        """log pi - log pi_ref of the sampled tokens (B, R), in nats, 0 outside the mask."""
+        return torch.where(self.mask, self.logprobs - self.ref_logprobs, 0)
 
     @property
     def mask(self) -> Tensor:
@@ -117,9 +121,8 @@ def make_rollout(
     running (B, R), if given, are the scores of the unfinished responses up to a token, NaN where not looked up.
     """
     logprobs, ref_logprobs, values, entropy, exact_kl = score_responses(policy, reference, seqs)
-    kl = torch.where(seqs.response_mask, logprobs - ref_logprobs, 0)
-    running = torch.full_like(kl, math.nan) if running is None else running
-    return Rollout(seqs, logprobs, ref_logprobs, values, kl, exact_kl, entropy, running, scores, kl_coef)
+    running = torch.full_like(logprobs, math.nan) if running is None else running
+    return Rollout(seqs, logprobs, ref_logprobs, values, exact_kl, entropy, running, scores, kl_coef)
 
 
 @dataclass(frozen=True, eq=False)

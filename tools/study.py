@@ -274,7 +274,6 @@ def steps_of(path: Path) -> Path:
 
 def put(path: Path, rows: pd.DataFrame) -> None:
     """Put the rows of one setting and seed into a table, in the place of older ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         old = read_table(path, *KEY)
         rows = pd.concat([old[~same_run(old, rows.iloc[0])], rows])

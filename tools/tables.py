@@ -1,4 +1,4 @@
-"""Tables that a tool wrote earlier, read again."""
+"""Tables of the tools: read again, and room made for new ones."""
 
 from pathlib import Path
 
