@@ -7,26 +7,28 @@ project names a flag. This file needs no torch.
 import json
 import math
 import os
-import shlex
 import sys
 import typing
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
 # Threads that wait should sleep: where another program wants the cores too, spinning makes torch several times slower.
-# It has to be said before torch is first imported, which is why the scripts import this file before anything else.
+# torch reads this once, when it is imported; pyproject.toml makes the linter put imports from this file before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+if sys.version_info < (3, 11):  # noqa: UP036 (before a newer function is missing in the middle of a run)
+    raise SystemExit("error: this needs Python 3.11 or newer")
 
 T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Wrong input: one line that names the setting or file and the remedy; ends the program with exit code 2."""
+    """Wrong input, in one line that names the setting or file and the remedy; the program ends with exit code 2."""
 
 
 def opt(default: T, help: str) -> T:
@@ -34,7 +36,7 @@ def opt(default: T, help: str) -> T:
     return typing.cast(T, field(default=default, metadata={"help": help}))
 
 
-# What a number may be: the words for the error message, and the test. NaN fails every one of them.
+# The range of a number: the words for the error message, and the test. NaN fails every one of them.
 Range = tuple[str, Callable[[float], bool]]
 AT_LEAST_0: Range = ("at least 0", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Range = ("at least 1", lambda x: 1 <= x < math.inf)
@@ -75,12 +77,12 @@ class TrainConfig:
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
-    # Which tokens earned the score is seen as it comes about. Scored after every token, and with lambda 0.5, a batch's
-    # gradient holds 13 times the signal to noise of a score paid at the end (results/gradients.csv)
+    # Scoring the unfinished response shows which tokens earned the score. Scored after every token, and with lambda
+    # 0.5, a batch's gradient has 13 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
         1,
-        "Tokens between scores of the unfinished response, which pay tokens for what they changed. Rarer is cheaper "
-        "and noisier, and goes with a higher gae_lambda: 4 with 0.8; 0, all at the end, with 1.",
+        "Tokens between scores of the unfinished response; each token is paid for the change it made. Larger is "
+        "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
@@ -90,18 +92,18 @@ class TrainConfig:
     ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
-        None, "Go on with the run in ckpt_dir (--resume alone), in another run folder, or from one of its states."
+        None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its states."
     )
-    allow_changes: bool = opt(False, "Resume with other settings even where the result then differs.")
-    check: bool = opt(False, "Only check, on the real models, the facts that PPO relies on; train nothing.")
+    allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
+    check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
     seed: int = opt(0, "Every random choice is a function of this seed and the step.")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "Precision of matrix products; auto takes bfloat16 where the hardware multiplies it fast."
     )
 
-    # How much
-    total_steps: int = opt(200, "PPO steps; each answers batch_size prompts once.")
+    # Size of the run
+    total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.")
     batch_size: int = opt(64, "Prompts per step.")
     ppo_epochs: int = opt(2, "Passes over each step's responses.")
     minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
@@ -116,19 +118,17 @@ class TrainConfig:
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
-    # PPO; on real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). A step size of
-    # 2e-5 ended at +0.63 and 1.9 nats in one run, where this one ended at +0.68 and 2.4 (results/tried.csv)
+    # PPO. On real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). With lr 2e-5
+    # one run ended at +0.63 and 1.9 nats; with 5e-5 it ended at +0.68 and 2.4 (results/tried.csv)
     lr: float = opt(5e-5, "AdamW step size.")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
     gamma: float = opt(1.0, "Discount per token.")
-    # Without reward_every this should be 1: else the score at the end reaches early tokens only through a critic that
-    # knows nothing yet, and the policy learns to stop early: 25 tokens at 0.95, 38 at 1 (results/lambda.csv)
-    gae_lambda: float = opt(
-        0.5, "GAE's lambda: 1 gives every token the whole of what followed; to be set to 1 with reward_every 0."
-    )
+    # Without reward_every this should be 1. Below 1 the final score reaches early tokens only through a critic that
+    # is still untrained, and the policy learns to stop early: 25 tokens at 0.95, 38 at 1 (results/lambda.csv)
+    gae_lambda: float = opt(0.5, "GAE's lambda; 1 gives every token the full return. Set it to 1 with reward_every 0.")
     clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.")
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.")
     value_coef: float = opt(0.1, "Weight of the value loss.")
@@ -136,16 +136,16 @@ class TrainConfig:
     max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.")
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
-    # What is kept and told
+    # What is saved and reported
     save_every: int = opt(50, "Steps between checkpoints, from which --resume goes on.")
     keep_last: int = opt(2, "States kept for --resume; more than one guards against a damaged disk.")
     sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
-    eval_every: int = opt(20, "Steps between evaluations on prompts that are never trained on (0: none).")
-    eval_prompts: int = opt(64, "How many prompts to keep back for that.")
+    eval_every: int = opt(20, "Steps between evaluations on held-out prompts (0: none).")
+    eval_prompts: int = opt(64, "Held-out prompts for these evaluations.")
     kl_budget: float | None = opt(
-        None, "best/ keeps the highest sentiment evaluated within this KL, nats per response."
+        None, "best/ holds the policy with the highest sentiment within this KL, nats per response."
     )
-    report_to: Literal["none", "tensorboard"] = opt("none", "Where else the columns of metrics.csv go.")
+    report_to: Literal["none", "tensorboard"] = opt("none", "Where to send the columns of metrics.csv as well.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -177,7 +177,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Settings of `python eval.py`; what is left unset is taken from the run that made the policy."""
+    """Settings of `python eval.py`; unset ones are taken from the run that made the policy."""
 
     preset: str = opt("default", "Named set of values to start from: default or tiny.")
     policy_path: str = opt("ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.")
@@ -188,9 +188,9 @@ class EvalConfig:
     dataset: str | None = opt(None, "Prompts (default: the run's).")
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
-    label_column: str = opt("label", "Column of labels that the second judge is fitted on, where there is one.")
-    judge: str = opt("labels", "Second judge: labels (fitted on the training split's), none, or any classifier.")
-    frontier: int = opt(0, "Base responses per prompt for the best possible reward at each KL (0: none; 64 is good).")
+    label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
+    judge: str = opt("labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.")
+    frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
     batch_size: int = opt(100, "Prompts per forward pass.")
     max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
@@ -204,7 +204,7 @@ class EvalConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
     out_csv: str = opt(
         "eval_results.csv",
-        "One row per prompt; eval_summary.json and eval_report.html (named after it) are written beside it.",
+        "One row per prompt; eval_summary.json and eval_report.html, named after it, are written beside it.",
     )
 
     def __post_init__(self) -> None:
@@ -249,14 +249,14 @@ def _check_type(name: str, value: object, hint: Any) -> None:
 PRESETS: dict[type, dict[str, Any]] = {}
 PRESETS[TrainConfig] = {
     "default": TrainConfig(),
-    # Everything paid on the last token, as the formula has it: in so small a world that is 96 % of the best possible
+    # The score is paid on the last token, as in the formula; in so small a world that reaches 96 % of the best possible
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
         reward_every=0, gae_lambda=1.0, save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
     ),
-    # Published set-ups, as far as their texts and this method allow: see "Against published figures" in README.md.
-    # They pay at the end with a lambda of 0.95, which is what the comment at gae_lambda warns of
+    # Published set-ups as closely as this method allows: see "Against published figures" in docs/results.md.
+    # They pay on the last token with lambda 0.95, against which the comment at gae_lambda warns
     "original": TrainConfig(
         preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
         kl_coef=1.0, ent_coef=0.02, reward_every=0, gae_lambda=0.95,
@@ -278,8 +278,11 @@ PRESETS[EvalConfig] = {
 }
 
 
-class _OneLineParser(HfArgumentParser):
+class OneLineParser(HfArgumentParser):
+    """A parser of command lines whose errors are UserErrors."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
 
@@ -294,7 +297,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     name = preset_parser.parse_known_args(argv)[0].preset or ""
     if name not in PRESETS[cls]:
         raise UserError(f"preset={name!r} is unknown: choose {' or '.join(PRESETS[cls])}")
-    parser = _OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
+    parser = OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
     parser.set_defaults(**asdict(PRESETS[cls][name]))
     for action in parser._actions:
         if action.dest == "resume":
@@ -307,7 +310,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
             raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its states")
         if saved:
             _check_saved(cls, saved, path)
-            once = ("resume", "allow_changes", "overwrite", "check")  # said of one start, not of the run
+            once = ("resume", "allow_changes", "overwrite", "check")  # these belong to one start, not to the run
             parser.set_defaults(**{name: value for name, value in saved.items() if name not in once})
             values = {**vars(parser.parse_args(argv)), "ckpt_dir": str(path.parent)}
     return cls(**{f.name: values[f.name] for f in fields(cls)})
@@ -346,59 +349,3 @@ def _check_saved(cls: type[Config], saved: dict[str, Any], path: Path) -> None:
         cls(**saved)
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or start anew without --resume") from None
-
-
-def run_cli(cls: type[Config], main: Callable[[Config], object]) -> None:
-    """Run `main` on the settings of the command line; wrong input is one line on stderr and exit code 2."""
-    try:
-        main(parse_config(cls))
-    except UserError as error:
-        sys.exit(_report(error))
-    except BrokenPipeError:  # nobody reads any more: `python train.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:  # before training has begun, or in an evaluation: there is nothing to save
-        sys.exit(130)
-
-
-def numbers(name: str, text: str, kind: type) -> list[Any]:
-    """What a setting lists: `1,2` -> [1, 2] (raises UserError)."""
-    try:
-        return [kind(x) for x in text.split(",")]
-    except ValueError:
-        raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
-
-
-def words(name: str, text: str) -> list[str]:
-    """The words of a command line that a setting holds, quotes and all (raises UserError)."""
-    try:
-        return shlex.split(text)
-    except ValueError:
-        raise UserError(f"{name}={text!r} is not understood: a quotation mark is not closed") from None
-
-
-def parse_tool(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
-    """Command line of a tool -> its settings (raises UserError)."""
-    parser = _OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def run_tool(main: Callable[[], object]) -> None:
-    """Run the `main` of a tool; wrong input is one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _report(error: Exception) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # what one process of several reports, all do
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return 2
-
-
-def with_changes(cfg: Config, **changes: Any) -> Config:
-    """A validated copy of `cfg` with some settings changed."""
-    return replace(cfg, **changes)

@@ -1,19 +1,20 @@
-"""Prompts: labelled or plain text from the hub, a folder or a file, cut to token prompts and dealt out in batches.
+"""Prompts: labelled or plain text from the hub, a folder or a file, cut to token prompts and served in batches.
 
-Owns what is read from disk and in which order prompts come. It knows nothing of models.
+Owns what is read from disk and the order of prompts. It knows nothing of models.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from config import UserError
+
 import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError
-from utils import require_hub
+from runtime.hub import require_hub
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
@@ -46,7 +47,7 @@ def load_examples(
 
 
 def label_names(labels: Sequence[str | int | None]) -> list[str | None]:
-    """Labels as names: where they are 0 and 1 and nothing else, these mean negative and positive."""
+    """Labels as names; labels that are only 0 and 1 mean negative and positive."""
     plain = {label for label in labels if label is not None} == {0, 1}
     names = {0: "NEGATIVE", 1: "POSITIVE"}
     return [None if label is None else names[int(label)] if plain else str(label) for label in labels]
@@ -58,7 +59,7 @@ def _label(value: Any) -> str | int | None:
     try:
         return None if pd.isna(value) or value == -1 else int(value)
     except (TypeError, ValueError):  # a list, say
-        raise UserError(f"label_column holds {value!r}, which is no label: choose another") from None
+        raise UserError(f"label_column holds {value!r}, which is not a label: choose another") from None
 
 
 def _read_file(name: str, text_column: str) -> pd.DataFrame:
@@ -119,7 +120,7 @@ def load_prompts(
 
     Raises UserError where none remains.
     """
-    window = 8 * max_prompt_len  # characters that nearly always hold the tokens wanted: long reviews cost little
+    window = 8 * max_prompt_len  # characters; nearly always enough, so that long reviews are not tokenised whole
     heads = [_head(text, window) for text in texts]
     prompts = _tokenize(tokenizer, heads)
     for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
@@ -132,7 +133,7 @@ def load_prompts(
 
 
 def _head(text: str, window: int) -> str:
-    """The first `window` characters, cut before white space, where no token of GPT-2 ever spans."""
+    """The first `window` characters, cut before white space, which no token of GPT-2 spans."""
     parts = text[:window].rsplit(None, 1)
     return text if len(text) <= window or len(parts) < 2 else parts[0]
 
@@ -143,13 +144,13 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def keep_back(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Split prompts into those to train on and `count` (a tenth at most) that training never sees, not even a copy."""
+def split_held_out(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Split prompts into those to train on and `count` held-out ones (a tenth at most), with no copy in both."""
     order = np.random.default_rng(seed).permutation(len(prompts))[: min(count, max(1, len(prompts) // 10))]
-    back = [prompts[i] for i in order] if count else []
-    hidden = set(map(tuple, back))
-    kept = [prompt for prompt in prompts if tuple(prompt) not in hidden]
-    return kept or list(prompts), back
+    held_out = [prompts[i] for i in order] if count else []
+    copies = set(map(tuple, held_out))
+    train = [prompt for prompt in prompts if tuple(prompt) not in copies]
+    return train or list(prompts), held_out
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,16 +162,17 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 class PromptStream:
-    """Prompts without end: each epoch a new permutation, each step its own stretch of it.
+    """An endless stream of prompts: each epoch is a new permutation, each step takes the next batch of it.
 
-    The batch of a step is a function of (seed, step) alone; no cursor is kept.
+    The batch of a step depends on (seed, step) alone, so no cursor has to be saved.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
         self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=int)
 
     def indices(self, step: int) -> list[int]:
-        """Which prompts step (1, 2, …) answers: batch_size indices."""
+        """Indices of the prompts of a step (1, 2, …): batch_size of them."""
         first = (step - 1) * self.batch_size
         return [self._at(k) for k in range(first, first + self.batch_size)]
 
@@ -180,7 +182,6 @@ class PromptStream:
 
     def _at(self, k: int) -> int:
         epoch, place = divmod(k, len(self.prompts))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
         return int(self._order[place])

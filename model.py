@@ -1,15 +1,17 @@
-"""The policy: GPT-2 with a scalar value head. It samples responses, scores them, and is saved and loaded.
+"""The policy: GPT-2 with a scalar value head. It samples responses, evaluates them, and is saved and loaded.
 
-Positions come from masks here and nowhere else, and this is the only place that lines up logits and values with
-response tokens. The Hugging Face model owns the weights; dropout is off for good.
+Only this file turns masks into positions, and only this file aligns logits and values with response tokens. The
+Hugging Face model owns the weights; dropout is always off.
 """
 
 import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from config import UserError
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +21,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from config import UserError
+import utils
+from runtime.hub import DEFAULT_REVISION, loading, refuse_missing_weights
 from utils import (
-    MAIN,
     compare_policies,
-    decode,
-    loading,
+    map_tensors,
     output_embedding,
     padded_logits,
     position_ids,
-    refuse_missing,
-    rows_at_a_time,
     sample_tokens,
     token_logprobs,
     warp_logits,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,36 +65,34 @@ class Sequences:
         """The response tokens (B, R)."""
         return self.tokens[:, self.prompt_len :]
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def prompt_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The prompts as text."""
-        return decode(tokenizer, self.tokens[:, : self.prompt_len], self.attention_mask[:, : self.prompt_len])
+        return _decode(tokenizer, self.tokens[:, : self.prompt_len], self.attention_mask[:, : self.prompt_len])
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, with_prompt: bool = False) -> list[str]:
-        """The responses as text, behind their prompts if wanted, without EOS."""
+        """The responses as text without EOS, after their prompts if wanted."""
         if with_prompt:
-            return decode(tokenizer, self.tokens, self.attention_mask)
-        return decode(tokenizer, self.responses, self.response_mask)
+            return _decode(tokenizer, self.tokens, self.attention_mask)
+        return _decode(tokenizer, self.responses, self.response_mask)
 
     def first(self, n: int) -> "Sequences":
-        """The same with the first n response tokens only."""
-        support = None if self.support is None else self.support[:, :n]
+        """The same sequences with the first n response tokens only."""
         end = self.prompt_len + n
-        return Sequences(self.tokens[:, :end], self.attention_mask[:, :end], self.response_mask[:, :n],
-                         self.logprobs[:, :n], self.temperature, support)  # fmt: skip
+        return replace(
+            self, tokens=self.tokens[:, :end], attention_mask=self.attention_mask[:, :end],
+            response_mask=self.response_mask[:, :n], logprobs=self.logprobs[:, :n],
+            support=None if self.support is None else self.support[:, :n],
+        )  # fmt: skip
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, each with a row per prompt."""
-        support = [] if self.support is None else [self.support]
-        return [self.tokens, self.attention_mask, self.response_mask, self.logprobs, *support]
+    def select(self, rows: Tensor | slice) -> "Sequences":
+        """Some of the rows."""
+        return map_tensors(lambda x: x[rows], self)
 
-    def with_tensors(self, tensors: list[Tensor]) -> "Sequences":
-        """The same with other tensors in their place."""
-        tokens, attention_mask, response_mask, logprobs, *support = tensors
-        return Sequences(tokens, attention_mask, response_mask, logprobs, self.temperature, *support)
 
-    def select(self, rows: Tensor) -> "Sequences":
-        """The same for some rows only."""
-        return self.with_tensors([x[rows] for x in self.tensors()])
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Texts of the real tokens of each row; tokens and mask (B, n); special tokens such as EOS are left out."""
+    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class GPT2WithValueHead(nn.Module):
@@ -115,50 +112,57 @@ class GPT2WithValueHead(nn.Module):
         return super().train(False)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Where matrix products run in self.dtype; softmax, losses and the optimiser never do."""
+        """A context in which matrix products run in self.dtype; softmax, losses and the optimiser stay in float32."""
         half = self.dtype != torch.float32
         return torch.autocast(self.lm.device.type, self.dtype) if half else nullcontext()
 
     def response_hidden(self, seqs: Sequences) -> Tensor:
-        """The hidden states (B, R, H) in which the response tokens were chosen: those one column before them."""
+        """The hidden states (B, R, H) in which the response tokens were chosen, one column before them."""
         mask = seqs.attention_mask[:, :-1]
         with self.autocast():
-            return trunk(self.lm, seqs.tokens[:, :-1], position_ids(mask), visible_keys(mask), seqs.prompt_len - 1)
+            return transformer_forward(
+                self.lm, seqs.tokens[:, :-1], position_ids(mask), visible_keys(mask), seqs.prompt_len - 1
+            )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """What the critic expects (B, R), in float32, before each token is chosen."""
+        """The critic's values (B, R) before each token is chosen, in float32."""
         return F.linear(hidden.float(), self.value_head.weight, self.value_head.bias).squeeze(-1)
 
     def evaluate_responses(self, seqs: Sequences, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
-        return self.evaluate_hidden(self.response_hidden(seqs), seqs, with_entropy)
+        hidden = self.response_hidden(seqs)
+        parts = [self.evaluate_hidden(hidden[rows], seqs.select(rows), with_entropy) for rows in self.chunk(seqs)]
+        logprobs, values, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        return logprobs, values, entropy
 
     def evaluate_hidden(
         self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from the hidden states (B, R, H); log-probabilities and entropies are 0 where no token is."""
+        """The same from the hidden states (B, R, H); log-probabilities and entropies are 0 outside the mask."""
         real = seqs.response_mask
         logprobs, entropy = token_logprobs(
             hidden[real].to(self.dtype), self.lm.lm_head.weight, seqs.responses[real], seqs.temperature,
-            None if seqs.support is None else seqs.support[real], with_entropy=with_entropy,
+            None if seqs.support is None else seqs.support[real], with_entropy,
         )  # fmt: skip
-        nothing = torch.zeros_like(seqs.logprobs)
-        return nothing.masked_scatter(real, logprobs), self.values(hidden), nothing.masked_scatter(real, entropy)
+        zeros = torch.zeros_like(seqs.logprobs)
+        return zeros.masked_scatter(real, logprobs), self.values(hidden), zeros.masked_scatter(real, entropy)
 
-    def responses_at_a_time(self, seqs: Sequences) -> int:
-        """How many responses to hold the logits of."""
-        return max(1, rows_at_a_time(self.lm.config.vocab_size) // seqs.response_mask.shape[1])
+    def chunk(self, seqs: Sequences) -> list[slice]:
+        """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time."""
+        rows, width = seqs.response_mask.shape
+        size = max(1, utils.CHUNK_FLOATS // self.lm.config.vocab_size // width)
+        return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
     @classmethod
     def from_pretrained(
         cls, name: str, setting: str = "policy_name", dtype: torch.dtype = torch.float32, revision: str | None = None
     ) -> "GPT2WithValueHead":
-        """A GPT-2 from the hub or a folder, with a fresh critic (raises UserError)."""
+        """Load a GPT-2 from the hub or a folder, with a new critic (raises UserError)."""
         return cls(load_gpt2(name, setting, revision), dtype)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> "GPT2WithValueHead":
-        """Policy and critic as save_pretrained left them (raises UserError)."""
+        """Load policy and critic as save_pretrained wrote them (raises UserError)."""
         model = cls.from_pretrained(str(folder / "policy_lm"), "ckpt_dir", dtype)
         with loading("ckpt_dir", str(folder), "value head"):
             model.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
@@ -171,15 +175,15 @@ class GPT2WithValueHead(nn.Module):
 
 
 def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
-    """A GPT-2 language model in float32 from the hub or a folder, complete or not at all (raises UserError)."""
+    """Load a complete GPT-2 in float32 from the hub or a folder (raises UserError)."""
     with loading(setting, name, "GPT-2"):
-        kind = GPT2Config.get_config_dict(name, revision=revision or MAIN)[0].get("model_type")
+        kind = GPT2Config.get_config_dict(name, revision=revision or DEFAULT_REVISION)[0].get("model_type")
         if kind != "gpt2":
             raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
         lm, info = GPT2LMHeadModel.from_pretrained(
-            name, revision=revision or MAIN, dtype=torch.float32, output_loading_info=True
+            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True
         )
-    refuse_missing(setting, name, info, "GPT-2 language model")
+    refuse_missing_weights(setting, name, info, "GPT-2 language model")
     if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
         for block in lm.transformer.h:
             block.mlp.act = nn.GELU(approximate="tanh")
@@ -189,7 +193,7 @@ def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHea
 def load_reference(
     name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> GPT2WithValueHead:
-    """The frozen anchor: the same class as the policy, without gradients."""
+    """Load the frozen reference: the same class as the policy, without gradients."""
     return GPT2WithValueHead(load_gpt2(name, setting, revision), dtype).requires_grad_(False)
 
 
@@ -218,14 +222,14 @@ def check_fit(
 # --- GPT-2's forward pass -------------------------------------------------------------------------------------------
 
 
-def trunk(
+def transformer_forward(
     lm: GPT2LMHeadModel, tokens: Tensor, positions: Tensor, visible: Tensor | None, first: int = 0,
     cache: "_Cache | None" = None,
 ) -> Tensor:  # fmt: skip
     """The last hidden states (B, n - first, H) of columns first, first + 1, ... of tokens (B, n) at positions (B, n).
 
-    visible (B, 1, n, S) bool says which of the S keys each column attends to (None: those up to its own). Runs on the
-    library's modules without the library's bookkeeping; the last block computes no more than the columns asked for.
+    visible (B, 1, n, S) bool says which of the S keys each column attends to (None: those up to its own). It calls the
+    library's modules without the library's bookkeeping; the last block computes only the columns asked for.
     """
     gpt2: GPT2Model = lm.transformer
     x = gpt2.wte(tokens) + gpt2.wpe(positions)
@@ -246,9 +250,9 @@ def trunk(
 
 
 def visible_keys(mask: Tensor) -> Tensor | None:
-    """What the columns of left-padded rows attend to: (B, 1, n, n) bool for a mask (B, n); None if unpadded.
+    """The keys that each column of left-padded rows attends to: (B, 1, n, n) bool for a mask (B, n); None if unpadded.
 
-    Causal attention never sees what is on the right. A padded place sees itself: attention to nothing is not a number.
+    Attention is causal. A padded column sees itself, because attention to nothing would be NaN.
     """
     if bool(mask[:, 0].all()):
         return None
@@ -266,39 +270,43 @@ def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
 
 
 @torch.no_grad()
-def score_responses(
+def evaluate_both(
     policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What both models think of the responses: logprobs, ref_logprobs, values, entropy and exact_kl, all (B, R).
+    """Evaluate the responses under both models: logprobs, ref_logprobs, values, entropy and exact_kl, all (B, R).
 
-    Log-probabilities and values at real tokens, 0 elsewhere; exact_kl is KL(policy || reference) over the vocabulary.
+    They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats.
     """
-    hidden, ref_hidden, real = policy.response_hidden(seqs), reference.response_hidden(seqs), seqs.response_mask
-    scored = compare_policies(
-        hidden[real].to(policy.dtype), policy.lm.lm_head.weight,
-        ref_hidden[real].to(reference.dtype), reference.lm.lm_head.weight,
-        seqs.responses[real], seqs.temperature, None if seqs.support is None else seqs.support[real],
-    )  # fmt: skip
-    nothing = torch.zeros_like(seqs.logprobs)
-    logprobs, ref_logprobs, entropy, exact_kl = (nothing.masked_scatter(real, x) for x in scored)
-    return logprobs, ref_logprobs, torch.where(real, policy.values(hidden), 0), entropy, exact_kl
+    hidden, ref_hidden = policy.response_hidden(seqs), reference.response_hidden(seqs)
+    chunks: list[list[Tensor]] = []
+    for rows in policy.chunk(seqs):
+        part, real = seqs.select(rows), seqs.response_mask[rows]
+        found = compare_policies(
+            hidden[rows][real].to(policy.dtype), policy.lm.lm_head.weight,
+            ref_hidden[rows][real].to(reference.dtype), reference.lm.lm_head.weight,
+            part.responses[real], part.temperature, None if part.support is None else part.support[real],
+        )  # fmt: skip
+        chunks.append([torch.zeros_like(part.logprobs).masked_scatter(real, x) for x in found])
+    logprobs, ref_logprobs, entropy, exact_kl = (torch.cat(x) for x in zip(*chunks, strict=True))
+    return logprobs, ref_logprobs, torch.where(seqs.response_mask, policy.values(hidden), 0), entropy, exact_kl
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate(
+def sample_responses(
     policy: GPT2WithValueHead, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, *, eos_id: int,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 ) -> Sequences:  # fmt: skip
-    """Answer each prompt once: sample until EOS, which belongs to the response, or until the uniforms are used up.
+    """Sample one response per prompt, up to and including EOS, or of as many tokens as there are uniforms.
 
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
     """
-    cuda = prompt_ids.device.type == "cuda"
+    device = policy.lm.device
+    prompt_ids, prompt_mask, uniforms = (x.to(device) for x in (prompt_ids, prompt_mask, uniforms))
     sampler = _Sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id, (temperature, top_k, top_p))
-    step = sampler.step
+    cuda, step = device.type == "cuda", sampler.step
     for t in range(1, uniforms.shape[1]):
         if not cuda or t % CHECK_EVERY == 0:
             if not sampler.alive.any():
@@ -311,7 +319,7 @@ def generate(
     return sampler.sequences()
 
 
-CHECK_EVERY = 8  # tokens between looks at whether every row has ended: on CUDA, a look waits for the device
+CHECK_EVERY = 8  # tokens between checks whether every row has ended: on CUDA a check waits for the device
 
 
 class _Cache:
@@ -324,7 +332,7 @@ class _Cache:
         self.columns = torch.arange(width, device=device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep keys and values (B, heads, n, d) and return all of this layer (B, heads, width, d)."""
+        """Store keys and values (B, heads, n, d) and return all of this layer (B, heads, width, d)."""
         keys, values = self.kept[layer]
         keys.index_copy_(2, self.columns, k)
         values.index_copy_(2, self.columns, v)
@@ -332,27 +340,28 @@ class _Cache:
 
 
 class _Sampler:
-    """Responses in the making. `step` gives each one more token, by operations on tensors of fixed shape alone:
-    nothing in it waits for the device, so that CUDA can record one step and replay it.
+    """Unfinished responses. `step` adds one token to each, using only operations on tensors of fixed shape.
+
+    Nothing in it waits for the device, so CUDA can record one step and replay it.
     """
 
     def __init__(
         self, policy: GPT2WithValueHead, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos_id: int,
         warp: tuple[float, int, float],
     ) -> None:  # fmt: skip
-        """Read the prompts and draw every first token."""
+        """Read the prompts and draw the first tokens."""
         (batch, self.prompt_len), width, device = prompt_ids.shape, uniforms.shape[1], prompt_ids.device
         self.policy, self.uniforms, self.eos_id, self.warp = policy, uniforms, eos_id, warp
         self.lm = policy.lm if policy.dtype == torch.float32 else _with_projections_in(policy.dtype, policy.lm)
         self.embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
-        # the answer, one row per prompt
+        # the result, one row per prompt
         self.tokens = F.pad(prompt_ids, (0, width))
         self.attention_mask = F.pad(prompt_mask, (0, width))
         self.logprobs = torch.zeros(batch, width, device=device)
         truncated = warp[1] > 0 or warp[2] < 1
         shape = (batch, width, len(self.embedding))
         self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
-        # what the next step needs, one row per response that is still written to
+        # what the next step needs, one row per unfinished response
         self.rows = torch.arange(batch, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.visible = F.pad(prompt_mask, (0, width))
@@ -374,12 +383,12 @@ class _Sampler:
 
     def _read(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         with self.policy.autocast():
-            return trunk(self.lm, tokens, positions, visible, tokens.shape[1] - 1, self.cache)[:, 0]
+            return transformer_forward(self.lm, tokens, positions, visible, tokens.shape[1] - 1, self.cache)[:, 0]
 
     def _draw(self, hidden: Tensor) -> None:
         logits = warp_logits(padded_logits(hidden.to(self.policy.dtype), self.embedding), *self.warp)
         token, logprob = sample_tokens(logits, self.uniforms.index_select(1, self.t).squeeze(1))
-        # not-a-number logits must name a token that exists: they are caught where the loss is not finite
+        # NaN logits must give a token that exists: the update rejects them when its loss is not finite
         token = token.clamp(max=len(self.embedding) - 1)
         column = self.t + self.prompt_len
         self.tokens[self.rows, column] = torch.where(self.alive, token, 0)
@@ -394,22 +403,22 @@ class _Sampler:
         self.t += 1
 
     def drop_finished(self) -> None:
-        """Go on with the responses that have not ended, once these are fewer than three in four."""
+        """Drop the responses that have ended, once fewer than three in four are left."""
         if 4 * int(self.alive.sum()) < 3 * len(self.alive):
-            going = self.alive.nonzero().squeeze(1)
+            unfinished = self.alive.nonzero().squeeze(1)
             for name in ("rows", "alive", "visible", "positions", "newest", "uniforms"):
-                setattr(self, name, getattr(self, name)[going])
-            self.cache.kept = self.cache.kept[:, :, going]
+                setattr(self, name, getattr(self, name)[unfinished])
+            self.cache.kept = self.cache.kept[:, :, unfinished]
 
     def recorded(self) -> Callable[[], None]:
-        """A call that replays one step as a single CUDA graph, recorded now (which by itself draws nothing)."""
+        """A function that replays one step as a single CUDA graph; recording it draws nothing."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.step()
         return graph.replay
 
     def sequences(self) -> Sequences:
-        """What was sampled, cut to the longest response."""
+        """The sampled sequences, cut to the longest response."""
         response_mask = self.attention_mask[:, self.prompt_len :]
         width = int(response_mask.any(0).sum())
         total = self.prompt_len + width
@@ -420,7 +429,7 @@ class _Sampler:
 
 
 def _with_projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """The same model with its projections stored in `dtype`, which autocast would otherwise cast at every token."""
+    """The same model with its projections stored in `dtype`; autocast would cast them again at every token."""
     projections = [module for module in lm.modules() if isinstance(module, Conv1D)]
     own = {id(weight) for module in projections for weight in module.parameters()}
     copied = copy.deepcopy(lm, {id(weight): weight for weight in lm.parameters() if id(weight) not in own})

@@ -5,38 +5,92 @@ References: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (
 """
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.optim import Optimizer
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from config import TrainConfig
-from model import GPT2WithValueHead, Sequences, score_responses
-from utils import (
-    GradientSum,
-    compute_gae,
-    explained_variance,
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from reward import SentimentReward, score_texts
+from runtime.device import FittingSize, Stopwatch
+from runtime.distributed import (
+    GradientReducer,
+    all_reduce_max,
+    all_reduce_sum,
     gather_rows,
-    largest,
-    masked_mean,
-    permutation,
-    shape_rewards,
-    share_of,
-    sum_of_all,
-    whiten,
+    raise_on_all_ranks,
+    rank_slice,
     world_size,
 )
+from utils import (
+    compute_gae,
+    explained_variance,
+    map_tensors,
+    masked_mean,
+    pad_right,
+    permutation,
+    shape_rewards,
+    whiten,
+)
+
+# --- the rollout ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The models behind a rollout: the policy, its frozen reference and the reward, with the policy's tokenizer."""
+
+    policy: GPT2WithValueHead
+    reference: GPT2WithValueHead
+    reward: SentimentReward
+    tokenizer: PreTrainedTokenizerBase
+
+    def respond(
+        self, model: GPT2WithValueHead, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig
+    ) -> Sequences:
+        """Sample one response per prompt (ids and mask (B, P)) from the policy or the reference; uniforms (B, R)."""
+        return sample_responses(
+            model, *prompts, uniforms, eos_id=int(self.tokenizer.eos_token_id),
+            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+        )  # fmt: skip
+
+    def score(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
+        """Scores (B,) of the responses (raises UserError where the reward fails)."""
+        return score_texts(self.reward, seqs.texts(self.tokenizer, cfg.reward_on_prompt), cfg.rm_name)
+
+    def partial_scores(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
+        """Scores (B, R) of each unfinished response after every reward_every tokens, NaN elsewhere (raises UserError).
+
+        With reward_every 0 nothing is scored.
+        """
+        lengths, width = seqs.response_mask.sum(1), seqs.response_mask.shape[1]
+        texts: list[str] = []
+        places: list[tuple[Tensor, int]] = []
+        for n in range(cfg.reward_every, width, cfg.reward_every) if cfg.reward_every else ():
+            rows = (lengths > n).nonzero().squeeze(1)
+            texts += seqs.select(rows).first(n).texts(self.tokenizer, cfg.reward_on_prompt)
+            places.append((rows, n))
+        found = torch.full(seqs.response_mask.shape, math.nan, device=lengths.device)
+        if not texts:
+            return found
+        scores = score_texts(self.reward, texts, cfg.rm_name).split([len(rows) for rows, _ in places])
+        for (rows, n), some in zip(places, scores, strict=True):
+            found[rows, n - 1] = some
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """What was observed when each prompt was answered once; advantages and returns are derived from it.
 
-    logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; running (B, R) are scores of the
-    unfinished responses, NaN where there is none; scores (B,) in [-1, 1].
+    logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; partial_scores (B, R) are scores of the
+    unfinished responses, NaN where there is none; scores (B,) in [-1, 1]; seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -45,46 +99,38 @@ class Rollout:
     values: Tensor
     exact_kl: Tensor
     entropy: Tensor
-    running: Tensor
+    partial_scores: Tensor
     scores: Tensor
     kl_coef: float
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for x in (self.logprobs, self.ref_logprobs, self.values, self.exact_kl, self.entropy, self.running):
+        for x in (self.logprobs, self.ref_logprobs, self.values, self.exact_kl, self.entropy, self.partial_scores):
             assert x.shape == self.mask.shape
         assert self.scores.shape == self.mask.shape[:1]
 
-    def of_all(self) -> "Rollout":
-        """The rollouts of all processes as one, the same everywhere: what follows is then as in one process."""
+    def widened(self, width: int) -> "Rollout":
+        """The same rollout with responses padded on the right to `width` tokens."""
+        return map_tensors(lambda x: pad_right(x, width - self.mask.shape[1]), self)
+
+    def gathered(self) -> "Rollout":
+        """The rollouts of all ranks as one, the same on every rank."""
         if world_size() == 1:
             return self
-        rows = int(sum_of_all(torch.tensor(len(self.scores))))
-        wide = self._widened(int(largest(self.mask.shape[1])))
-        return self._with_tensors([gather_rows(x, rows) for x in wide])
+        rows = int(all_reduce_sum(torch.tensor(len(self.scores))))
+        return map_tensors(lambda x: gather_rows(x, rows), self.widened(int(all_reduce_max(self.mask.shape[1]))))
 
     @staticmethod
-    def join(rollouts: list["Rollout"]) -> "Rollout":
+    def cat(rollouts: Sequence["Rollout"]) -> "Rollout":
         """Several rollouts of prompts of one width as one."""
         width = max(rollout.mask.shape[1] for rollout in rollouts)
-        wide = [rollout._widened(width) for rollout in rollouts]
-        return rollouts[0]._with_tensors([torch.cat(parts) for parts in zip(*wide, strict=True)])
-
-    def _widened(self, width: int) -> list[Tensor]:
-        """All tensors, with responses padded to this width."""
-        extra = width - self.mask.shape[1]
-        tensors = [*self.sequences.tensors(), self.logprobs, self.ref_logprobs, self.values, self.exact_kl,
-                   self.entropy, self.running]  # fmt: skip
-        return [*(F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra)) for x in tensors), self.scores]
-
-    def _with_tensors(self, tensors: list[Tensor]) -> "Rollout":
-        of_sequences = len(self.sequences.tensors())
-        names = [f.name for f in fields(self) if f.name not in ("sequences", "kl_coef")]
-        changes: dict[str, Any] = dict(zip(names, tensors[of_sequences:], strict=True))
-        return replace(self, sequences=self.sequences.with_tensors(tensors[:of_sequences]), **changes)
+        return map_tensors(lambda *xs: torch.cat(xs), *(rollout.widened(width) for rollout in rollouts))
 
     def rewards(self) -> Tensor:
         """The rewards per token (B, R), shaped over the whole batch."""
-        return shape_rewards(self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.running)[0]
+        return shape_rewards(
+            self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.partial_scores
+        )[0]
 
     @property
     def kl(self) -> Tensor:
@@ -108,21 +154,32 @@ class Rollout:
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
-        different = len(self.sequences.responses.unique(dim=0)) / len(self.scores)
-        return {**{name: value.item() for name, value in means.items()}, "distinct_rate": different}
+        distinct = len(self.sequences.responses.unique(dim=0)) / len(self.scores)
+        return {**{name: value.item() for name, value in means.items()}, "distinct_rate": distinct}
 
 
-def make_rollout(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float,
-    running: Tensor | None = None,
-) -> Rollout:  # fmt: skip
-    """Record what policy, critic and reference think of the responses, beside their scores (B,).
+def collect_rollout(
+    models: Models, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig, kl_coef: float
+) -> Rollout:
+    """Sample one response per prompt, score it, and record all that the update needs.
 
-    running (B, R), if given, are the scores of the unfinished responses up to a token, NaN where not looked up.
+    prompts are ids and mask (B, P), uniforms (B, max_new_tokens) all the randomness. Each rank takes its share of the
+    rows, and all of them get the whole rollout. Raises UserError on every rank where one of them fails.
     """
-    logprobs, ref_logprobs, values, entropy, exact_kl = score_responses(policy, reference, seqs)
-    running = torch.full_like(logprobs, math.nan) if running is None else running
-    return Rollout(seqs, logprobs, ref_logprobs, values, exact_kl, entropy, running, scores, kl_coef)
+    own = rank_slice(len(uniforms))
+    ids, mask = prompts
+    watch = Stopwatch(models.policy.lm.device)
+    with raise_on_all_ranks():
+        seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
+        seconds_generate = watch.lap()
+        scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
+        logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(models.policy, models.reference, seqs)
+    own_rollout = Rollout(seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef)
+    rollout = own_rollout.gathered()
+    return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +192,12 @@ class Batch:
     advantages: Tensor
     returns: Tensor
 
-    def select(self, rows: Tensor) -> "Batch":
-        """The same for some responses only."""
-        parts = (self.logprobs, self.values, self.advantages, self.returns)
-        return Batch(self.sequences.select(rows), *(x[rows] for x in parts))
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def select(self, rows: Tensor | slice) -> "Batch":
+        """Some of the rows."""
+        return map_tensors(lambda x: x[rows], self)
 
 
 def ppo_loss(
@@ -146,8 +205,8 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, clipped value loss and entropy bonus, summed over real tokens / token_count.
 
-    token_count is that of the whole minibatch, so that the losses of its micro-batches add up to its mean. Returns the
-    loss (scalar) and, for the report, sums over real tokens (Schulman et al. 2017, eq. 7 and 9).
+    token_count is that of the whole minibatch, so the losses of its micro-batches add up to its mean. Returns the loss
+    (scalar) and sums over real tokens for the statistics (Schulman et al. 2017, eq. 7 and 9).
     """
     mask = batch.sequences.response_mask
     log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0)
@@ -166,149 +225,130 @@ def ppo_loss(
         sums = {
             "policy_loss": total(policy_loss),
             "value_loss": total(value_loss),
-            "approx_kl": total(ratio - 1 - log_ratio),  # k3 of Schulman 2020: unbiased and never negative
+            "approx_kl": total(ratio - 1 - log_ratio),  # k3 of Schulman 2020: unbiased, never negative
             "clip_frac": total(((ratio - 1).abs() > cfg.clip_range).float()),
+            "tokens": mask.sum(),
             "ratio_max": ratio.max(),
         }
     return loss / token_count, sums
 
 
+# --- the update -----------------------------------------------------------------------------------------------------
+
+
 def ppo_update(
     policy: GPT2WithValueHead, optimizer: Optimizer, rollout: Rollout, cfg: TrainConfig, step: int
 ) -> dict[str, float]:
-    """Improve the policy on one rollout: ppo_epochs passes in fresh random order, one optimiser step per minibatch.
+    """Improve the policy on one rollout: ppo_epochs passes in new random order, one optimiser step per minibatch.
 
-    Changes policy and optimizer in place. A minibatch whose loss or gradient is not finite changes nothing and is
-    counted as skipped. Returns averages over all real tokens of all minibatches.
+    Changes policy and optimizer in place. A minibatch whose loss or gradient is not finite changes nothing and counts
+    as skipped. Returns averages over all real tokens of all minibatches, on every rank the same.
     """
+    watch = Stopwatch(rollout.mask.device)
     advantages, returns = compute_gae(rollout.rewards(), rollout.values, rollout.mask, cfg.gamma, cfg.gae_lambda)
-    data = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, rollout.mask), returns)
+    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, rollout.mask), returns)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
-    report, size = Report(), cfg.micro_batch_size or cfg.minibatch_size
-    gradients = GradientSum([*reversed(list(policy.lm.parameters())), *policy.value_head.parameters()])
-    for epoch in range(cfg.ppo_epochs):
-        order = permutation(cfg.seed, step, epoch, len(rollout.mask)).to(rollout.mask.device)
-        epoch_report = Report()
-        for rows in order.split(cfg.minibatch_size):
-            size = _learn(policy, optimizer, data.select(rows), cfg, size, epoch_report, gradients)
-        report.add(epoch_report)
-        if cfg.target_kl is not None and epoch_report.mean("approx_kl") > cfg.target_kl:
-            break
-    gradients.close()
+    stats, micro_batch = UpdateStats(), FittingSize(cfg.micro_batch_size or cfg.minibatch_size)
+    with GradientReducer([*reversed(list(policy.lm.parameters())), *policy.value_head.parameters()]) as reducer:
+        for epoch in range(cfg.ppo_epochs):
+            epoch_stats = UpdateStats()
+            order = permutation(cfg.seed, step, epoch, len(batch)).to(rollout.mask.device)
+            for rows in order.split(cfg.minibatch_size):
+                minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer)
+                grad_norm = float(clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
+                if math.isfinite(grad_norm) and minibatch_stats.is_finite():
+                    optimizer.step()
+                    epoch_stats.add(minibatch_stats)
+                    epoch_stats.count_step(grad_norm)
+                else:
+                    epoch_stats.skipped += 1
+            stats.add(epoch_stats)
+            if cfg.target_kl is not None and epoch_stats.mean("approx_kl") > cfg.target_kl:
+                break
     return {
-        **report.metrics(),
+        **stats.metrics(),
         "explained_var": explained_variance(returns, rollout.values, rollout.mask),
         "epochs": epoch + 1,
-        "micro_batch_size": -int(largest(-size)),
+        "micro_batch_size": -int(all_reduce_max(-micro_batch.size)),
         "lr": learning_rate(cfg, step),
+        "seconds_update": watch.lap(),
     }
 
 
-def _learn(
-    policy: GPT2WithValueHead, optimizer: Optimizer, minibatch: Batch, cfg: TrainConfig, size: int, report: "Report",
-    gradients: GradientSum,
-) -> int:  # fmt: skip
-    """One optimiser step on one minibatch, in micro-batches that leave its gradient as it is.
+def accumulate_gradients(
+    policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, micro_batch: FittingSize, reducer: GradientReducer
+) -> "UpdateStats":
+    """Set the policy's gradient to that of the PPO loss on a minibatch; returns its statistics.
 
-    Each process takes its share of the rows. Where memory does not suffice for micro-batches of `size` responses they
-    are halved, and the minibatch is begun anew: the gradient is the same, because nothing in it is random. Returns the
-    size that sufficed.
+    Each rank takes its share of the rows, in micro-batches of a size that memory suffices for. A micro-batch is one
+    pass through the transformer. The loss above its hidden states is a sum over tokens, so it is taken back to them
+    chunk by chunk: the logits of all tokens, GPT-2 has 50,257 per token, never exist at once.
     """
-    token_count, device = minibatch.sequences.response_mask.sum(), minibatch.logprobs.device
-    own = torch.arange(len(minibatch.logprobs), device=device)[share_of(len(minibatch.logprobs))]
-    while True:
-        optimizer.zero_grad()
-        found = Report()
-        try:
-            pieces = own.split(size) if len(own) else ()
-            for i, rows in enumerate(pieces, start=1):
-                last = gradients if i == len(pieces) else None
-                _backward(policy, minibatch.select(rows), cfg, token_count, found, last)
-            break
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = -(-size // 2)
-        gradients.waiting = {}  # what was not sent yet is not complete any more
-        torch.cuda.empty_cache()  # out here the failed pass is no longer held
-    gradients.finish()
-    found = found.of_all()
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-    if math.isfinite(grad_norm) and found.is_finite():
-        optimizer.step()
-        found.add_step(grad_norm)
-        report.add(found)
-    else:
-        optimizer.zero_grad()
-        report.skipped += 1
-    return size
+    token_count = minibatch.sequences.response_mask.sum()
+    own = minibatch.select(rank_slice(len(minibatch)))
+
+    def attempt(size: int) -> UpdateStats:
+        policy.zero_grad()
+        reducer.expect_last(False)
+        stats = UpdateStats()
+        for first in range(0, len(own), size):
+            micro = own.select(slice(first, first + size))
+            hidden = policy.response_hidden(micro.sequences)
+            states = hidden.detach().requires_grad_()
+            for rows in policy.chunk(micro.sequences):
+                part = micro.select(rows)
+                new = policy.evaluate_hidden(states[rows], part.sequences, with_entropy=cfg.ent_coef > 0)
+                loss, sums = ppo_loss(*new, part, cfg, token_count)
+                loss.backward()
+                stats.add_sums(sums)
+            reducer.expect_last(first + size >= len(own))
+            hidden.backward(states.grad)
+        return stats
+
+    stats = micro_batch.run(attempt)
+    reducer.finish()
+    return stats.all_reduced()
 
 
-def _backward(
-    policy: GPT2WithValueHead, micro: Batch, cfg: TrainConfig, token_count: Tensor, report: "Report",
-    gradients: GradientSum | None,
-) -> None:  # fmt: skip
-    """Add the gradient of a micro-batch: one pass through GPT-2, the loss above it for a few responses at a time.
+class UpdateStats:
+    """Running sums of an update, so that every statistic is a mean over all its tokens.
 
-    The loss is a sum over tokens, so each few can be taken back to the hidden states before the next; logits of all
-    tokens, of which GPT-2 has 50,257 each, never exist at once. gradients is there for the last micro-batch only.
+    They stay tensors on their device until they are read: reading a number waits for the GPU.
     """
-    hidden = policy.response_hidden(micro.sequences)
-    states = hidden.detach().requires_grad_()
-    for rows in torch.arange(len(states), device=states.device).split(policy.responses_at_a_time(micro.sequences)):
-        few = micro.select(rows)
-        new = policy.evaluate_hidden(states[rows], few.sequences, with_entropy=cfg.ent_coef > 0)
-        loss, sums = ppo_loss(*new, few, cfg, token_count)
-        loss.backward()
-        report.add_sums(sums, few.sequences.response_mask.sum())
-    if gradients is not None:
-        gradients.begin()
-    hidden.backward(states.grad)
 
-
-class Report:
-    """Running sums of an update, so that every statistic is a mean over all tokens and not the last minibatch's.
-
-    They stay tensors on their device until asked for: on a GPU, looking at a number waits for all that was begun.
-    """
+    NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "tokens")
 
     def __init__(self) -> None:
-        names = ("policy_loss", "value_loss", "approx_kl", "clip_frac")
-        self.sums: dict[str, Tensor] = {name: torch.zeros(()) for name in names}
-        self.ratio_max = self.tokens = torch.zeros(())
+        self.sums: dict[str, Tensor] = {name: torch.zeros(()) for name in self.NAMES}
+        self.ratio_max = torch.zeros(())
         self.grad_norms, self.steps, self.skipped = 0.0, 0, 0
 
-    def add_sums(self, sums: dict[str, Tensor], tokens: Tensor) -> None:
-        """Add one micro-batch: sums over its real tokens, and how many these are."""
-        self._add(sums, sums["ratio_max"], tokens)
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        """Add sums over real tokens, as ppo_loss returns them."""
+        device = sums["tokens"].device
+        self.sums = {name: total.to(device) + sums[name].detach() for name, total in self.sums.items()}
+        self.ratio_max = torch.maximum(self.ratio_max.to(device), sums["ratio_max"])
 
-    def add_step(self, grad_norm: float) -> None:
-        """Count one optimiser step and the norm of its gradient before clipping."""
-        self.grad_norms += grad_norm
-        self.steps += 1
-
-    def add(self, other: "Report") -> None:
-        """Add all that another report holds."""
-        self._add(other.sums, other.ratio_max, other.tokens)
+    def add(self, other: "UpdateStats") -> None:
+        """Add all of another."""
+        self.add_sums({**other.sums, "ratio_max": other.ratio_max})
         self.grad_norms += other.grad_norms
         self.steps += other.steps
         self.skipped += other.skipped
 
-    def _add(self, sums: dict[str, Tensor], ratio_max: Tensor, tokens: Tensor) -> None:
-        self.sums = {name: total.to(tokens.device) + sums[name].detach() for name, total in self.sums.items()}
-        self.ratio_max = torch.maximum(self.ratio_max.to(tokens.device), ratio_max)
-        self.tokens = self.tokens.to(tokens.device) + tokens
+    def count_step(self, grad_norm: float) -> None:
+        """Count one optimiser step and the norm of its gradient before clipping."""
+        self.grad_norms += grad_norm
+        self.steps += 1
 
-    def of_all(self) -> "Report":
-        """The sums of all processes."""
-        whole = Report()
-        sums = sum_of_all(torch.stack([*self.sums.values(), self.tokens.to(self.ratio_max)]))
-        whole.sums, whole.tokens = dict(zip(self.sums, sums, strict=False)), sums[-1]
-        whole.ratio_max = self.ratio_max
-        if world_size() > 1:
-            whole.ratio_max = torch.tensor(largest(float(self.ratio_max)), device=sums.device)
+    def all_reduced(self) -> "UpdateStats":
+        """The same over the micro-batches of all ranks."""
+        whole = UpdateStats()
+        sums = all_reduce_sum(torch.stack([x.to(self.ratio_max) for x in self.sums.values()]))
+        whole.sums = dict(zip(self.sums, sums, strict=True))
+        whole.ratio_max = torch.tensor(all_reduce_max(float(self.ratio_max)), device=sums.device)
         return whole
 
     def is_finite(self) -> bool:
@@ -316,13 +356,13 @@ class Report:
         return bool(torch.stack([*self.sums.values(), self.ratio_max]).isfinite().all())
 
     def mean(self, name: str) -> float:
-        """A sum divided by the tokens it runs over (NaN where every minibatch was skipped)."""
-        return float(self.sums[name] / self.tokens)
+        """A sum divided by its number of tokens (NaN where every minibatch was skipped)."""
+        return float(self.sums[name] / self.sums["tokens"])
 
     def metrics(self) -> dict[str, float]:
-        """All of it as one row."""
+        """All statistics as one row."""
         return {
-            **{name: self.mean(name) for name in self.sums},
+            **{name: self.mean(name) for name in self.NAMES if name != "tokens"},
             "ratio_max": float(self.ratio_max),
             "grad_norm": self.grad_norms / self.steps if self.steps else math.nan,
             "updates": self.steps,
@@ -331,12 +371,12 @@ class Report:
 
 
 def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over policy and critic; eps 1e-5 damps the first steps, and no weight is pulled towards 0."""
+    """AdamW over policy and critic; eps 1e-5 damps the first steps, and there is no weight decay."""
     return torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Step size of step 1, 2, …: rising over warmup_steps, then falling evenly towards 0, or constant."""
+    """Step size of step 1, 2, …: it rises over warmup_steps, then falls linearly towards 0 or stays constant."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":
@@ -346,14 +386,14 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 
 @dataclass
 class KLController:
-    """beta, fixed or steered to a KL per response by a proportional rule (Ziegler et al. 2019, section 2.2)."""
+    """beta, fixed or steered to a target KL by a proportional rule (Ziegler et al. 2019, section 2.2)."""
 
     coef: float
     target: float | None = None
     gain: float = 0.1
 
     def update(self, kl_seq: float) -> None:
-        """Raise beta where kl_seq (nats, mean over the batch) was above target, lower it where below, 2 % at most."""
+        """Raise beta if kl_seq (nats, mean over the batch) was above the target, lower it if below, by 2 % at most."""
         if self.target is not None and math.isfinite(kl_seq):
             error = max(-0.2, min(0.2, kl_seq / self.target - 1))
             self.coef *= 1 + self.gain * error

@@ -1,36 +1,22 @@
-"""The arithmetic of PPO-RLHF as pure functions: masks, sampling, log-probabilities, KL shaping, GAE, whitening.
+"""The arithmetic of PPO-RLHF as pure functions: random draws, masks, sampling, log-probabilities, rewards, advantages.
 
-Shapes: B batch, P left-padded prompt, R response, T = P + R, V vocabulary, H hidden. Masks are bool, True = real.
-Nothing here knows of models, files or settings.
+Shapes: B batch, P left-padded prompt, R response, T = P + R, V vocabulary, H hidden, N any number of tokens. Masks are
+bool, True = real. Nothing here knows of models, files or settings.
 """
 
-import contextlib
-import ctypes
 import math
-import os
-import pickle
-import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import constants, get_session
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from config import UserError
-
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
-               pickle.UnpicklingError)  # fmt: skip
-CHUNK_FLOATS = 24_000_000  # logits alive at a time, 96 MB in float32: large products are fast, and memory stays low
-MAIN = "main"  # the revision where none is named
-ENOUGH = 8  # responses, to foretell a score from
+T = TypeVar("T")
+CHUNK_FLOATS = 24_000_000  # logits in memory at a time, 96 MB in float32: large products are fast, and memory stays low
+MIN_ROWS_TO_PREDICT = 8  # responses that a regression needs to predict scores from
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 
 
@@ -38,7 +24,7 @@ BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled 
 
 
 def uniforms(seed: int, step: int, rows: int, width: int) -> Tensor:
-    """The random numbers of one step's sampling: (rows, width) float64 in [0, 1), one per response token."""
+    """The random numbers of one step's sampling, (rows, width) float64 in [0, 1): one per response token."""
     return torch.from_numpy(np.random.default_rng([seed, step, 1]).random((rows, width)))
 
 
@@ -47,119 +33,27 @@ def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, step, 2, epoch]).permutation(n))
 
 
-# --- several processes, each with its share of the rows; where there is only one, all of this is trivial ------------
+# --- dataclasses of tensors ------------------------------------------------------------------------------------------
 
 
-def world_size() -> int:
-    """How many processes work on this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
+    """The first of some dataclasses of one type, each tensor in it replaced by function(that tensor of every one).
 
-
-def rank() -> int:
-    """Which of them this is."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return rank() == 0
-
-
-def share_of(rows: int) -> slice:
-    """Which of so many rows are this process's."""
-    return slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
-
-
-def gather_rows(x: Tensor, rows: int) -> Tensor:
-    """The shares x (b, ...) of all processes together: (rows, ...), the same everywhere."""
-    if world_size() == 1:
-        return x
-    kind = torch.uint8 if x.dtype == torch.bool else x.dtype
-    whole = torch.zeros(rows, *x.shape[1:], dtype=kind, device=x.device)
-    whole[share_of(rows)] = x.to(kind)
-    dist.all_reduce(whole)  # everyone else adds exact zeros
-    return whole.to(x.dtype)
-
-
-def sum_of_all(x: Tensor) -> Tensor:
-    """The sum of all processes' tensors of one shape, the same everywhere."""
-    if world_size() > 1:
-        there = x.to(meeting_place())
-        dist.all_reduce(there)
-        x = there.to(x.device)
-    return x
-
-
-def largest(x: float) -> float:
-    """The largest of all processes' numbers."""
-    if world_size() == 1:
-        return x
-    found = torch.tensor([float(x)], dtype=torch.float64, device=meeting_place())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
-
-
-def meeting_place() -> torch.device:
-    """Where tensors must be to be sent: NCCL knows only CUDA."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-class GradientSum:
-    """Adds up the gradients of all processes, once per optimiser step, while the backward pass is still under way.
-
-    Gradients are sent in buckets, in the order in which a backward pass finishes them. Loss and gradient of a
-    minibatch are sums over its rows, so that the sum over processes is that of one process with all rows.
+    Dataclasses inside dataclasses are mapped too; all other fields stay those of the first.
     """
+    changes: dict[str, Any] = {}
+    for field in fields(batches[0]):  # type: ignore[arg-type]
+        values = [getattr(batch, field.name) for batch in batches]
+        if isinstance(values[0], Tensor):
+            changes[field.name] = function(*values)
+        elif is_dataclass(values[0]):
+            changes[field.name] = map_tensors(function, *values)
+    return replace(batches[0], **changes)  # type: ignore[type-var]
 
-    BUCKET = 6_000_000  # numbers: 24 MB at a time keep the line busy and leave little for the end
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        """Parameters in the order in which their gradients become ready."""
-        self.buckets: list[list[Tensor]] = []
-        self.sent: list[tuple[Tensor, Any]] = []
-        self.waiting: dict[Tensor, int] = {}
-        if world_size() == 1:
-            return
-        room = 0
-        for parameter in parameters:
-            if room < parameter.numel():
-                self.buckets.append([])
-                room = self.BUCKET
-            self.buckets[-1].append(parameter)
-            room -= parameter.numel()
-        self.hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in parameters]  # type: ignore[arg-type]
-
-    def begin(self) -> None:
-        """From here on a gradient that is accumulated is complete."""
-        self.waiting = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-
-    def _ready(self, parameter: Tensor) -> None:
-        if self.waiting.pop(parameter, None) is not None:
-            while len(self.sent) < len(self.buckets) and not any(
-                p in self.waiting for p in self.buckets[len(self.sent)]
-            ):  # in the same order everywhere, whatever is ready first
-                self._send()
-
-    def _send(self) -> None:
-        bucket = self.buckets[len(self.sent)]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
-
-    def finish(self) -> None:
-        """Send what is left, and put the sums in the gradients' place."""
-        self.waiting = {}
-        while len(self.sent) < len(self.buckets):
-            self._send()
-        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
-            work.wait()
-            for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = grad.view_as(parameter)
-        self.sent = []
-
-    def close(self) -> None:
-        """Let go of the parameters."""
-        for hook in self.hooks if self.buckets else ():
-            hook.remove()
+def pad_right(x: Tensor, extra: int) -> Tensor:
+    """Add `extra` columns of zeros to x (B, n, ...) on the right; a vector (B,) stays as it is."""
+    return x if x.dim() == 1 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra))
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -206,11 +100,11 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution at `uniform`, and say how likely it was.
+    """Draw one token per row by inverting the cumulative distribution at `uniform`; also return its log-probability.
 
-    logits (B, V), uniform (B,) float64 in [0, 1); returns tokens (B,) int64 and logprobs (B,). Two levels,
-    blocks of 256 tokens and then the tokens of one block, keep the running sums exact in float64 at the cost of one
-    pass over the vocabulary.
+    logits (B, V), uniform (B,) float64 in [0, 1); returns tokens (B,) int64 and logprobs (B,). The draw has two
+    levels, blocks of 256 tokens and then the tokens of one block. So the running sums are exact in float64 and cost
+    one pass over the vocabulary.
     """
     probs = logits.softmax(-1)
     if logits.shape[-1] % BLOCK:
@@ -228,100 +122,94 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token.squeeze(-1), probs.gather(1, token).log().squeeze(-1)
 
 
-# --- log-probabilities without the (tokens, V) matrix ---------------------------------------------------------------
+# --- log-probabilities of whole vocabularies, a chunk of tokens at a time ---------------------------------------------
 
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
-    chunk_rows: int = 0, with_entropy: bool = True,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability of each token and entropy of the distribution it came from, float32 and differentiable.
+    """Log-probability of each token and entropy of the distribution it came from, both (N,) float32, differentiable.
 
-    hidden (N, H) are the states that the tokens (N,) were chosen in, weight (V, H) the output embedding, support
-    (N, V) bool the tokens that could be chosen (None: all). Logits exist for `chunk_rows` rows at a time (0: see
-    rows_at_a_time), forward and backward; the backward pass computes them again where there is more than one chunk.
-    Entropy is 0 where not wanted.
+    hidden (N, H) are the states in which the tokens (N,) were chosen, weight (V, H) is the output embedding, support
+    (N, V) bool marks the tokens that could be chosen (None: all). Entropy is 0 where it is not wanted.
     """
-    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, chunk_rows, with_entropy)
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, with_entropy)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """With z the warped logits, p = softmax(z), h its entropy, and k the token chosen:
     d log p_k / d z_j = [j = k] - p_j    and    d h / d z_j = -p_j (log p_j + h).
+
+    One (N, V) matrix is kept for the backward pass; autograd would keep three.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, tokens, temperature, support, chunk_rows, with_entropy):  # type: ignore[no-untyped-def]
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy = torch.zeros_like(logprobs)
+    def forward(ctx: Any, hidden, weight, tokens, temperature, support, with_entropy):  # type: ignore[no-untyped-def]
         embedding = output_embedding(weight, hidden.dtype)
-        chunks = list(_chunks(len(hidden), len(weight), chunk_rows))
-        for rows in chunks:
-            all_logprobs = _all_logprobs(hidden, embedding, temperature, support, rows)
-            logprobs[rows] = all_logprobs.gather(1, tokens[rows, None]).squeeze(1)
-            if with_entropy:
-                entropy[rows] = -_expectation(all_logprobs.exp(), all_logprobs, support, rows, len(weight))
-        ctx.save_for_backward(hidden, weight, embedding, tokens, entropy, all_logprobs if len(chunks) == 1 else None)
-        ctx.rest = chunks, temperature, support
-        ctx.set_materialize_grads(False)
-        if not with_entropy:
+        all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
+        logprobs = all_logprobs.gather(1, tokens[:, None]).squeeze(1)
+        entropy = torch.zeros_like(logprobs)
+        if with_entropy:
+            entropy = -_expectation(all_logprobs.exp(), all_logprobs, support, len(weight))
+        else:
             ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden, weight, embedding, tokens, entropy, all_logprobs)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
-        hidden, weight, embedding, tokens, entropy, kept = ctx.saved_tensors
-        chunks, temperature, support = ctx.rest
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        hidden, weight, embedding, tokens, entropy, all_logprobs = ctx.saved_tensors
         grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
-        for rows in chunks:
-            all_logprobs = kept if kept is not None else _all_logprobs(hidden, embedding, temperature, support, rows)
-            grad = all_logprobs.exp()
-            if grad_entropy is None:
-                grad *= -grad_logprobs[rows, None]
-            else:
-                slope = (all_logprobs + entropy[rows, None]).nan_to_num(neginf=0.0)
-                grad *= -(grad_logprobs[rows, None] + grad_entropy[rows, None] * slope)
-            grad.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
-            if temperature != 1:
-                grad /= temperature
-            grad = grad[:, : len(weight)].to(hidden.dtype)
-            grad_hidden[rows] = grad @ embedding
-            if grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, hidden[rows])
-            else:
-                grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight, None, None, None, None, None
+        grad = all_logprobs.exp()
+        if grad_entropy is None:
+            grad *= -grad_logprobs[:, None]
+        else:
+            slope = (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
+            grad *= -(grad_logprobs[:, None] + grad_entropy[:, None] * slope)
+        grad.scatter_add_(1, tokens[:, None], grad_logprobs[:, None])
+        if ctx.temperature != 1:
+            grad /= ctx.temperature
+        grad = grad[:, : len(weight)].to(hidden.dtype)
+        return grad @ embedding, (grad.T @ hidden).float(), None, None, None, None
 
 
 @torch.no_grad()
 def compare_policies(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, tokens: Tensor,
-    temperature: float = 1.0, support: Tensor | None = None, chunk_rows: int = 0,
+    temperature: float = 1.0, support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Policy and reference at the same tokens: logprobs, ref_logprobs, entropy and exact KL(policy || reference).
 
     Shapes as in token_logprobs; each result is (N,) float32, the KL in nats over the whole vocabulary.
     """
-    out = hidden.new_empty(4, len(hidden), dtype=torch.float32)
     embedding, ref_embedding = output_embedding(weight, hidden.dtype), output_embedding(ref_weight, ref_hidden.dtype)
-    for rows in _chunks(len(hidden), len(weight), chunk_rows):
-        lp = _all_logprobs(hidden, embedding, temperature, support, rows)
-        ref_lp = _all_logprobs(ref_hidden, ref_embedding, temperature, support, rows)
-        probs = lp.exp()
-        out[0, rows] = lp.gather(1, tokens[rows, None]).squeeze(1)
-        out[1, rows] = ref_lp.gather(1, tokens[rows, None]).squeeze(1)
-        gap = torch.sub(lp, ref_lp, out=ref_lp)
-        out[2, rows] = -_expectation(lp, probs, support, rows, len(weight))
-        out[3, rows] = _expectation(gap, probs, support, rows, len(weight))
-    return out[0], out[1], out[2], out[3]
+    all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
+    all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
+    probs = all_logprobs.exp()
+    logprobs, ref_logprobs = (x.gather(1, tokens[:, None]).squeeze(1) for x in (all_logprobs, all_ref_logprobs))
+    log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
+    entropy = -_expectation(all_logprobs, probs, support, len(weight))
+    return logprobs, ref_logprobs, entropy, _expectation(log_ratio, probs, support, len(weight))
+
+
+def vocabulary_logprobs(hidden: Tensor, embedding: Tensor, temperature: float, support: Tensor | None) -> Tensor:
+    """log softmax of all warped logits (N, V'), float32, where V' is V rounded up to blocks; see padded_logits."""
+    logits = padded_logits(hidden, embedding)
+    if temperature != 1:
+        logits /= temperature
+    if support is not None:
+        logits[:, : len(embedding)].masked_fill_(~support, -math.inf)
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def output_embedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output embedding (V, H) as it is multiplied by.
+    """The output embedding (V, H) in the precision of matrix products.
 
-    In half precision its mean row is taken out: that shifts all logits of a token alike, which no probability notices,
-    and spares bfloat16 the large common offset of GPT-2's logits, next to which it could not tell tokens apart.
+    In half precision its mean row is subtracted. That shifts all logits of a token alike, so no probability changes,
+    and removes GPT-2's large common offset, next to which bfloat16 could not tell tokens apart.
     """
     return weight if dtype == torch.float32 else (weight - weight.mean(0)).to(dtype)
 
@@ -329,8 +217,8 @@ def output_embedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
     """Float32 logits (N, V') of states (N, H), where V' is V rounded up to blocks and the columns added are -inf.
 
-    With GPT-2's 50,257 columns no row but the first would start at an address that matrix products like: they take up
-    to twice as long.
+    With GPT-2's 50,257 columns only the first row would start at an aligned address, and matrix products would take
+    up to twice as long.
     """
     vocabulary = len(embedding)
     logits = hidden.new_empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK)
@@ -339,30 +227,11 @@ def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
     return logits.float()
 
 
-def rows_at_a_time(vocabulary: int) -> int:
-    """How many rows of logits are held at a time."""
-    return max(1, CHUNK_FLOATS // vocabulary)
-
-
-def _chunks(rows: int, vocabulary: int, chunk_rows: int) -> Iterator[slice]:
-    size = chunk_rows or rows_at_a_time(vocabulary)
-    return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
-
-
-def _all_logprobs(hidden: Tensor, embedding: Tensor, temperature: float, support: Tensor | None, rows: slice) -> Tensor:
-    logits = padded_logits(hidden[rows], embedding)
-    if temperature != 1:
-        logits /= temperature
-    if support is not None:
-        logits[:, : len(embedding)].masked_fill_(~support[rows], -math.inf)
-    return torch.log_softmax(logits, -1, out=logits)
-
-
-def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, rows: slice, vocabulary: int) -> Tensor:
+def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, vocabulary: int) -> Tensor:
     """Sum of probs * x over the tokens that can be chosen; x is overwritten, which saves a pass over memory."""
     product = x.mul_(probs)[:, :vocabulary]
-    if support is not None:  # outside it both are without meaning: 0 times infinity
-        product.masked_fill_(~support[rows], 0)
+    if support is not None:  # outside it both are undefined: 0 times infinity
+        product.masked_fill_(~support, 0)
     return product.sum(-1)
 
 
@@ -371,54 +240,53 @@ def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, rows: slice, 
 
 def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
-    running: Tensor | None = None,
+    partial_scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Per-token rewards -kl_coef * kl, plus the score where it is paid; and kl = logprobs - ref_logprobs.
+    """Per-token rewards -kl_coef * kl plus the score, and kl = logprobs - ref_logprobs (Ziegler et al. 2019, eq. 2).
 
-    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2). The score is
-    paid on the last real token, or, where there are running scores, as spread_scores says.
+    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask. The last real token gets the score, or,
+    where there are partial scores, the tokens share it as spread_scores says.
     """
     kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
-    return spread_scores(scores, running, response_mask) - kl_coef * kl, kl
+    return spread_scores(scores, partial_scores, response_mask) - kl_coef * kl, kl
 
 
-def spread_scores(scores: Tensor, running: Tensor | None, response_mask: Tensor) -> Tensor:
-    """Pay each response's score (B,) to its tokens (B, R): to those that changed what score was to be expected.
+def spread_scores(scores: Tensor, partial_scores: Tensor | None, response_mask: Tensor) -> Tensor:
+    """Divide each response's score (B,) among its tokens (B, R): a token gets what it changed in the expected score.
 
-    running (B, R) is the score of the unfinished response up to a token, NaN where it was not looked up. What it tells
-    of the final score is found by regression over the other responses, for each column by itself: early on little,
-    later nearly all. Each change of that expectation is paid when it comes to light. The payments add up to the score
-    minus what is expected before anything is written, the mean of the other scores; they are differences of a function
-    of the state, which leaves the best policy as it is at gamma 1 (Ng et al. 1999), and where the expectation is right
-    no function of the state leaves less noise. Without running scores, the last token is paid everything.
+    partial_scores (B, R) hold the score of the unfinished response up to a token, NaN where it was not scored. A
+    regression over the other responses, one per column, turns them into expected final scores. A response's payments
+    add up to its score minus the mean of the other scores, which is what is expected before the first token. Payments
+    are differences of a function of the state, so at gamma 1 the optimal policy stays the same (Ng et al. 1999).
+    Without partial scores the last token gets everything.
     """
     last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
     paid = torch.zeros(response_mask.shape, device=scores.device)
     expected = torch.zeros_like(scores, dtype=torch.float32)
-    if running is not None:
-        known = ~running.isnan() & (torch.arange(running.shape[1], device=last.device) < last)
-        columns = (known.sum(0) >= ENOUGH).nonzero().squeeze(1).tolist()
+    if partial_scores is not None:
+        known = ~partial_scores.isnan() & (torch.arange(partial_scores.shape[1], device=last.device) < last)
+        columns = (known.sum(0) >= MIN_ROWS_TO_PREDICT).nonzero().squeeze(1).tolist()
         if columns:
             expected += (scores.sum() - scores) / (len(scores) - 1)
         for t in columns:
             rows = known[:, t]
-            update = _foretold(running[rows, t], scores[rows])
-            paid[rows, t] = update - expected[rows]
-            expected[rows] = update
+            prediction = leave_one_out_predict(partial_scores[rows, t], scores[rows])
+            paid[rows, t] = prediction - expected[rows]
+            expected[rows] = prediction
     return paid.scatter_add(1, last, (scores - expected)[:, None])
 
 
-def _foretold(seen: Tensor, scores: Tensor) -> Tensor:
-    """What each final score (n,) is expected to be from what was seen, by ridge regression on all the others.
+def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
+    """Predict each y (n,) from its x (n,) by ridge regression on all other pairs.
 
-    Leaving one out changes its error by 1 / (1 - leverage); a slope outside [0, 1] is set to the nearer end.
+    Leaving one pair out multiplies its error by 1 / (1 - leverage). A slope outside [0, 1] is set to the nearer end.
     """
-    news = seen - seen.mean()
-    total = news.square().sum() + 1
-    slope = (news * (scores - scores.mean())).sum() / total
-    fitted = slope.clamp(0, 1)
-    leverage = 1 / len(seen) + torch.where(slope == fitted, news.square() / total, 0)
-    return scores - (scores - scores.mean() - fitted * news) / (1 - leverage)
+    centred = x - x.mean()
+    total = centred.square().sum() + 1
+    slope = (centred * (y - y.mean())).sum() / total
+    clamped = slope.clamp(0, 1)
+    leverage = 1 / len(x) + torch.where(slope == clamped, centred.square() / total, 0)
+    return y - (y - y.mean() - clamped * centred) / (1 - leverage)
 
 
 def compute_gae(
@@ -437,168 +305,3 @@ def compute_gae(
         next_value = torch.where(real, values[:, t], 0)
         advantages[:, t] = next_advantage
     return advantages, torch.where(response_mask, advantages + values, 0)
-
-
-# --- text and machine -----------------------------------------------------------------------------------------------
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
-    """Texts of the real tokens of each row; tokens and mask (B, n); special tokens such as EOS are left out."""
-    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def spreadsheet_safe(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: an apostrophe goes before what would begin one."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def keep_freed_memory() -> None:
-    """Let the process reuse memory that it freed instead of giving it back to the system (glibc; elsewhere nothing).
-
-    A step frees and takes gigabytes; fresh pages cost up to eight times what it takes to fill them.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
-
-
-@contextlib.contextmanager
-def enough_memory(to_lower: str) -> Iterator[None]:
-    """Where memory does not suffice, name the settings to lower (raises UserError)."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"memory does not suffice: lower {to_lower}") from None
-
-
-def quiet_libraries() -> None:
-    """Silence progress bars and notices of the libraries that a user cannot act on."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def resolve_device(device: str) -> str:
-    """auto -> cuda where present, else cpu (raises UserError where cuda is asked for in vain)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def resolve_dtype(dtype: str, device: str) -> str:
-    """auto -> bfloat16 where the hardware multiplies it fast, else float32."""
-    if dtype == "auto":
-        return "bfloat16" if fast_bfloat16(torch.device(device)) else "float32"
-    return dtype
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-# --- the hub --------------------------------------------------------------------------------------------------------
-
-
-def require_hub(setting: str, name: str) -> None:
-    """Make sure that `name` can be had: a folder, in the cache, or on a hub that answers.
-
-    Where the hub does not answer but the cache has the name, the libraries are switched to offline mode, which spares
-    half a minute of retries. Raises UserError where it can be had nowhere.
-    """
-    try:
-        if Path(name).exists():
-            return
-    except OSError as error:
-        raise UserError(f"{setting}={name} cannot be looked up: {error.strerror}") from None
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise UserError(f"{setting}={name} does not exist: check the path")
-    kind = "datasets" if setting.startswith("dataset") else "models"
-    cached = (Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "snapshots").is_dir()
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    elif _hub_answers():
-        return
-    else:
-        reason = f"the hub at {constants.ENDPOINT} does not answer"
-    if not cached:
-        raise UserError(
-            f"{setting}={name} is neither a folder nor in the cache, and {reason}: "
-            "connect, name a folder, or use --preset tiny, which needs no network"
-        )
-    _go_offline()
-
-
-def _go_offline() -> None:
-    constants.HF_HUB_OFFLINE = True
-    with contextlib.suppress(ImportError):
-        import datasets
-
-        datasets.config.HF_HUB_OFFLINE = True
-
-
-def _hub_answers(timeout: float = 3.0) -> bool:
-    """One request, in a thread, because a name look-up can hang for longer than any timeout."""
-    answers: list[object] = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # whatever went wrong, the hub did not answer
-            answers.append(get_session().head(constants.ENDPOINT, timeout=timeout))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout + 1)
-    return bool(answers)
-
-
-@contextlib.contextmanager
-def loading(setting: str, name: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises while it loads `name` into a UserError of one line."""
-    require_hub(setting, name)
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
-
-
-def load_tokenizer(setting: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model (raises UserError where there is none: the library would make one up)."""
-    with loading(setting, name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or MAIN, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"{setting}={name} has no tokenizer: save it with the model")
-    return tokenizer
-
-
-def resolved_commit(setting: str, name: str, revision: str | None = None) -> str | None:
-    """The commit that a name from the hub stood for when it was loaded; None for a folder or a file."""
-    kind = "datasets" if setting.startswith("dataset") else "models"
-    cache = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
-    if Path(name).exists() or not cache.is_dir():
-        return None
-    reference = cache / "refs" / (revision or MAIN)
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-
-
-def refuse_missing(setting: str, name: str, info: dict[str, Any], what: str) -> None:
-    """Raise UserError where a model came without some of its weights, which the library would fill with noise."""
-    if info["missing_keys"]:
-        first = min(info["missing_keys"])
-        raise UserError(f"{setting}={name} lacks the weights of {first}: it is not a complete {what}")

@@ -10,7 +10,6 @@ The floor is the time that the step's matrix products would take at the rate mea
 time to read the weights once per decoded token at the rate measured for copying.
 """
 
-import math
 import re
 import shlex
 import statistics
@@ -24,11 +23,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import TrainConfig, UserError, opt, parse_tool, run_tool, words  # isort: skip  (before torch: see there)
+from config import TrainConfig, UserError, opt
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DistilBertConfig,
@@ -39,15 +37,18 @@ from transformers import (
 )  # fmt: skip
 
 from model import GPT2WithValueHead
-from ppo import build_optimizer, make_rollout, ppo_update
-from tools.processes import processes
-from tools.tables import read_table, ready_for_table
-from train import Parts, Stopwatch, act, load_parts, resolve, running_scores, score
-from utils import is_first, keep_freed_memory, meeting_place, quiet_libraries, world_size, write_whole
+from ppo import Models, build_optimizer, collect_rollout, ppo_update
+from runtime.cli import parse_flags, run, words
+from runtime.device import Stopwatch, keep_freed_memory, peak_memory_mb
+from runtime.distributed import is_main_process, process_group, world_size
+from runtime.files import check_table_path, read_table, write_atomic
+from runtime.hub import quiet_libraries
+from training.parts import load_parts, resolve
+from utils import uniforms
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One PPO step: models and shapes. gpt2 and distilbert are layers, width, heads; None: trained models are named."""
 
     gpt2: tuple[int, int, int] = (4, 256, 4)
@@ -59,10 +60,10 @@ class Work:
     minibatch: int = 16
 
 
-SIZES = {
-    "mini": Work(),
-    "124m": Work((12, 768, 12), (6, 768, 12), batch=8, prompt=64, response=32, minibatch=4),
-    "gpu": Work((12, 768, 12), (6, 768, 12), batch=64, prompt=128, response=64),
+WORKLOADS = {
+    "mini": Workload(),
+    "124m": Workload((12, 768, 12), (6, 768, 12), batch=8, prompt=64, response=32, minibatch=4),
+    "gpu": Workload((12, 768, 12), (6, 768, 12), batch=64, prompt=128, response=64),
 }
 
 
@@ -79,22 +80,22 @@ class BenchConfig:
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
     steps: int = opt(3, "Steps timed, after one that is not.")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
-    peer: str | None = opt(None, "Another command to time, in turn with this one.")
+    peer: str | None = opt(None, "Another command to time, alternating with this one.")
     rounds: int = opt(1, "How often to alternate with the peer.")
     csv: str | None = opt(None, "File to append the figures to.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and append to the CSV file."""
-    cfg = parse_tool(BenchConfig, argv, __doc__)
+    cfg = parse_flags(BenchConfig, argv, __doc__)
     if cfg.steps < 1 or cfg.rounds < 1:
         raise UserError("steps and rounds must be at least 1")
     quiet_libraries()
     rows = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as joined:
-        # made by each process for itself, before they meet: of those that have met, the library lets only one save
-        configs = [(work, make_config(cfg, work, Path(folder))) for work in sweep(SIZES[cfg.size], cfg.sweep)]
-        joined.enter_context(processes(cfg.device))
+        # each process makes its own before they join: once joined, the library lets only one of them save
+        configs = [(work, make_config(cfg, work, Path(folder))) for work in sweep(WORKLOADS[cfg.size], cfg.sweep)]
+        joined.enter_context(process_group(cfg.device))
         for work, train_cfg in configs:
             for turn in range(cfg.rounds):
                 models = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
@@ -106,14 +107,14 @@ def main(argv: list[str] | None = None) -> None:
                     row["of_its_memory"] = row["peak_memory_mb"] / row["peer_memory_mb"]
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
                 rows.append(row)
-        if cfg.csv and is_first():
+        if cfg.csv and is_main_process():
             append(Path(cfg.csv), rows)
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-def sweep(work: Work, spec: str | None) -> list[Work]:
+def sweep(work: Workload, spec: str | None) -> list[Workload]:
     """`name=a,b,c` -> the work with that shape set to a, then b, then c (raises UserError)."""
     if spec is None:
         return [work]
@@ -124,12 +125,12 @@ def sweep(work: Work, spec: str | None) -> list[Work]:
     return [replace(work, **change) for change in changes]
 
 
-def shapes(work: Work) -> dict[str, int]:
+def shapes(work: Workload) -> dict[str, int]:
     """The numbers of a work that a sweep can change."""
     return {f.name: getattr(work, f.name) for f in fields(work) if isinstance(getattr(work, f.name), int)}
 
 
-def make_config(cfg: BenchConfig, work: Work, folder: Path) -> TrainConfig:
+def make_config(cfg: BenchConfig, work: Workload, folder: Path) -> TrainConfig:
     """Settings of train.py for this work, with random-weight models made in `folder` unless others are named."""
     names = {name: getattr(cfg, name) for name in ("policy_name", "rm_name", "dataset")}
     if None in names.values():
@@ -145,8 +146,8 @@ def make_config(cfg: BenchConfig, work: Work, folder: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def make_random_models(work: Work, folder: Path, vocabulary: int = 50257) -> dict[str, str]:
-    """Full-size models without sense, tokenizers of made-up words, and prompts of these words."""
+def make_random_models(work: Workload, folder: Path, vocabulary: int = 50257) -> dict[str, str]:
+    """Full-size models with random weights, tokenizers of made-up words, and prompts of these words."""
     torch.manual_seed(0)
     layers, width, heads = work.gpt2
     lm = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary))
@@ -179,27 +180,24 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     """Median seconds of each phase over `steps` steps after one to warm up, with rates and the floor."""
     parts = load_parts(cfg)
     keep_freed_memory()
-    optimizer = build_optimizer(parts.policy, cfg)
-    laps: list[dict[str, float]] = []
+    models, optimizer = parts.models, build_optimizer(parts.models.policy, cfg)
+    rows: list[dict[str, float]] = []
     for step in range(1, steps + 2):
-        watch = Stopwatch(cfg.device)
-        seqs = act(parts, cfg, step)
-        watch.lap("seconds_generate")
-        scored = score(parts, cfg, seqs), cfg.kl_coef, running_scores(parts, cfg, seqs)
-        rollout = make_rollout(parts.policy, parts.reference, seqs, *scored).of_all()
-        watch.lap("seconds_score")
-        ppo_update(parts.policy, optimizer, rollout, cfg, step)
-        watch.lap("seconds_update")
-        laps.append(watch.metrics(rollout))
-    medians = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+        noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
+        rollout = collect_rollout(models, parts.prompts.batch(step), noise, cfg, cfg.kl_coef)
+        update = ppo_update(models.policy, optimizer, rollout, cfg, step)
+        took = {**rollout.seconds, "seconds_update": update["seconds_update"]}
+        rate = int(rollout.mask.sum()) / sum(took.values())
+        rows.append({**took, "tokens_per_second": rate, "peak_memory_mb": peak_memory_mb(cfg.device)})
+    medians = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
     seconds = sum(medians[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
     matmul, copy = ceilings(cfg)
-    work = flops(parts, cfg)
-    weights = sum(p.numel() for p in parts.policy.lm.parameters())
+    work = flops(models, cfg)
+    weights = sum(p.numel() for p in models.policy.lm.parameters())
     read = weights * (2 if cfg.dtype == "bfloat16" else 4)
     floor = sum(work.values()) / matmul / world_size() + cfg.max_new_tokens * read / copy
     return {
-        "processes": world_size(), "weights": weights, **wire(cfg),
+        "processes": world_size(), "weights": weights,
         "device": cfg.device, "dtype": cfg.dtype, "seconds": seconds, **medians,
         "matmul_gflops": matmul / 1e9, "copy_gb": copy / 1e9,
         "update_of_matmul": work["update"] / medians["seconds_update"] / matmul / world_size(),
@@ -216,46 +214,34 @@ def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
     return 2 * size**3 / best(lambda: a @ b, cfg), 2 * memory.nbytes / best(lambda: target.copy_(memory), cfg)
 
 
-def wire(cfg: TrainConfig, numbers: int = 4_000_000) -> dict[str, float]:
-    """How fast processes send to each other: GB/s around a ring, microseconds of a small message (NaN if alone)."""
-    n = world_size()
-    if n == 1:
-        return {"wire_gb_s": math.nan, "wire_latency_us": math.nan}
-    large, small = (torch.ones(size, device=meeting_place()) for size in (numbers, 1))
-    latency = best(lambda: dist.all_reduce(small), cfg) / (2 * (n - 1))
-    took = best(lambda: dist.all_reduce(large), cfg)
-    return {"wire_gb_s": 2 * (n - 1) / n * large.nbytes / took / 1e9, "wire_latency_us": latency * 1e6}
-
-
 def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:
     """Shortest seconds of a call over a few, after one to warm up."""
+    watch = Stopwatch(cfg.device)
     found = []
     for _ in range(times + 1):
-        watch = Stopwatch(cfg.device)
         call()
-        watch.lap("call")
-        found.append(watch.laps["call"])
+        found.append(watch.lap())
     return min(found[1:])
 
 
-def flops(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
-    """Multiply-adds, times two, that a step cannot do without, by phase; backward costs twice its forward pass."""
+def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
+    """FLOPs that a step needs at least, by phase; a backward pass costs twice its forward pass."""
 
     def forward(model: GPT2WithValueHead) -> float:
         c = model.lm.config
         tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
-        trunk = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
-        trunk -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
-        return cfg.batch_size * (trunk + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
+        layers = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
+        layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
+        return cfg.batch_size * (layers + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
 
-    reward = parts.reward.model
+    reward = models.reward.model
     judged = sum(p.numel() for name, p in reward.named_parameters() if "embeddings" not in name)
     unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()
     read = cfg.batch_size * (cfg.max_new_tokens + sum(unfinished))  # tokens by the reward
     return {
-        "generate": forward(parts.policy),
-        "score": forward(parts.policy) + forward(parts.reference) + 2 * judged * read,
-        "update": 3 * cfg.ppo_epochs * forward(parts.policy),
+        "generate": forward(models.policy),
+        "score": forward(models.policy) + forward(models.reference) + 2 * judged * read,
+        "update": 3 * cfg.ppo_epochs * forward(models.policy),
     }
 
 
@@ -268,7 +254,7 @@ def measure_peer(command: str) -> dict[str, float]:
         except (OSError, IndexError) as error:
             raise UserError(f"peer={command!r} cannot be started ({error})") from None
         while peer.poll() is None:
-            peak = max(peak, peak_memory_mb(peer.pid))
+            peak = max(peak, peer_memory_mb(peer.pid))
             time.sleep(0.2)
         out.seek(0)
         seconds = [float(x) for x in re.findall(r"total ([\d.]+) s", out.read())]
@@ -277,7 +263,7 @@ def measure_peer(command: str) -> dict[str, float]:
     return {"peer_seconds": statistics.median(seconds[1:] or seconds), "peer_memory_mb": peak}
 
 
-def peak_memory_mb(pid: int) -> float:
+def peer_memory_mb(pid: int) -> float:
     """The most memory that a running process has held so far (Linux; 0 elsewhere)."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -289,11 +275,11 @@ def peak_memory_mb(pid: int) -> float:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, with the command that made them; columns that one lacks stay empty."""
     table = pd.DataFrame(rows).assign(command="python -m tools.benchmark " + shlex.join(sys.argv[1:]))
-    ready_for_table(path)
+    check_table_path(path)
     if path.exists():
         table = pd.concat([read_table(path), table])
-    write_whole(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+    write_atomic(path, table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(run(main))

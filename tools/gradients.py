@@ -1,28 +1,28 @@
-"""How much of the policy gradient is signal, for every way of telling which token earned the score.
+"""How much of the policy gradient is signal, for every way of assigning the score to tokens.
 
     python -m tools.gradients                                             of gpt2, as train.py would begin
     python -m tools.gradients --train "--policy_name ckpts/policy_lm"     of a policy that was trained
     python -m tools.gradients --draw results/gradients.csv                only the table
 
-The policy answers `batches` batches of prompts. Each gives one estimate g of the gradient of the mean score, for each
-reward_every and gae_lambda from the same responses; without critic, discount, whitening and the price of KL, so that
-nothing but the way differs. Products g_i g_j of different batches estimate the signal |E g|^2, products g_i g_i signal
-and noise together. Each weight counts by one over the root mean square of its gradient in `pilot` batches of their own
-(plus the mean of that over all weights), as it does for Adam with its eps. `signal_to_noise` is that of one batch, with
-its standard error; `responses` is how many it takes for signal to equal noise (the gradient noise scale of McCandlish
-et al. 2018, arXiv 1812.06162). `length` and `cosine` compare the true gradient with that of REINFORCE, which pays
-everything at the end, has lambda 1 and is unbiased; they are left out where the signal is within two standard errors of
-nothing.
+The policy answers `batches` batches of prompts. Each batch gives one estimate g of the gradient of the mean score for
+each reward_every and gae_lambda, from the same responses and without critic, discount, whitening and KL penalty. The
+products g_i g_j of different batches estimate the signal |E g|^2, the products g_i g_i estimate signal plus noise. Each
+weight is divided by the root mean square of its gradient over `pilot` batches (plus the mean of that over all weights),
+as Adam does with its eps. `signal_to_noise` is that of one batch, with its standard error; `responses` is how many make
+signal equal noise (the gradient noise scale of McCandlish et al. 2018, arXiv 1812.06162). `length` and `cosine` compare
+the true gradient with that of REINFORCE, which pays the whole score at the end, has lambda 1 and is unbiased. They are
+left out where the signal is within two standard errors of zero.
 
-Keeps one vector as large as the policy for each way.
+Memory: one vector as large as the policy for each way.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import TrainConfig, UserError, numbers, opt, parse_config, parse_tool, run_tool, with_changes, words  # isort: skip
+from config import TrainConfig, UserError, opt, parse_config
 
 import numpy as np
 import pandas as pd
@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-import train
 from model import GPT2WithValueHead, Sequences
-from tools.tables import read_table, ready_for_table
-from utils import ENOUGH, compute_gae, quiet_libraries, spread_scores, write_whole
+from runtime.cli import numbers, parse_flags, run, words
+from runtime.files import check_table_path, read_table, write_atomic
+from runtime.hub import quiet_libraries
+from training.parts import Parts, load_parts, resolve
+from utils import MIN_ROWS_TO_PREDICT, compute_gae, spread_scores, uniforms
 
 Way = tuple[int, float]  # reward_every and gae_lambda
 REINFORCE: Way = (0, 1.0)
@@ -54,48 +56,50 @@ class GradientsConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, keep the table, and print it."""
-    cfg = parse_tool(GradientsConfig, argv, __doc__)
+    cfg = parse_flags(GradientsConfig, argv, __doc__)
     if cfg.batches < 3 or cfg.pilot < 1:
         raise UserError("batches must be at least 3 and pilot at least 1: noise shows where estimates differ")
     path = Path(cfg.draw or cfg.csv)
     if cfg.draw is None:
-        ready_for_table(path)
+        check_table_path(path)
         quiet_libraries()
-        write_whole(path, measure(cfg).to_csv(index=False, float_format="%.3g", lineterminator="\n"))
+        write_atomic(path, measure(cfg).to_csv(index=False, float_format="%.3g", lineterminator="\n"))
     print(read_table(path).to_string(index=False))
 
 
 def measure(cfg: GradientsConfig) -> pd.DataFrame:
     """One row per way (raises UserError)."""
-    run = parse_config(TrainConfig, [*words("train", cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
+    run_cfg = parse_config(TrainConfig, [*words("train", cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
     asked = itertools.product(numbers("reward_every", cfg.reward_every, int),
                               numbers("gae_lambda", cfg.gae_lambda, float))  # fmt: skip
     ways = list(dict.fromkeys([REINFORCE, *asked]))
     for every, lam in ways:
-        with_changes(run, reward_every=every, gae_lambda=lam)  # refuses what is out of range
-    if run.batch_size < ENOUGH:
-        raise UserError(f"batch_size={run.batch_size} leaves running scores unused: take {ENOUGH} or more")
-    run = train.resolve(run)
-    parts = train.load_parts(run)
-    square = torch.zeros(())
+        replace(run_cfg, reward_every=every, gae_lambda=lam)  # refuses what is out of range
+    if run_cfg.batch_size < MIN_ROWS_TO_PREDICT:
+        raise UserError(
+            f"batch_size={run_cfg.batch_size} leaves partial scores unused: take {MIN_ROWS_TO_PREDICT} or more"
+        )
+    run_cfg = resolve(run_cfg)
+    parts = load_parts(run_cfg)
+    policy, square = parts.models.policy, torch.zeros(())
     found = {way: Products() for way in ways}
     for batch in trange(1, cfg.pilot + cfg.batches + 1, unit="batch", dynamic_ncols=True):
-        observed = observe(parts, run, batch)
+        observed = observe(parts, run_cfg, batch)
         if batch <= cfg.pilot:
-            square = square + policy_gradient(parts.policy, observed, REINFORCE, run).square() / cfg.pilot
+            square = square + policy_gradient(policy, observed, REINFORCE, run_cfg).square() / cfg.pilot
             continue
         size = square.sqrt()  # damped by its mean, so that weights that hardly moved in the pilot do not count most
         scale = (size + size.mean()).clamp(min=1e-12).rsqrt()  # it comes twice in a product
-        textbook = scale * policy_gradient(parts.policy, observed, REINFORCE, run)
+        textbook = scale * policy_gradient(policy, observed, REINFORCE, run_cfg)
         before = found[REINFORCE].total
         for way in ways:
-            gradient = textbook if way == REINFORCE else scale * policy_gradient(parts.policy, observed, way, run)
+            gradient = textbook if way == REINFORCE else scale * policy_gradient(policy, observed, way, run_cfg)
             found[way].add(gradient, textbook, before)
     rows = [
-        {"reward_every": way[0], "gae_lambda": way[1], **products.figures(found[REINFORCE], run.batch_size)}
+        {"reward_every": way[0], "gae_lambda": way[1], **products.figures(found[REINFORCE], run_cfg.batch_size)}
         for way, products in found.items()
     ]
-    return pd.DataFrame(rows).assign(batch=run.batch_size, batches=cfg.batches, train=cfg.train)
+    return pd.DataFrame(rows).assign(batch=run_cfg.batch_size, batches=cfg.batches, train=cfg.train)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +108,14 @@ class Observed:
 
     seqs: Sequences
     scores: Tensor
-    running: Tensor
+    partial_scores: Tensor
 
 
-def observe(parts: train.Parts, run: TrainConfig, batch: int) -> Observed:
+def observe(parts: Parts, run_cfg: TrainConfig, batch: int) -> Observed:
     """Let the policy answer, and score the answers after every token."""
-    seqs = train.act(parts, run, batch)
-    running = train.running_scores(parts, run, seqs)
-    assert running is not None
-    return Observed(seqs, train.score(parts, run, seqs), running)
+    models, noise = parts.models, uniforms(run_cfg.seed, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
+    seqs = models.respond(models.policy, parts.prompts.batch(batch), noise, run_cfg)
+    return Observed(seqs, models.score(seqs, run_cfg), models.partial_scores(seqs, run_cfg))
 
 
 def advantages(observed: Observed, way: Way) -> Tensor:
@@ -121,17 +124,17 @@ def advantages(observed: Observed, way: Way) -> Tensor:
     scores, mask = observed.scores, observed.seqs.response_mask
     if every:
         place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        rewards = spread_scores(scores, torch.where(place % every == 0, observed.running, math.nan), mask)
+        rewards = spread_scores(scores, torch.where(place % every == 0, observed.partial_scores, math.nan), mask)
     else:  # against the mean of the others, so that no response weighs on its own baseline
         rewards = spread_scores((scores - scores.mean()) * len(scores) / max(1, len(scores) - 1), None, mask)
     return compute_gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)[0]
 
 
-def policy_gradient(policy: GPT2WithValueHead, observed: Observed, way: Way, run: TrainConfig) -> Tensor:
+def policy_gradient(policy: GPT2WithValueHead, observed: Observed, way: Way, run_cfg: TrainConfig) -> Tensor:
     """The gradient (weights,) of PPO's policy loss where it begins, at ratio 1: of -mean(advantage log pi)."""
     policy.zero_grad()
     advantage, mask = advantages(observed, way), observed.seqs.response_mask
-    for rows in torch.arange(len(mask), device=mask.device).split(run.micro_batch_size or run.minibatch_size):
+    for rows in torch.arange(len(mask), device=mask.device).split(run_cfg.micro_batch_size or run_cfg.minibatch_size):
         logprobs, _, _ = policy.evaluate_responses(observed.seqs.select(rows), with_entropy=False)
         (-(advantage[rows] * logprobs).sum() / mask.sum()).backward()
     return torch.cat([weight.grad.flatten() for weight in policy.lm.parameters() if weight.grad is not None])
@@ -180,4 +183,4 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(run(main))

@@ -1,11 +1,11 @@
-"""Settings times seeds: trains each, evaluates all alike, and keeps a table from which everything else is drawn.
+"""Settings times seeds: trains each combination, evaluates all alike, and keeps one table of the figures.
 
     python -m tools.study --grid 'lr=1e-5,2e-5 kl_coef=0.1' --seeds 0,1,2 --csv results/study.csv
     python -m tools.study --peer 'python other.py --seed {seed} --out {folder}/policy_lm' --seeds 0,1 --csv …
     python -m tools.study --draw results/study.csv          only the table and the picture
 
-What train.py and eval.py are told besides goes into --train and --evaluate. Runs that are done are kept, runs that
-were stopped go on: the same command again finishes what is left. --jobs of them at a time, each on its share of cores.
+Further flags of train.py and eval.py go into --train and --evaluate. Finished runs are kept and interrupted ones are
+resumed, so the same command again does what is left. --jobs runs at a time share the cores.
 """
 
 import itertools
@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, numbers, opt, parse_tool, run_tool, words  # isort: skip  (before torch: see there)
+from config import UserError, opt
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from tools.summary import summarise
-from tools.tables import read_table, ready_for_table
-from utils import write_whole
+from evaluation.summary import summarise
+from runtime.cli import numbers, parse_flags, run, words
+from runtime.files import check_table_path, read_table, write_atomic
 
 ROOT = Path(__file__).parent.parent
 KEY = ("setting", "seed")  # of a row
@@ -43,11 +43,11 @@ class StudyConfig:
 
     grid: str = opt("", "Settings to cross: name=a,b name=c,d. Empty: train.py's defaults.")
     seeds: str = opt("0", "Seeds for each setting.")
-    train: str = opt("", "Further flags of train.py, alike for all.")
-    evaluate: str = opt("", "Further flags of eval.py, alike for all.")
+    train: str = opt("", "Further flags of train.py, the same for all runs.")
+    evaluate: str = opt("", "Further flags of eval.py, the same for all runs.")
     peer: str | None = opt(None, "Another program instead of train.py; {seed} and {folder} are filled in.")
-    peer_name: str = opt("peer", "What the table calls it.")
-    frontier: int = opt(0, "Base responses per prompt, drawn once for all runs, for the best possible at each KL.")
+    peer_name: str = opt("peer", "Its name in the table.")
+    frontier: int = opt(0, "Base responses per prompt, drawn once for all runs, for the best possible reward.")
     jobs: int = opt(1, "Runs at a time.")
     folder: str = opt("study", "Where the runs are kept.")
     csv: str = opt("results/study.csv", "The table; a picture of the same name is drawn beside it.")
@@ -56,7 +56,7 @@ class StudyConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print and draw (raises UserError, at the end, where runs failed)."""
-    cfg = parse_tool(StudyConfig, argv, __doc__)
+    cfg = parse_flags(StudyConfig, argv, __doc__)
     if cfg.jobs < 1:
         raise UserError(f"jobs={cfg.jobs} must be at least 1")
     if cfg.frontier < 0 or cfg.frontier == 1:
@@ -64,30 +64,30 @@ def main(argv: list[str] | None = None) -> None:
     failed = 0
     if cfg.draw is None:
         runs = list(itertools.product(settings(cfg), numbers("seeds", cfg.seeds, int)))
-        ready_for_table(Path(cfg.csv))
-        for path in filter(Path.exists, (Path(cfg.csv), steps_of(Path(cfg.csv)))):
-            read_table(path, *KEY)  # told now, not after the first run
+        check_table_path(Path(cfg.csv))
+        for path in filter(Path.exists, (Path(cfg.csv), steps_path(Path(cfg.csv)))):
+            read_table(path, *KEY)  # so that an error comes now, not after the first run
         with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
-                tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or brief(row)}")
+                tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or one_line(row)}")
                 failed += "failed" in row
-                keep(cfg, row)
-        share_draws(cfg)
+                store_row(cfg, row)
+        add_optimal_share(cfg)
     path = Path(cfg.draw or cfg.csv)
     table = read_table(path, *KEY)
     print(markdown(table))
-    steps = read_table(steps_of(path), *KEY, *STEP_COLUMNS[:3]) if steps_of(path).is_file() else None
+    steps = read_table(steps_path(path), *KEY, *STEP_COLUMNS[:3]) if steps_path(path).is_file() else None
     picture(table, steps, path.with_suffix(".png"))
     if failed:
-        raise UserError(f"{failed} of {len(runs)} runs failed, as told above: see log.txt in their folders")
+        raise UserError(f"{failed} of {len(runs)} runs failed, see above and log.txt in their folders")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def settings(cfg: StudyConfig) -> list[tuple[str, ...]]:
-    """The flags of each setting: all ways of choosing one value of every name in the grid (raises UserError)."""
+    """The flags of each setting: every combination of the values in the grid (raises UserError)."""
     if cfg.peer:
         return [()]
     choices = []
@@ -100,7 +100,7 @@ def settings(cfg: StudyConfig) -> list[tuple[str, ...]]:
 
 
 def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """Train and evaluate, unless just that is done; returns the row for the table."""
+    """Train and evaluate, unless that is done already; returns the row for the table."""
     name = cfg.peer_name if cfg.peer else " ".join(flag.removeprefix("--") for flag in setting) or "defaults"
     folder = folder_of(cfg, name, seed)
     threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))
@@ -116,12 +116,12 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for argv, note in ((command, "trained.txt"), (judged, "judged.txt")):
-            if not said(folder / note, shlex.join(argv)):
+            if not was_run(folder / note, shlex.join(argv)):
                 with (folder / "log.txt").open("a") as log:
-                    done = subprocess.run(here(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
+                    done = subprocess.run(command_line(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
                 if done.returncode:
                     return {**row, "failed": f"code {done.returncode}, see {folder}/log.txt"}
-                write_whole(folder / note, shlex.join(argv))
+                write_atomic(folder / note, shlex.join(argv))
         summary = json.loads((folder / "eval_summary.json").read_text(encoding="utf-8"))
         return {**row, **figures(summary, folder / "metrics.csv")}
     except (OSError, ValueError, KeyError) as error:
@@ -133,48 +133,50 @@ def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
     return Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
 
 
-def share_draws(cfg: StudyConfig) -> None:
-    """Say of every run how near the best possible it is, by base responses that are drawn once for all of one base."""
+def add_optimal_share(cfg: StudyConfig) -> None:
+    """Add to every run its share of the best possible gain, from base responses drawn once for all runs of one base."""
     table = read_table(Path(cfg.csv), *KEY)
-    rows = [row for row in table.to_dict("records") if row.get("n", 0) > 0]  # those that did not fail
+    rows = [row for row in table.to_dict("records") if row.get("n", 0) > 0]  # runs that did not fail
     folders = [folder_of(cfg, row["setting"], row["seed"]) for row in rows]
     drawn = [one for folder in folders if (one := read_results(folder / "drawn.csv")) is not None]
     for row, folder in zip(rows, folders, strict=True):
         if (found := read_results(folder / "eval_results.csv")) is None:
             continue
-        draws = [one for one in (found, *drawn) if draws_in(one) and same_base(found, one)]
-        if max(map(draws_in, draws), default=0) < cfg.frontier:
-            more = draw_base(cfg, row["judged"], folder)
+        draws = [one for one in (found, *drawn) if count_draws(one) and has_same_base(found, one)]
+        if max(map(count_draws, draws), default=0) < cfg.frontier:
+            more = evaluate_with_draws(cfg, row["judged"], folder)
             draws, drawn = draws + more, drawn + more
         if draws:
-            found["base_draws"] = max(draws, key=draws_in).base_draws
-        keep(cfg, {**row, **figures(summarise(found), folder / "metrics.csv")})
+            found["base_draws"] = max(draws, key=count_draws).base_draws
+        store_row(cfg, {**row, **figures(summarise(found), folder / "metrics.csv")})
 
 
-def draws_in(results: pd.DataFrame) -> int:
-    """How many base responses stand behind each prompt of an evaluation."""
+def count_draws(results: pd.DataFrame) -> int:
+    """How many base responses an evaluation has per prompt."""
     return len(str(results.base_draws.iloc[0]).split()) if "base_draws" in results else 0
 
 
 def read_results(path: Path) -> pd.DataFrame | None:
-    """What eval.py wrote, one row per prompt, if it is there and whole; an empty answer is no missing one."""
+    """The table of eval.py, one row per prompt, if it can be read; an empty answer is not a missing one."""
     with suppress(OSError, ValueError):
         return pd.read_csv(path, keep_default_na=False)
     return None
 
 
-def same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
-    """Whether two evaluations asked the same of the same base, and scored it alike: answers are drawn with one seed."""
+def has_same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Whether two evaluations have the same prompts, base answers and base scores."""
     return all(list(one[name]) == list(other[name]) for name in ("prompt", "base_text")) and np.allclose(
         one.base_score, other.base_score, atol=1e-3
     )
 
 
-def draw_base(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]:
+def evaluate_with_draws(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]:
     """Evaluate once more with many base responses per prompt, in a table of its own; nothing where that fails."""
     path = folder / "drawn.csv"
     with (folder / "log.txt").open("a") as log:
-        command = here([*shlex.split(judged), f"--out_csv={path}", f"--frontier={cfg.frontier}"])  # the last one counts
+        command = command_line(
+            [*shlex.split(judged), f"--out_csv={path}", f"--frontier={cfg.frontier}"]
+        )  # the last one counts
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     drawn = None if done.returncode else read_results(path)
     if drawn is None:
@@ -182,23 +184,23 @@ def draw_base(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]
     return [] if drawn is None else [drawn]
 
 
-def said(note: Path, command: str) -> bool:
-    """Whether this very command has been carried out in a folder (raises UserError where another was)."""
+def was_run(note: Path, command: str) -> bool:
+    """Whether this very command has been run in a folder (raises UserError where another one has)."""
     if not note.exists():
         return False
     if note.read_text(encoding="utf-8") != command:
-        raise UserError(f"{note} tells of another command: choose another --folder")
+        raise UserError(f"{note} names another command: choose another --folder")
     return True
 
 
-def here(words: list[str]) -> list[str]:
+def command_line(words: list[str]) -> list[str]:
     """A command with this Python and this project's scripts."""
     return [{"python": sys.executable, "train.py": str(ROOT / "train.py"), "eval.py": str(ROOT / "eval.py")}.get(w, w)
             for w in words]  # fmt: skip
 
 
 def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
-    """What a study keeps of an evaluation, and of the run's own table where there is one."""
+    """The columns of the study's table: figures of the evaluation, and of the run's metrics.csv if there is one."""
     ours, base = summary["policy"], summary["base"]
     intervals = {"positive": ours.get("positive_ci"), "sentiment": ours.get("sentiment_ci"),
                  "win_rate": summary.get("win_rate_ci"), "kl": summary.get("kl_seq_exact_ci"),
@@ -214,9 +216,9 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
         **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
            (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
         **best_possible(summary),
-        **{f"{name}_ci": as_json(interval) for name, interval in intervals.items()},
+        **{f"{name}_ci": to_json(interval) for name, interval in intervals.items()},
     }  # fmt: skip
-    if (table := steps_in(metrics)) is not None:
+    if (table := read_steps(metrics)) is not None:
         found |= {"episodes": int(table.episodes.iloc[-1]), "kl_max": table.kl_seq.max(), "kl_min": table.kl_seq.min(),
                   "first_sentiment": table.sentiment_mean.iloc[0],
                   "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
@@ -224,42 +226,42 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
 
 
 def best_possible(summary: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation found out about the best possible, where base responses were drawn."""
+    """The best possible as an evaluation found it, where base responses were drawn."""
     kept = {"optimal_share_ci": "optimal_share_rate_ci", "best_of_n": "best_of_n", "optimal_curve": "optimal_curve"}
     return {"optimal_share": summary.get("optimal_share_rate"), "kl_certain": summary.get("kl_certain")} | {
-        name: as_json(summary.get(key)) for name, key in kept.items()
+        name: to_json(summary.get(key)) for name, key in kept.items()
     }
 
 
-def as_json(value: Any) -> str:
+def to_json(value: Any) -> str:
     """JSON with numbers of four digits."""
     return json.dumps(json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}")))
 
 
-def brief(row: dict[str, Any]) -> str:
+def one_line(row: dict[str, Any]) -> str:
     """A row in a few words."""
     return f"sentiment {row['sentiment']:+.3f}, {row['positive']:.1%} positive, KL {row['kl']:.2f}"
 
 
-def keep(cfg: StudyConfig, row: dict[str, Any]) -> None:
-    """Put a run into the table, and the steps of its training into the table of these.
+def store_row(cfg: StudyConfig, row: dict[str, Any]) -> None:
+    """Write a run into the table, and the steps of its training into the table of steps.
 
-    One that failed takes the place of none that did not: the table may be of models that are not at hand any more.
+    A failed run never replaces a successful one, whose models may no longer exist.
     """
     path = Path(cfg.csv)
     if "sentiment" not in row and path.exists():
         old = read_table(path, *KEY)
-        if "sentiment" in old and old[same_run(old, row)].sentiment.notna().any():
+        if "sentiment" in old and old[is_same_run(old, row)].sentiment.notna().any():
             return
-    put(path, pd.DataFrame([row]))
-    steps = steps_in(folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv")
+    replace_rows(path, pd.DataFrame([row]))
+    steps = read_steps(folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv")
     if steps is not None:
         own = steps[[name for name in STEP_COLUMNS if name in steps]]
-        put(steps_of(path), own.assign(setting=row["setting"], seed=row["seed"]))
+        replace_rows(steps_path(path), own.assign(setting=row["setting"], seed=row["seed"]))
 
 
-def steps_in(metrics: Path) -> pd.DataFrame | None:
-    """The steps of a run's training, if its program told of them as train.py does."""
+def read_steps(metrics: Path) -> pd.DataFrame | None:
+    """The steps of a run's training, if its program logged them as train.py does."""
     with suppress(OSError, ValueError):
         table = pd.read_csv(metrics)
         if len(table) and {*STEP_COLUMNS[:3], "kl_seq"} <= set(table):
@@ -267,20 +269,20 @@ def steps_in(metrics: Path) -> pd.DataFrame | None:
     return None
 
 
-def steps_of(path: Path) -> Path:
-    """Where the steps of a study's runs are kept, beside its table."""
+def steps_path(path: Path) -> Path:
+    """The table of training steps, beside the study's table."""
     return path.with_name(f"{path.stem}_steps.csv")
 
 
-def put(path: Path, rows: pd.DataFrame) -> None:
-    """Put the rows of one setting and seed into a table, in the place of older ones."""
+def replace_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Write the rows of one setting and seed into a table, in place of older ones."""
     if path.exists():
         old = read_table(path, *KEY)
-        rows = pd.concat([old[~same_run(old, rows.iloc[0])], rows])
-    write_whole(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+        rows = pd.concat([old[~is_same_run(old, rows.iloc[0])], rows])
+    write_atomic(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
-def same_run(table: pd.DataFrame, run: Mapping[str, Any] | pd.Series) -> pd.Series:
+def is_same_run(table: pd.DataFrame, run: Mapping[str, Any] | pd.Series) -> pd.Series:
     """Which rows of a table are of the same setting and seed."""
     return (table.setting == run["setting"]) & (table.seed == run["seed"])
 
@@ -333,17 +335,16 @@ def _cell(runs: pd.DataFrame, column: str) -> str:
 
 
 def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None:
-    """Sentiment against KL, every run beside the best possible where that is known; and on the way there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Sentiment against KL for every run, with the best possible where it is known, and during training."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     if not len(done := table.dropna(subset="sentiment") if "sentiment" in table else table[:0]):
         return
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained", sharey=True)
-    axis, on_the_way = axes
-    colours = dict(zip(done.setting.unique(), itertools.cycle(map(plt.get_cmap("tab20"), range(20))), strict=False))
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    axis, while_training = axes
+    colours = dict(zip(done.setting.unique(), itertools.cycle(map(colormaps["tab20"], range(20))), strict=False))
     for setting, runs in done.groupby("setting", sort=False):
         axis.plot(runs.kl, runs.sentiment, "o", color=colours[setting], label=str(setting))
     known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
@@ -361,17 +362,16 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
         for setting, runs in steps.groupby("setting", sort=False):
             by_step = runs.groupby("episodes").sentiment_mean
             smooth = {name: by_step.agg(name).rolling(5, 1).mean() for name in ("mean", "min", "max")}
-            on_the_way.plot(smooth["mean"], color=colours.get(setting))
+            while_training.plot(smooth["mean"], color=colours.get(setting))
             if runs.seed.nunique() > 1:
                 ends = smooth["mean"].index, smooth["min"], smooth["max"]
-                on_the_way.fill_between(*ends, color=colours.get(setting), alpha=0.2)
-        on_the_way.set_xscale("log")
-    on_the_way.set(xlabel="episodes", title="batches while training (mean of 5; band: lowest to highest seed)")
+                while_training.fill_between(*ends, color=colours.get(setting), alpha=0.2)
+        while_training.set_xscale("log")
+    while_training.set(xlabel="episodes", title="batches while training (mean of 5; band: lowest to highest seed)")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(run(main))

@@ -1,9 +1,9 @@
-"""Kills training at random moments, resumes it, and compares what is left with a run that nobody disturbed.
+"""Kills training at random moments, resumes it, and compares what is left with an undisturbed run.
 
     python -m tools.torture --kills 100
 
-SIGKILL, which no program can catch, falls anywhere: while loading, sampling, learning, saving or drawing. Every run
-must end with the same weights, optimiser and tables, bit for bit. So must the first-time making of the tiny models.
+SIGKILL, which no program can catch, comes at any time: while loading, sampling, learning, saving or drawing. Every
+run must end with the same weights, optimiser and tables, bit for bit. So must the making of the tiny models.
 """
 
 import os
@@ -17,17 +17,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, opt, parse_tool, run_tool  # isort: skip  (before torch: see there)
+from config import UserError, opt
 
 import pandas as pd
 from tqdm import tqdm
 
-from tools.benchmark import Work, make_random_models
-from tools.states import states
-from utils import quiet_libraries
+from runtime.cli import Stopped, parse_flags, run
+from runtime.hub import quiet_libraries
+from tools.benchmark import Workload, make_random_models
+from training.checkpoints import list_checkpoints, step_of
 
 ROOT = Path(__file__).parent.parent
-SMALL = Work((2, 32, 2), (1, 32, 2), batch=8, prompt=8, response=8, minibatch=4)
+SMALL = Workload((2, 32, 2), (1, 32, 2), batch=8, prompt=8, response=8, minibatch=4)
 TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
 
 
@@ -38,25 +39,26 @@ class TortureConfig:
     kills: int = opt(20, "How often to kill, over as many runs as that takes.")
     making: int = opt(0, "How often to kill the first-time making of the tiny models (half a minute each).")
     steps: int = opt(30, "PPO steps of a run.")
-    seed: int = opt(0, "Of the moments to kill at.")
+    seed: int = opt(0, "Seed of the moments to kill at.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Torture, and say what was lost; exit code 1 if anything was."""
-    cfg = parse_tool(TortureConfig, argv, __doc__)
+    """Kill and resume, and print what was lost (raises Stopped with code 1 if anything was)."""
+    cfg = parse_flags(TortureConfig, argv, __doc__)
     if cfg.kills < 1 or cfg.steps < 2:
         raise UserError("kills must be at least 1, steps at least 2")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         lost = torture_making(cfg, Path(folder)) if cfg.making else []
-        runs, resumed, more = torture(cfg, Path(folder))
+        runs, resumed, more = torture_training(cfg, Path(folder))
         lost += more
     print(f"{cfg.kills} kills in {runs} runs, resumed after steps {sorted(resumed)}; {cfg.making} while making models")
-    print("\n".join(lost) or "nothing was lost: every run ended bit for bit like the undisturbed one")
-    sys.exit(1 if lost else 0)
+    if lost:
+        raise Stopped(1, "\n".join(lost))
+    print("nothing was lost: every run ended bit for bit like the undisturbed one")
 
 
-def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]:
+def torture_training(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]:
     """How many runs there were, after which steps they were resumed, and what differed at their ends."""
     names = make_random_models(SMALL, folder / "models", vocabulary=300)
     flags = [f"--{name}={value}" for name, value in names.items()]
@@ -72,12 +74,12 @@ def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]
             runs += 1
             victim = folder / f"run{runs}"
             while True:
-                begun, anew = time.monotonic(), not victim.exists()
+                begun, is_first = time.monotonic(), not victim.exists()
                 process = start(flags, victim)
-                patience = None if kills == cfg.kills else moments.uniform(0, 1.1) * duration
+                timeout = None if kills == cfg.kills else moments.uniform(0, 1.1) * duration
                 try:
-                    code = process.wait(patience)
-                    if anew:  # the machine may be faster now; were it much, no moment would come soon enough
+                    code = process.wait(timeout)
+                    if is_first:  # the machine may be faster now, and moments after the end kill nothing
                         duration = time.monotonic() - begun
                     break
                 except subprocess.TimeoutExpired:
@@ -85,7 +87,7 @@ def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]
                     process.wait()
                     kills += 1
                     bar.update()
-                    resumed |= {int(state.name.removeprefix("step_")) for state in states(victim / "state")[-1:]}
+                    resumed |= {step_of(checkpoint) for checkpoint in list_checkpoints(victim / "state")[-1:]}
             found = remains(victim)
             differing = [name for name in expected if found.get(name) != expected[name]]
             if code or differing:
@@ -96,12 +98,12 @@ def torture(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], list[str]]
 
 def torture_making(cfg: TortureConfig, folder: Path) -> list[str]:
     """What differs between models made undisturbed and models whose making was killed again and again."""
-    command = [sys.executable, "-c", "from tools.make_models import resolve_name; resolve_name('tiny:policy')"]
+    command = [sys.executable, "-c", "from pretrain.tiny_world import resolve_name; resolve_name('tiny:policy')"]
 
-    def make(cache: Path, patience: float | None) -> None:
+    def make(cache: Path, timeout: float | None) -> None:
         env = {**os.environ, "GPT2_PPO_CACHE": str(cache)}
         quiet = subprocess.DEVNULL
-        subprocess.run(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, timeout=patience, check=True)
+        subprocess.run(command, cwd=ROOT, env=env, stdout=quiet, stderr=quiet, timeout=timeout, check=True)
 
     begun = time.monotonic()
     make(folder / "made", None)
@@ -124,7 +126,7 @@ def start(flags: list[str], run: Path) -> "subprocess.Popen[bytes]":
 
 
 def remains(run: Path) -> dict[str, bytes]:
-    """What a run left behind and must be the same every time: all but timings and pictures."""
+    """What a run leaves behind and must be the same every time: all but timings and pictures."""
     patterns = ("**/*.safetensors", "samples.csv", "eval.csv")
     kept = [path for pattern in patterns for path in sorted(run.glob(pattern))]
     found = {str(path.relative_to(run)): path.read_bytes() for path in kept}
@@ -135,4 +137,4 @@ def remains(run: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(run(main))

@@ -1,4 +1,4 @@
-"""How far from the best possible: what reward any policy could have at a given KL to the base, from the base's samples.
+"""The reward-KL frontier: the reward that any policy could reach at a given KL to the base, from base samples.
 
 scores (P, N) are those of N responses of the base to each of P prompts. KL in nats per response.
 """
@@ -9,7 +9,7 @@ from math import lgamma, log
 import numpy as np
 
 BETAS = np.geomspace(30, 0.01, 120)
-MIN_EFFECTIVE = 5.0  # samples: with fewer behind its average, a point of the curve is not to be trusted
+MIN_EFFECTIVE = 5.0  # samples: with fewer behind it, a point of the curve is not reliable
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Frontier:
 
     @property
     def certain(self) -> np.ndarray:
-        """At which beta (K,) enough samples stand behind the curve, on average over prompts."""
+        """At which beta (K,) the curve rests on enough samples, on average over prompts."""
         return self.effective.mean(0) >= MIN_EFFECTIVE
 
-    def optimal_reward(self, kl: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
-        """Best mean reward shown possible at mean KL of kl (S,), with prompts counted `times` (S, P).
+    def optimal_reward(self, kl: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """Highest mean reward shown possible at mean KL of kl (S,), each prompt weighted by its counts (S, P).
 
-        Both the curve and best-of-n can be reached, and so can a mixture of two neighbours on either: the higher
-        counts. Beyond their ends they are flat.
+        The curve and best-of-n can both be reached, and so can mixtures of two neighbours on either. The result is
+        the higher of the two; beyond their ends they are flat.
         """
-        times = np.ones((len(kl), len(self.best_of))) if times is None else times
-        weights = times / times.sum(1, keepdims=True)
+        counts = np.ones((len(kl), len(self.best_of))) if counts is None else counts
+        weights = counts / counts.sum(1, keepdims=True)
         best_of = weights @ self.best_of
-        kls = np.hstack([np.zeros((len(kl), 1)), weights @ self.kl])  # the curve begins at the base itself
+        kls = np.hstack([np.zeros((len(kl), 1)), weights @ self.kl])  # the curve starts at the base itself
         rewards = np.hstack([best_of[:, :1], weights @ self.reward])
         best_kl = [best_of_n_kl(2**i) for i in range(self.best_of.shape[1])]
         return np.array([max(np.interp(x, k, r), np.interp(x, best_kl, b))
@@ -48,8 +48,8 @@ class Frontier:
 def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
     """The optimal reward-KL curve by self-normalised weights, prompt by prompt (Korbak et al. 2022, eq. 2).
 
-    Drawing N responses of the base and keeping one of them by these weights reaches at least this reward at no more
-    than this KL, so that the curve can be reached: the true optimum lies on it or above.
+    Sampling N responses of the base and keeping one by these weights reaches at least this reward at no more than this
+    KL. So the curve can be reached, and the true optimum lies on it or above.
     """
     kl, reward, effective = (np.empty((len(scores), len(betas))) for _ in range(3))
     for k, beta in enumerate(betas):
@@ -62,16 +62,16 @@ def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:
     return Frontier(kl, reward, effective, best_of)
 
 
-def tilted(scores: np.ndarray, means: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Weights (S, P), proportional to times * exp(score / beta), under which the mean of scores (P,) is means (S,).
+def exponential_tilt(scores: np.ndarray, means: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Weights (S, P), proportional to counts * exp(score / beta), under which the mean of scores (P,) is means (S,).
 
-    Of all weights with that mean these are the nearest to `times` in KL (Csiszar 1975). |beta| is at least 1/50, where
-    a mean beyond all scores ends, too.
+    Of all weights with that mean these are the nearest to `counts` in KL (Csiszar 1975). |beta| is at least 1/50, also
+    where a mean lies beyond all scores.
     """
-    low, high = np.full(len(times), -50.0), np.full(len(times), 50.0)
+    low, high = np.full(len(counts), -50.0), np.full(len(counts), 50.0)
     for _ in range(45):
         middle = (low + high) / 2
-        weights = times * np.exp(middle[:, None] * scores)
+        weights = counts * np.exp(middle[:, None] * scores)
         weights /= weights.sum(1, keepdims=True)
         short = weights @ scores < means
         low, high = np.where(short, middle, low), np.where(short, high, middle)

@@ -1,19 +1,20 @@
-"""The self-audit: before training starts, facts that PPO relies on are checked on the real models, in a second or two.
+"""The self-audit: before training starts, facts that PPO relies on are checked on the real models in a second or two.
 
-Each check compares two ways to the same number. One that fails stops the program, because training would go on
-happily towards the wrong thing: most published bugs of PPO on language models break one of these facts.
+Each check computes one number in two ways. Training does not start where one fails, because it would optimise the
+wrong thing without a sign of it. Most published bugs of PPO on language models break one of these facts.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from config import TrainConfig, UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from config import TrainConfig, UserError
-from model import GPT2WithValueHead, Sequences, generate, score_responses
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from ppo import Models
 from reward import SentimentReward
 from utils import shape_rewards, uniforms
 
@@ -22,45 +23,41 @@ Finding = tuple[bool, str]
 
 
 @torch.no_grad()
-def audit(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward,
-    tokenizer: PreTrainedTokenizerBase, prompts: tuple[Tensor, Tensor], cfg: TrainConfig, loud: bool = False,
-) -> None:  # fmt: skip
-    """Check every fact on a few prompts (ids and mask, (B, P)), printing a line each if loud.
+def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> None:
+    """Check every fact on a few prompts (ids and mask (B, P)); with cfg.check each is printed.
 
     Raises UserError naming the first fact that does not hold.
     """
-    ids, mask = (F.pad(x[:4].to(cfg.device), (3, 0)) for x in prompts)  # padding in every row, for its mistakes to show
-    noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16)).to(cfg.device)
+    ids, mask = (F.pad(x[:4], (3, 0)) for x in prompts)  # padding in every row, so that its bugs show
+    noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16))
 
     def sample(eos_id: int) -> Sequences:
-        return generate(
-            policy, ids, mask, noise, eos_id=eos_id, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p
-        )
+        return sample_responses(
+            models.policy, ids, mask, noise, eos_id=eos_id,
+            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
+        )  # fmt: skip
 
-    seqs = sample(int(tokenizer.eos_token_id))
-    stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # taken for EOS, it ends a row half-way
+    seqs = sample(int(models.tokenizer.eos_token_id))
+    stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # as EOS it ends a row half-way
     stopped = sample(stopper)
     failed: list[str] = []
-    checks = [*_checks(policy, reference, reward, seqs, cfg),
-              ("EOS is the last action, and trained", lambda: _eos(stopped, stopper))]  # fmt: skip
+    checks = [*_checks(models, seqs, cfg), ("EOS is the last action, and trained", lambda: _eos(stopped, stopper))]
     for fact, check in checks:
         holds, seen = check()
-        if loud:
+        if cfg.check:
             print(f"{'ok    ' if holds else 'FAILED'}  {fact}: {seen}")
         if not holds:
             failed.append(f"{fact} ({seen})")
     if failed:
         raise UserError(f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all")
-    if not loud:
+    if not cfg.check:
         print(f"self-check: {len(checks)} facts hold")
 
 
-def _checks(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, reward: SentimentReward, seqs: Sequences, cfg: TrainConfig
-) -> Iterator[tuple[str, Callable[[], Finding]]]:  # fmt: skip
+def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    policy, reference, reward = models.policy, models.reference, models.reward
     mask, tolerance = seqs.response_mask, TOLERANCE[policy.dtype]
-    logprobs, _, values, _, _ = score_responses(policy, reference, seqs)
+    logprobs, _, values, _, _ = evaluate_both(policy, reference, seqs)
 
     def gap(a: Tensor, b: Tensor) -> Finding:
         difference = float(torch.where(mask, (a - b).abs(), 0).max())
@@ -73,7 +70,7 @@ def _checks(
     yield "the distribution sampled from is the one scored", lambda: gap(logprobs, seqs.logprobs)
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
     yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0])
-    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, score_responses(policy, reference, seqs)[0])
+    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, evaluate_both(policy, reference, seqs)[0])
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
@@ -81,7 +78,7 @@ def _checks(
 
 
 def _library_logprobs(policy: GPT2WithValueHead, seqs: Sequences) -> Tensor:
-    """Row by row without padding, from the library's own loss for labels: a path that shares nothing with ours."""
+    """Row by row without padding, from the library's own loss: a path that shares no code with ours."""
     out = torch.zeros_like(seqs.logprobs)
     for row in range(len(out)):
         ids = seqs.tokens[row, seqs.attention_mask[row]][None]
@@ -101,7 +98,7 @@ def _unpadded(seqs: Sequences) -> Sequences:
 
 
 def _eos(seqs: Sequences, eos_id: int) -> Finding:
-    """Every response is real up to and including the first EOS, or to its full width, and nowhere beyond."""
+    """Every response is real up to and including the first EOS, or to its full width, and not beyond."""
     rows = zip(seqs.responses.tolist(), seqs.response_mask.tolist(), strict=True)
     lengths = [(row.index(eos_id) + 1 if eos_id in row else len(row), real) for row, real in rows]
     ended = sum(n < len(real) for n, real in lengths)
@@ -109,20 +106,20 @@ def _eos(seqs: Sequences, eos_id: int) -> Finding:
 
 
 def _reward_place() -> Finding:
-    """By hand: responses of 1, 2 and 3 tokens, with scores 1, 2 and 3."""
+    """By hand: responses of 1, 2 and 3 tokens with scores 1, 2 and 3."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
     rewards, _ = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 1.0)
     placed = torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-    # and paid by the way: nothing outside the mask, no more and no less than what was not expected
+    # with partial scores: nothing outside the mask, and a total of the score minus the mean of the others
     scores, nothing = torch.linspace(-1, 1, 12), torch.zeros(12, 3)
     mask = torch.ones(12, 3, dtype=torch.bool)
     mask[0, 1:] = False
-    running = torch.full((12, 3), torch.nan)
-    running[:, 0] = scores / 2
-    rewards, _ = shape_rewards(scores, nothing, nothing, mask, 1.0, running)
-    news = scores - (scores.sum() - scores) / 11
-    placed &= bool((rewards[~mask] == 0).all()) and torch.allclose(rewards.sum(1), news, atol=1e-5)
-    return placed and bool((rewards[1:, 0] != 0).all()), "paid at the end and by the way"
+    partial = torch.full((12, 3), torch.nan)
+    partial[:, 0] = scores / 2
+    rewards, _ = shape_rewards(scores, nothing, nothing, mask, 1.0, partial)
+    expected = scores - (scores.sum() - scores) / 11
+    placed &= bool((rewards[~mask] == 0).all()) and torch.allclose(rewards.sum(1), expected, atol=1e-5)
+    return placed and bool((rewards[1:, 0] != 0).all()), "at the end and along the response"
 
 
 def _frozen(reference: GPT2WithValueHead, reward: SentimentReward) -> Finding:

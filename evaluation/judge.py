@@ -1,10 +1,11 @@
-"""A second judge of sentiment, which training never saw: naive Bayes over words and pairs of words.
+"""A second judge of sentiment that training never saw: naive Bayes over words and pairs of words.
 
-Fitted in seconds on the data set's own labels, on pieces about as long as a response. It shares neither weights nor
-architecture nor tokens with the reward, so a policy that has learnt the reward's weaknesses has not learnt these.
+It is fitted in seconds on the data set's own labels, on pieces about as long as a response. It shares no weights,
+architecture or tokens with the reward, so a policy that exploits the reward's weaknesses does not fool it.
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,17 +14,17 @@ import numpy as np
 
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
 PIECE = 40  # words
-PIECES = 20_000  # enough, and seconds
+PIECES = 20_000  # enough for the accuracy, and a matter of seconds
 
 
 class FittedJudge:
-    """score = 2 P(positive) - 1 by naive Bayes on presence (Wang & Manning 2012), calibrated on pieces kept back."""
+    """score = 2 P(positive) - 1 by naive Bayes on presence (Wang & Manning 2012), calibrated on held-out pieces."""
 
     def __init__(self, texts: Sequence[str], positive: Sequence[bool], seed: int = 0) -> None:
         """Fit on nine tenths of the texts (labels: is it positive?); accuracy is that on pieces of the last tenth."""
         order = np.random.default_rng(seed).permutation(len(texts))
-        kept_back = max(1, len(order) // 10)
-        pieces, labels = _pieces([texts[i] for i in order[kept_back:]], [positive[i] for i in order[kept_back:]])
+        n_held = max(1, len(order) // 10)
+        pieces, labels = _pieces([texts[i] for i in order[n_held:]], [positive[i] for i in order[n_held:]])
         counts = {label: Counter(f for x, y in zip(pieces, labels, strict=True) if y == label for f in features(x))
                   for label in (True, False)}  # fmt: skip
         totals = {label: labels.count(label) + 2 for label in counts}
@@ -32,9 +33,9 @@ class FittedJudge:
             for f in counts[True] | counts[False]
         }
         self.slope, self.offset = 1.0, 0.0
-        held, truth = _pieces([texts[i] for i in order[:kept_back]], [positive[i] for i in order[:kept_back]])
-        self._calibrate(np.array([self._evidence(x) for x in held]), np.array(truth, dtype=float))
-        self.accuracy = float(((self.score(held) > 0) == np.array(truth)).mean())
+        held_out, truth = _pieces([texts[i] for i in order[:n_held]], [positive[i] for i in order[:n_held]])
+        self._calibrate(np.array([self._evidence(x) for x in held_out]), np.array(truth, dtype=float))
+        self.accuracy = float(((self.score(held_out) > 0) == np.array(truth)).mean())
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> scores (n,) in [-1, 1]."""
@@ -42,10 +43,10 @@ class FittedJudge:
         return np.tanh((self.slope * evidence + self.offset) / 2)
 
     def _evidence(self, text: str) -> float:
-        return sum(self.log_ratio.get(f, 0.0) for f in features(text))
+        return math.fsum(self.log_ratio.get(f, 0.0) for f in features(text))  # exact: sets have no fixed order
 
     def _calibrate(self, x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> None:
-        """Logistic regression in one variable by Newton's method: naive Bayes is right more often than it is sure."""
+        """Logistic regression in one variable by Newton's method; naive Bayes alone is overconfident."""
         scale = x.std() or 1.0
         design, theta = np.stack([x / scale, np.ones_like(x)], 1), np.zeros(2)
         for _ in range(25):

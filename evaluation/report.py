@@ -1,7 +1,7 @@
 """The evaluation as one page: eval_report.html, a single file that needs no network.
 
-Verdict and table, histograms, the reward-KL frontier, the curves of the run that made the policy, and a browser of
-samples. The page itself is report_template.html; this fills it in.
+It has the verdict and table, histograms, the reward-KL frontier, the curves of the run that made the policy, and a
+browser of samples. The page itself is report_template.html; this module fills it in.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils import write_whole
+from runtime.files import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
@@ -28,18 +28,18 @@ CURVES = {  # of metrics.csv
 
 
 def write_report(
-    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_folder: Path | None, path: Path
+    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], run_dir: Path | None, path: Path
 ) -> None:
     """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table rows of three texts.
 
-    run_folder is that of the run which made the policy, if it is known.
+    run_dir is the folder of the run that made the policy, if known.
     """
     figures = [("Scores", scores_figure(results))]
     if "optimal_curve" in summary:
         figures.append(
-            ("How far from the best possible", frontier_figure(summary, read_csv(run_folder, "eval.csv", PATH)))
+            ("How far from the best possible", frontier_figure(summary, read_columns(run_dir, "eval.csv", PATH)))
         )
-    metrics = read_csv(run_folder, "metrics.csv", ("step", *CURVES))
+    metrics = read_columns(run_dir, "metrics.csv", ("step", *CURVES))
     if metrics is not None and len(metrics) > 1:
         figures.append(("The run", run_figure(metrics)))
     settings = {k: v for k, v in summary["settings"].items() if v is not None and k != "preset"}
@@ -52,19 +52,19 @@ def write_report(
         "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("<", "\\u003c"),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
-    write_whole(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
+    write_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
 
 
 def sample(row: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of one prompt."""
+    """The part of a row that the page shows."""
     return {
         "prompt": row["prompt"], "b": row["base_text"], "t": row["policy_text"], "p": json.loads(row["policy_tokens"]),
         "bs": round(row["base_score"], 4), "ps": round(row["policy_score"], 4), "kl": round(row["kl_seq_exact"], 3),
     }  # fmt: skip
 
 
-def read_csv(folder: Path | None, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
-    """These columns of a table of a run, if there is a run and they can be read as numbers."""
+def read_columns(folder: Path | None, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
+    """Columns of a table of a run, if there is a run and they are numbers."""
     try:
         return None if folder is None else pd.read_csv(folder / name, usecols=list(columns), dtype=float)
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ def scores_figure(results: pd.DataFrame) -> str:
 
 
 def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
-    """The optimal reward at each KL, best-of-n, the policy, and the way it went during training."""
+    """The optimal reward at each KL, best-of-n, the policy, and its path during training."""
     figure, (axis,) = _figure(1)
     kl, reward = (np.array(summary["optimal_curve"][name]) for name in ("kl", "sentiment_mean"))
     sure = kl <= summary["kl_certain"]
@@ -115,14 +115,10 @@ def run_figure(metrics: pd.DataFrame) -> str:
 
 
 def _figure(panels: int) -> tuple[Any, Any]:
-    import matplotlib  # a second to import, and only needed here
+    from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, panels, figsize=(9, 3.6 if panels == 1 else 2.6), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9, 3.6 if panels == 1 else 2.6), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.tick_params(colors=GREY)
@@ -134,13 +130,10 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
 
 def _picture(figure: Any, what: str) -> str:
-    from matplotlib import pyplot as plt
-
     for axis in figure.axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, labelcolor=GREY, fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", transparent=True)
-    plt.close(figure)
     encoded = base64.b64encode(drawn.getvalue()).decode()
     return f'<div class="wide"><img alt="{what}" src="data:image/svg+xml;base64,{encoded}"></div>'

@@ -1,0 +1,1 @@
+"""What eval.py computes and shows from its results: estimates, intervals, frontier, second judge, report."""

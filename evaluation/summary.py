@@ -1,0 +1,149 @@
+"""What an evaluation shows: every estimate with its 95 % interval, computed from eval_results.csv alone.
+
+Rates are shares between 0 and 1, KL is in nats.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation.diversity import distinct, distinct_responses, equally_long, repeated_trigrams
+from evaluation.frontier import best_of_n_kl, exponential_tilt, frontier
+from evaluation.intervals import bootstrap_ci, jackknife_ci, resample_counts, wilson_ci
+from evaluation.table import INTERVALS, verdict
+
+NAMES = ("policy", "base")
+
+
+def summarise(results: pd.DataFrame) -> dict[str, Any]:
+    """All estimates with 95 % intervals, from the results alone; rates are shares between 0 and 1."""
+    column = {name: results[name].to_numpy(dtype=float) for name in results.select_dtypes("number")}
+    summary: dict[str, Any] = {"n": len(results)}
+    even = dict(zip(NAMES, equally_long(*(results[f"{name}_text"].tolist() for name in NAMES)), strict=True))
+    for name in NAMES:
+        texts, length = results[f"{name}_text"].tolist(), column[f"{name}_len"]
+        repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
+        summary[name] = {
+            **_estimate("sentiment_mean", column[f"{name}_score"]),
+            **_share("positive_rate", column[f"{name}_score"] > 0),
+            **_estimate("log_odds", column[f"{name}_log_odds"]),
+            **_estimate("response_len", length),
+            **_share("eos_rate", column[f"{name}_eos"] > 0),
+            **_estimate("repetition_rate", repeated, triples),
+            **_exponential("perplexity", column[f"{name}_nll_base"], length),
+            **_of_all("distinct_rate", distinct_responses, texts),
+            "commonest": max(Counter(texts).values()),
+        }
+        for n in (1, 2, 3):
+            summary[name] |= _of_all(f"distinct_{n}", partial(distinct, n=n), even[name])
+        if "human_len" in column:
+            written = np.nan_to_num(column["human_len"])
+            summary[name] |= _exponential("human_perplexity", np.nan_to_num(column[f"human_nll_{name}"]), written)
+        if f"{name}_judge" in column:
+            summary[name] |= _estimate("judge_mean", column[f"{name}_judge"])
+            summary[name] |= _share("judge_positive_rate", column[f"{name}_judge"] > 0)
+    gain = column["policy_score"] - column["base_score"]
+    summary |= _estimate("sentiment_gain", gain)
+    wins = (np.sign(gain) + 1) / 2  # a tie is half a win
+    summary |= (_share if gain.all() else _estimate)("win_rate", wins)
+    for key in ("kl_seq", "kl_seq_exact"):
+        summary |= _estimate(key, column[key])
+        summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
+    summary |= _expected(column)
+    if "policy_judge" in column:
+        summary |= _judge_summary(column)
+    if "base_draws" in results:
+        summary |= _frontier_summary(results)
+    return summary | {"verdict": verdict(summary)}
+
+
+def _estimate(key: str, values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
+    """A mean, or a ratio of sums, with its interval (none where the weights are all 0)."""
+    values = np.asarray(values, dtype=float)
+    if weights is not None and not weights.any():
+        return {}
+    mean = values.sum() / (len(values) if weights is None else weights.sum())
+    return {key: float(mean), INTERVALS.get(key, f"{key}_ci"): bootstrap_ci(values, weights)}
+
+
+def _share(key: str, successes: np.ndarray) -> dict[str, Any]:
+    return {key: float(np.mean(successes)), INTERVALS.get(key, f"{key}_ci"): wilson_ci(successes)}
+
+
+def _exponential(key: str, values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    return {name: np.exp(value).tolist() for name, value in _estimate(key, values, weights).items()}
+
+
+def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -> dict[str, Any]:
+    value = measure(texts)
+    return {} if np.isnan(value) else {key: value, f"{key}_ci": jackknife_ci(measure, texts)}
+
+
+def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The gain according to the second judge, and whether the reward was gamed.
+
+    judge_slope says how much more often the judge calls base responses positive where the reward does. The reward
+    counts as gamed if the judge confirms less than half of what that slope predicts.
+    """
+    positive = {name: column[name] > 0 for name in ("policy_score", "base_score", "policy_judge", "base_judge")}
+    more = positive["policy_score"].astype(float) - positive["base_score"]
+    more_by_judge = positive["policy_judge"].astype(float) - positive["base_judge"]
+    liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
+    slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
+    expected = slope * more.mean()
+    return {
+        **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
+        **_estimate("judge_gap_rate", more - more_by_judge),
+        "judge_slope": slope,
+        "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
+    }
+
+
+def _expected(column: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Averages over base's answers, weighted until their mean score is the policy's: what such scores entail."""
+    ours, base = column["policy_score"], column["base_score"]
+    if np.ptp(base) < 1e-6:
+        return {}
+    counts = np.vstack([np.ones(len(base)), resample_counts(len(base), 0)])
+    shares = counts / counts.sum(1, keepdims=True)
+    weights = exponential_tilt(base, shares @ ours, counts)
+    seen = {"response_len_expected": weights @ column["base_len"]}
+    if "base_judge" in column:
+        seen["judge_gain_expected"] = (weights - shares) @ column["base_judge"]
+    return {name: value for key, (first, *rest) in seen.items() for name, value in
+            ((key, float(first)), (f"{key}_ci", np.quantile(rest, [0.025, 0.975]).tolist()))}  # fmt: skip
+
+
+def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
+    """Best-of-n, the optimal curve, and the policy's share of the gain that is possible at its KL."""
+    scores = np.array([row.split() for row in results["base_draws"]], dtype=float)
+    best = frontier(scores)
+    ours, kl = results["policy_score"].to_numpy(), results["kl_seq_exact"].to_numpy()
+    sizes = [2**i for i in range(best.best_of.shape[1])]
+    grid = np.unique([*best.kl.mean(0), *map(best_of_n_kl, sizes)])
+    found: dict[str, Any] = {
+        "best_of_n": [
+            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(mean)}
+            for n, mean in zip(sizes, best.best_of.mean(0), strict=True)
+        ],
+        "optimal_curve": {"kl": grid.tolist(), "sentiment_mean": best.optimal_reward(grid).tolist()},
+        "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
+        "base_draws_mean": float(best.best_of[:, 0].mean()),
+    }  # fmt: skip
+
+    def gains(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        weights = counts / counts.sum(1, keepdims=True)
+        base = weights @ best.best_of[:, 0]
+        return weights @ ours - base, best.optimal_reward(weights @ kl, counts) - base
+
+    gain, possible = gains(np.ones((1, len(ours))))
+    if possible[0] > 0.02:  # near the base there is no gain to take a share of
+        some_gains, some_possible = gains(resample_counts(len(ours), 0)[:400])
+        low, high = np.quantile(some_gains / some_possible, [0.025, 0.975])
+        found["optimal_share_rate"] = float(gain[0] / possible[0])
+        found["optimal_share_rate_ci"] = [float(low), float(high)]
+    return found

@@ -1,0 +1,1 @@
+"""Language model, reward model and the tiny offline world, trained from texts."""

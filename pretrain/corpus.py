@@ -1,0 +1,58 @@
+"""What the models learn from: texts, labelled texts, and held-out labelled texts."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+from config import UserError
+
+from data import label_names, load_examples
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts for the language model, labelled texts for the classifier, and held-out labelled texts.
+
+    A label is an index into `names`.
+    """
+
+    lm_texts: list[str]
+    texts: list[str]
+    labels: list[int]
+    held_texts: list[str]
+    held_labels: list[int]
+    names: list[str]
+
+
+def load_corpus(
+    dataset: str, split: str, text_column: str, label_column: str, lm_split: str | None = None, seed: int = 0
+) -> Corpus:
+    """Read a data set, and hold out a tenth of its labelled rows, 2,000 at most (raises UserError).
+
+    lm_split names splits for the language model, joined by +.
+    """
+    texts, labels = load_examples(dataset, split, text_column, label_column)
+    named = label_names(labels or [])
+    rows = [(text, label) for text, label in zip(texts, named, strict=True) if label is not None]
+    values = sorted({label for _, label in rows})
+    where = f"label_column={label_column!r} of {dataset}"
+    if len(values) < 2:
+        raise UserError(f"{where} holds {len(values)} different labels, and a classifier needs two or more")
+    if len(values) > 20:
+        raise UserError(f"{where} holds {len(values)} different labels: is it the column of the labels?")
+    random.Random(seed).shuffle(rows)
+    n_held = min(2000, max(1, len(rows) // 10))
+    held, kept = rows[:n_held], rows[n_held:]
+    held_texts = {text for text, _ in held}
+    lm_texts = list(texts)
+    if lm_split is not None:
+        splits = [load_examples(dataset, name, text_column)[0] for name in lm_split.split("+")]
+        lm_texts = list(itertools.chain.from_iterable(splits))
+    return Corpus(
+        lm_texts=[text for text in lm_texts if text not in held_texts],
+        texts=[text for text, _ in kept],
+        labels=[values.index(label) for _, label in kept],
+        held_texts=[text for text, _ in held],
+        held_labels=[values.index(label) for _, label in held],
+        names=values,
+    )

@@ -1,0 +1,57 @@
+"""Batches of about equal length, and the optimisation that both models share."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from config import UserError
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pretrain.recipes import Net
+
+ModelInputs = dict[str, Tensor]
+
+
+def length_batches(lengths: Sequence[int], batch_tokens: int, rng: random.Random) -> list[list[int]]:
+    """Group rows of about equal length into batches of at most batch_tokens tokens, in random order."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    rng.shuffle(batches)
+    return batches
+
+
+def fit(model: nn.Module, batches: Iterator[ModelInputs], net: Net, device: torch.device, title: str) -> None:
+    """Minimise the model's loss with AdamW; the step size rises for a twentieth of the steps, then falls linearly."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=net.lr, betas=(0.9, 0.99), fused=True)
+    warmup = max(1, net.steps // 20)
+    model.to(device).train()
+    for step, batch in enumerate(tqdm(itertools.islice(batches, net.steps), title, net.steps, mininterval=1)):
+        for group in optimizer.param_groups:
+            group["lr"] = net.lr * min((step + 1) / warmup, (net.steps - step) / net.steps)
+        loss: Tensor = forward(model, batch, device).loss
+        if not loss.isfinite():
+            raise UserError(f"the loss of the {title} is {loss.item()} at step {step}: lower its step size")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def forward(model: nn.Module, batch: ModelInputs, device: torch.device) -> Any:
+    """The model's output for a batch; on CUDA in bfloat16."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return model(**{name: tensor.to(device) for name, tensor in batch.items()})
+
+
+def initial_std(width: int) -> float:
+    """Standard deviation of new weights: GPT-2's 0.02 at width 768, more in narrower models."""
+    return 0.02 * (768 / width) ** 0.5

@@ -1,0 +1,73 @@
+"""The command line of scripts and tools: how settings are read and how a program ends."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from config import OneLineParser, UserError
+
+T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """The program ends early with an exit code of its own; whatever had to be saved is saved.
+
+    at_once leaves without the interpreter's clean-up, which would wait for processes that have died. It is no
+    Exception, so that handlers of errors let it pass.
+    """
+
+    def __init__(self, code: int, message: str, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.code, self.at_once = code, at_once
+
+
+def run(main: Callable[[], object]) -> int:
+    """Run a script's main function and return the exit code: 0 done, 2 wrong input, otherwise that of Stopped.
+
+    Wrong input is one line on stderr. 130 is Ctrl-C before there was anything to save.
+    """
+    try:
+        main()
+    except UserError as error:
+        return _report(2, f"error: {' '.join(str(error).split())}")
+    except Stopped as stop:
+        if not stop.at_once:
+            return _report(stop.code, str(stop))
+        print(stop, end="\n" if str(stop) else "", file=sys.stderr, flush=True)
+        os._exit(stop.code)
+    except BrokenPipeError:  # the reader has gone: `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _report(code: int, line: str) -> int:
+    if line and os.environ.get("LOCAL_RANK", "0") == "0":  # every rank fails alike, and one of them says so
+        print(line, file=sys.stderr)
+    return code
+
+
+def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
+    """Read a tool's command line into its settings dataclass (raises UserError)."""
+    parser = OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def numbers(name: str, text: str, kind: type) -> list[Any]:
+    """Split a setting that lists numbers: `1,2` -> [1, 2] (raises UserError)."""
+    try:
+        return [kind(x) for x in text.split(",")]
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
+
+
+def words(name: str, text: str) -> list[str]:
+    """Split a setting that holds a command line into its words (raises UserError)."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not understood: a quotation mark is not closed") from None

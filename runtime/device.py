@@ -1,0 +1,107 @@
+"""The machine: which device and precision to use, what memory suffices for, and how long things take."""
+
+import ctypes
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal, TypeVar
+
+from config import UserError
+
+import torch
+
+T = TypeVar("T")
+
+
+def resolve_device(device: str) -> Literal["cpu", "cuda"]:
+    """auto -> cuda where present, else cpu (raises UserError where cuda was asked for and is missing)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
+    """auto -> bfloat16 where the hardware multiplies it fast, else float32."""
+    if dtype == "auto":
+        return "bfloat16" if has_fast_bfloat16(torch.device(device)) else "float32"
+    return dtype
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse memory that it freed instead of returning it to the system (glibc only).
+
+    A step allocates and frees gigabytes, and fresh pages cost up to eight times what it takes to fill them.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
+
+
+@contextmanager
+def enough_memory(to_lower: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one that names the settings to lower (raises UserError)."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"memory does not suffice: lower {to_lower}") from None
+
+
+class FittingSize:
+    """The number of rows that memory suffices for: it is halved whenever it turns out too large."""
+
+    def __init__(self, size: int) -> None:
+        """Start with `size` rows."""
+        self.size = size
+
+    def run(self, work: Callable[[int], T]) -> T:
+        """Return work(size), repeated with half the size as long as memory does not suffice (raises at size 1)."""
+        while True:
+            try:
+                return work(self.size)
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size = -(-self.size // 2)
+            torch.cuda.empty_cache()  # outside the except block, where the failed work is no longer referenced
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak memory so far: CUDA's, or that of this process."""
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else host_peak) / 2**20
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds between laps; on a GPU each lap waits until all work has finished."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        """Start the watch."""
+        self.cuda = torch.device(device).type == "cuda"
+        self.last = self._now()
+
+    def lap(self) -> float:
+        """Seconds since the lap before."""
+        now = self._now()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()

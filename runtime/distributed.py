@@ -1,0 +1,320 @@
+"""Several processes on one run, started by torchrun: how they meet, share rows, add up gradients and fail together.
+
+Rank 0 is the main process: it writes files and prints, the others are silent. With one process everything here is
+trivial. Errors that one rank meets alone would leave the others waiting for ever, hence raise_on_all_ranks.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from config import TrainConfig, UserError
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runtime.cli import Stopped
+from runtime.device import enough_memory, resolve_device
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # for a slow rank; a dead one is noticed at once
+
+
+# --- joining and leaving --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the other processes if torchrun started this one, and leave them at the end.
+
+    Raises UserError where there are more processes than GPUs, Stopped where another process died.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # some machines set the latter for no reason
+        yield
+        return
+    cuda = resolve_device(device) == "cuda"
+    if cuda:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        # torchrun keeps the addresses of processes that it has replaced: each restart meets under a prefix of its own
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    lost = False
+    try:
+        with _silence_unless_main():
+            yield
+    except RuntimeError as error:
+        lost = _means_lost_rank(error)
+        if not lost:
+            raise
+        message = "error: another process of this run has died; what was saved is whole, and torchrun --max-restarts N "
+        message += "or --resume goes on from it"
+        raise Stopped(1, message if _first_to_report(store) else "", at_once=True) from error
+    finally:
+        if not lost:  # else this would wait for the dead
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _silence_unless_main() -> Iterator[None]:
+    if is_main_process():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _means_lost_rank(error: RuntimeError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    words = ("gloo", "nccl", "peer", "connection", "timed out", "store")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def _first_to_report(store: dist.Store) -> bool:
+    """Whether no other survivor has reported the loss yet."""
+    with contextlib.suppress(Exception):  # torchrun, which keeps the store, may be gone, too
+        return bool(store.add("reported", 1) == 1)
+    return is_main_process()
+
+
+def torchrun_job() -> str | None:
+    """A name for this call of torchrun, which stays the same when it replaces processes that died."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun {os.getppid()} on {socket.gethostname()}" if name == "none" else name
+
+
+# --- who is who, and whose rows are whose ---------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def rank_slice(rows: int) -> slice:
+    """Which of so many rows belong to this rank."""
+    return slice(rows * rank() // world_size(), rows * (rank() + 1) // world_size())
+
+
+# --- collectives ----------------------------------------------------------------------------------------------------
+
+
+def collective_device() -> torch.device:
+    """Where tensors must be to be sent: NCCL sends from CUDA only."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def gather_rows(x: Tensor, rows: int) -> Tensor:
+    """The rows x (b, ...) of all ranks as one tensor (rows, ...), the same on every rank."""
+    if world_size() == 1:
+        return x
+    dtype = torch.uint8 if x.dtype == torch.bool else x.dtype
+    whole = torch.zeros(rows, *x.shape[1:], dtype=dtype, device=x.device)
+    whole[rank_slice(rows)] = x.to(dtype)
+    dist.all_reduce(whole)  # every other rank adds exact zeros
+    return whole.to(x.dtype)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of all ranks' tensors of one shape, the same on every rank."""
+    if world_size() > 1:
+        sent = x.to(collective_device())
+        dist.all_reduce(sent)
+        x = sent.to(x.device)
+    return x
+
+
+def all_reduce_max(x: float) -> float:
+    """The largest of all ranks' numbers."""
+    if world_size() == 1:
+        return x
+    sent = torch.tensor([float(x)], dtype=torch.float64, device=collective_device())
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    return sent.item()
+
+
+def all_gather(what: T) -> list[T]:
+    """The objects of all ranks, in order of rank."""
+    if world_size() == 1:
+        return [what]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, what)
+    return found
+
+
+def gather_to_main(what: list[T]) -> list[T]:
+    """The lists of all ranks as one, in the main process; nothing on the others."""
+    if world_size() == 1:
+        return what
+    found: list[Any] | None = [None] * world_size() if is_main_process() else None
+    dist.gather_object(what, found)
+    return [x for part in found or [] for x in part]
+
+
+def broadcast_state(policy: nn.Module, optimizer: Optimizer, counters: dict[str, Any]) -> dict[str, Any]:
+    """Give every rank the weights, optimiser state and counters of the main process; returns the counters."""
+    if world_size() == 1:
+        return counters
+    keys = sorted({key for state in optimizer.state.values() for key in state})
+    (counters, keys), *_ = all_gather((counters, keys))
+    for weight in policy.parameters():
+        dist.broadcast(weight.data, 0)
+        for key in keys:
+            state = optimizer.state[weight]
+            if key not in state:
+                state[key] = torch.zeros_like(weight) if key != "step" else torch.zeros((), device=weight.device)
+            sent = state[key].to(collective_device())
+            dist.broadcast(sent, 0)
+            state[key].copy_(sent)
+    return counters
+
+
+# --- failing and starting together ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def raise_on_all_ranks(to_lower: str = "batch_size, eval_prompts or max_new_tokens") -> Iterator[None]:
+    """Raise the UserError of any rank on every rank; too little memory becomes one that names settings to lower."""
+    problem = None
+    try:
+        with enough_memory(to_lower):
+            yield
+    except UserError as error:
+        problem = error
+    if world_size() == 1:
+        if problem is not None:
+            raise problem
+        return
+    for number, text in enumerate(all_gather(None if problem is None else str(problem))):
+        if text is not None:
+            raise UserError(text if number == 0 else f"{text} (in process {number})")
+
+
+def call_on_main(work: Callable[[], T]) -> T:
+    """Call work() in the main process and give every rank its result (raises its UserError on every rank)."""
+    with raise_on_all_ranks():
+        result = work() if is_main_process() else None
+    return all_gather(result)[0]  # type: ignore[return-value]
+
+
+def main_process_first(work: Callable[[], T]) -> T:
+    """Call work() in the main process before the others: it may download or make what they only read."""
+    problem, done = None, []
+    for turn in (True, False):
+        if turn == is_main_process():
+            try:
+                done.append(work())
+            except UserError as error:  # the others must not wait for ever
+                problem = error
+        if world_size() > 1:
+            dist.barrier()
+    if problem is not None:
+        raise problem
+    return done[0]
+
+
+def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse ranks that differ in settings, versions, weights or prompts (raises UserError)."""
+    if world_size() == 1:
+        return
+    weights = hashlib.sha256()
+    for weight in policy.state_dict().values():
+        weights.update(weight.detach().float().cpu().numpy().tobytes())
+    own = {**asdict(cfg), "resume": None, "weights of policy_name": weights.hexdigest()[:12],
+           "python": sys.version.split()[0],
+           "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
+           **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}  # fmt: skip
+    main, *others = all_gather(own)
+    for number, theirs in enumerate(others, start=1):
+        for name, value in theirs.items():
+            if value != main[name]:
+                raise UserError(f"process {number} has {name}={value} where process 0 has {main[name]}: make them "
+                                "alike on all machines")  # fmt: skip
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+class GradientReducer:
+    """Adds up the gradients of all ranks, once per optimiser step, while the backward pass is still running.
+
+    Gradients are sent in buckets, in the order in which a backward pass finishes them. Loss and gradient of a
+    minibatch are sums over its rows, so the sum over ranks is that of one process with all rows.
+    """
+
+    BUCKET = 6_000_000  # numbers: 24 MB at a time keep the network busy and leave little for the end
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        """Parameters in the order in which their gradients become ready."""
+        self.buckets: list[list[Tensor]] = []
+        self.sent: list[tuple[Tensor, Any]] = []
+        self.pending: set[Tensor] = set()
+        self.hooks: list[Any] = []
+        if world_size() == 1:
+            return
+        room = 0
+        for parameter in parameters:
+            if room < parameter.numel():
+                self.buckets.append([])
+                room = self.BUCKET
+            self.buckets[-1].append(parameter)
+            room -= parameter.numel()
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))  # type: ignore[arg-type]
+
+    def __enter__(self) -> "GradientReducer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def expect_last(self, is_last: bool) -> None:
+        """Say whether a gradient accumulated from here on is complete: true for the last micro-batch only."""
+        self.pending = {p for bucket in self.buckets for p in bucket} if is_last else set()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if parameter in self.pending:
+            self.pending.discard(parameter)
+            while len(self.sent) < len(self.buckets) and self.pending.isdisjoint(self.buckets[len(self.sent)]):
+                self._send()  # in the same order on all ranks, whichever gradient is ready first
+
+    def _send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        """Send what is left, wait, and put the sums in place of the gradients."""
+        self.pending = set()
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
+            work.wait()
+            for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = grad.view_as(parameter)
+        self.sent = []

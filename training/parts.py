@@ -1,0 +1,67 @@
+"""Loading: settings become models, tokenizer and prompts. train.py, eval.py and the tools all load through here."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig
+
+import torch
+
+from data import PromptStream, load_examples, load_prompts, split_held_out
+from model import GPT2WithValueHead, check_fit, load_reference
+from ppo import Models
+from pretrain.tiny_world import resolve_name
+from reward import SentimentReward
+from runtime.device import resolve_device, resolve_dtype
+from runtime.hub import load_tokenizer, require_hub
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains and on what: the models on their device, the prompts, and the held-out ones."""
+
+    models: Models
+    prompts: PromptStream
+    held_out: PromptStream  # its first step is all of them
+
+
+def resolve(cfg: TrainConfig) -> TrainConfig:
+    """Decide every `auto`, make paths absolute, and check that hub names can be reached (raises UserError)."""
+    device = resolve_device(cfg.device)
+    names = {"policy_name": cfg.policy_name, "ref_name": cfg.ref_name or cfg.policy_name, "rm_name": cfg.rm_name,
+             "dataset": cfg.dataset}  # fmt: skip
+    for setting, name in names.items():
+        if not name.startswith("tiny:"):
+            require_hub(setting, name)
+    paths: dict[str, Any] = {
+        setting: str(Path(name).resolve()) if Path(name).exists() else name for setting, name in names.items()
+    }
+    return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **paths)
+
+
+def load_parts(cfg: TrainConfig) -> Parts:
+    """Load everything that a run needs (raises UserError)."""
+    models = load_models(cfg)
+    name = resolve_name(cfg.dataset, cfg.split)
+    texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision)
+    prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
+    train, held_out = split_held_out(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
+    return Parts(models, PromptStream(train, cfg.batch_size, cfg.seed), PromptStream(held_out, len(held_out), cfg.seed))
+
+
+def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
+    """Load policy, reference, reward and tokenizer (raises UserError); eval.py names a tuned policy by its path."""
+    setting, policy_name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
+    revision = None if policy_path else cfg.policy_revision
+    dtype, policy_name = getattr(torch, cfg.dtype), resolve_name(policy_name)
+    tokenizer = load_tokenizer(setting, policy_name, revision)
+    policy = GPT2WithValueHead.from_pretrained(policy_name, setting, dtype, revision).to(cfg.device)
+    ref_name = resolve_name(cfg.ref_name or cfg.policy_name)
+    reference = load_reference(ref_name, dtype=dtype, revision=cfg.ref_revision).to(cfg.device)
+    check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
+    reward = SentimentReward(
+        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision,
+        cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
+    )  # fmt: skip
+    return Models(policy, reference, reward, tokenizer)

@@ -1,0 +1,324 @@
+"""The run folder: everything that a run leaves behind, and from which it resumes. The main process alone has one.
+
+A file or folder is written under a temporary name, flushed to disk and renamed; tables grow by whole rows.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig, UserError, is_run, saved_settings
+
+import pandas as pd
+import torch
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from ppo import Models
+from runtime.distributed import torchrun_job
+from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
+from runtime.hub import resolved_commit
+from training.checkpoints import (
+    find_corruption,
+    list_checkpoints,
+    load_checkpoint,
+    newest_intact,
+    save_checkpoint,
+    step_of,
+)
+from training.diagnostics import Diagnostics
+from training.plots import plot_curves
+
+OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
+             "value_head.safetensors", "best", "state", "tensorboard")  # fmt: skip
+EXPORTED = "exported"  # a file in the checkpoint whose policy is the one in policy_lm
+TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # they grow, and are cut back on resume
+SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # may change without a note
+HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # may change, with a note
+
+
+# --- before a start -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an earlier run left in the folder: its files, the checkpoint to resume from, and whether it is finished."""
+
+    contents: list[str] = field(default_factory=list)
+    checkpoint: Path | None = None
+    finished: bool = False
+
+
+def inspect_run_folder(cfg: TrainConfig) -> Found:
+    """Refuse a folder that cannot be written or already holds a run; find the checkpoint to resume from (UserError)."""
+    if cfg.report_to == "tensorboard":
+        tensorboard_writer()
+    if cfg.check:
+        return Found()
+    path = Path(cfg.ckpt_dir)
+    try:
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+        present = contents(path)
+    except OSError as error:
+        raise UserError(f"ckpt_dir={path} cannot be used ({error.strerror}): choose another folder") from None
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"ckpt_dir={path} cannot be written: choose another folder")
+    if present and not cfg.overwrite and not cfg.resume:
+        raise UserError(
+            f"ckpt_dir={path} already holds {present[0]}: choose another folder, go on with that run with "
+            "--resume, or replace it with --overwrite"
+        )
+    if present and not is_run(path):
+        raise UserError(f"ckpt_dir={path} holds {present[0]}, but not from a run: choose another folder")
+    for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
+        if name and Path(name).exists() and path.resolve() in Path(name).resolve().parents:
+            raise UserError(f"ckpt_dir={path} holds {name}, which this run needs: choose another folder")
+    if not cfg.resume:
+        return Found(present)
+    checkpoint = find_checkpoint(cfg)
+    check_same_settings(cfg)
+    return Found(present, checkpoint, is_finished(cfg, checkpoint))
+
+
+def contents(path: Path) -> list[str]:
+    """What of a run is in a folder: files and checkpoints, by name."""
+    found = [name for name in OWN_FILES if (path / name).exists()]
+    return found + [checkpoint.name for checkpoint in list_checkpoints(path / "state")]
+
+
+def find_checkpoint(cfg: TrainConfig) -> Path | None:
+    """The checkpoint that --resume names, else the newest intact one; None to start anew (raises UserError)."""
+    path, named = Path(cfg.ckpt_dir), Path(str(cfg.resume))
+    if (named / "state.json").is_file():
+        if problem := find_corruption(named):
+            raise UserError(f"resume={named} is damaged ({problem}): choose another, or --resume alone")
+        return named
+    checkpoint, problems = newest_intact(path / "state")
+    if checkpoint is None and (problems or (path / "policy_lm").exists()):
+        problem = problems[0] if problems else f"{path / 'state'} holds none"
+        raise UserError(
+            f"ckpt_dir={path} has no intact checkpoint to resume from ({problem}): its policy_lm is still whole; "
+            "start anew in another folder, or with --overwrite"
+        )
+    for problem in problems:
+        print(f"note: {problem}; the checkpoint before it is used")
+    return checkpoint
+
+
+def check_same_settings(cfg: TrainConfig) -> None:
+    """Refuse changed settings that would change the result, unless allowed (raises UserError); note the others."""
+    saved = saved_settings(Path(cfg.ckpt_dir) / "config.json")
+    changed = {name: (saved.get(name), new) for name, new in asdict(cfg).items() if saved and saved.get(name) != new}
+    listed = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
+    if changed.keys() - HARMLESS - SILENT and not cfg.allow_changes:
+        raise UserError(f"--resume with changed settings would give another result ({listed}): leave them out, or "
+                        "say --allow_changes")  # fmt: skip
+    if listed:
+        print(f"note: resuming with changed settings: {listed}")
+    if "total_steps" in changed and cfg.lr_schedule == "linear":
+        print("note: the step size falls to 0 at the new last step, so it jumps where the run resumes")
+
+
+def is_finished(cfg: TrainConfig, checkpoint: Path | None) -> bool:
+    """Whether the newest checkpoint is that of the last step, and its policy is in policy_lm."""
+    if checkpoint is None or step_of(checkpoint) < cfg.total_steps or not (checkpoint / EXPORTED).exists():
+        return False
+    finished = checkpoint == list_checkpoints(Path(cfg.ckpt_dir) / "state")[-1]
+    if finished:
+        print(f"{cfg.ckpt_dir}/ is finished: raise --total_steps to go on")
+    return finished
+
+
+def was_begun_by(job: str | None, path: Path) -> bool:
+    """Whether this very call of torchrun began the run in a folder."""
+    if job is None:
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("job") == job)
+    return False
+
+
+# --- during a run ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_run_folder(cfg: TrainConfig, models: Models, optimizer: Optimizer, found: Found) -> Iterator["RunFolder"]:
+    """Lock the folder, clear it or resume the run in it, and hand it out (raises UserError)."""
+    path = Path(cfg.ckpt_dir)
+    with ExitStack() as held:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(path))
+        except OSError as error:
+            raise UserError(f"ckpt_dir={path} cannot be written ({error.strerror}): choose another folder") from None
+        if contents(path) != found.contents:
+            raise UserError(f"ckpt_dir={path} was used by another run meanwhile: choose another folder")
+        about = describe(cfg)
+        for leftover in (".partial", ".best.old", ".policy_lm.old", ".value_head.safetensors.old"):
+            remove(path / leftover)
+        if found.checkpoint is None:
+            for name in OWN_FILES[1:]:  # config.json is replaced in one go: it marks the folder as a run's
+                remove(path / name)
+            counters: dict[str, Any] = {}
+        else:
+            counters = restore(cfg, models, optimizer, found.checkpoint, about)
+        write_atomic(path / "config.json", json.dumps(about, indent=2) + "\n")
+        folder = RunFolder(cfg, models, optimizer, counters)
+        yield folder
+        folder.close()
+
+
+def restore(
+    cfg: TrainConfig, models: Models, optimizer: Optimizer, checkpoint: Path, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Restore weights, optimiser and tables as they were at a checkpoint; returns its counters (raises UserError)."""
+    path = Path(cfg.ckpt_dir)
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8")) if is_run(path) else {}
+    for name, commit in {} if cfg.allow_changes else saved.get("hub_commits", {}).items():
+        if commit and commit != about["hub_commits"][name] and saved[name] == about[name]:
+            raise UserError(
+                f"{name}={about[name]} has changed on the hub since the run began (commit {commit}): name that "
+                "commit as its revision, or say --allow_changes"
+            )
+    counters = load_checkpoint(checkpoint, models.policy, optimizer)
+    for other in list_checkpoints(path / "state"):
+        if int(other.name.removeprefix("step_")) > counters["step"]:  # damaged, or of steps that are taken anew
+            remove(other)
+    for name, length in counters["lengths"].items():
+        truncate(path / name, length)
+    return counters
+
+
+class RunFolder:
+    """The tables, pictures, checkpoints and exported policy of a run; its constructor writes nothing."""
+
+    def __init__(self, cfg: TrainConfig, models: Models, optimizer: Optimizer, counters: dict[str, Any]) -> None:
+        """Take over a folder that is ready; counters are those of the checkpoint resumed from, if any."""
+        self.path, self.cfg, self.models, self.optimizer = Path(cfg.ckpt_dir), cfg, models, optimizer
+        self.counters = {"step": 0, "kl_coef": cfg.kl_coef, "failed_steps": 0} | counters
+        self.best = best_so_far(self.path / "best", self.counters["step"], cfg.kl_budget)
+        self.evaluated = (self.path / "eval.csv").exists()
+        self.seconds_saving, self.started = 0.0, time.perf_counter()
+        self.diagnostics = Diagnostics(cfg)
+        if (self.path / "metrics.csv").exists():  # so that no warning is given a second time
+            for row in pd.read_csv(self.path / "metrics.csv").to_dict("records"):
+                self.diagnostics.warnings(row)
+        self.board: Any = None
+        if cfg.report_to == "tensorboard":
+            self.board = tensorboard_writer()(self.path / "tensorboard", purge_step=self.counters["step"] + 1)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.csv, and print a warning for what looks wrong."""
+        append_row(self.path / "metrics.csv", row)
+        for warning in self.diagnostics.warnings(row):
+            tqdm.write(f"step {row['step']}: {warning}")
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+    def append_evaluation(self, step: int, row: dict[str, float]) -> None:
+        """Append an evaluation to eval.csv, and save the policy in best/ if it is the best one within the KL budget."""
+        append_row(self.path / "eval.csv", {"step": step, **row})
+        self.evaluated = True
+        within = self.cfg.kl_budget is None or row["kl_seq_exact"] <= self.cfg.kl_budget
+        if step and within and row["sentiment_mean"] > self.best:
+            self.best = row["sentiment_mean"]
+            fresh = self._save_policy()
+            write_atomic(fresh / "eval.json", json.dumps({"step": step, **row}, indent=2) + "\n")
+            move_into_place(fresh, self.path / "best")
+
+    def append_samples(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to samples.csv."""
+        for row in rows:
+            append_row(self.path / "samples.csv", row)
+
+    def plot(self) -> None:
+        """Draw the curves so far."""
+        if (self.path / "metrics.csv").exists():
+            plot_curves(self.path / "metrics.csv", self.path / "curves.png")
+
+    def save(self, counters: dict[str, Any]) -> None:
+        """Write a checkpoint, then replace the exported policy, critic and tokenizer, and the picture."""
+        begun = time.perf_counter()
+        sizes = {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in TABLES}
+        checkpoint = save_checkpoint(
+            self.path / "state", self.models.policy, self.optimizer, {**counters, "lengths": sizes}, self.cfg.keep_last
+        )
+        fresh = self._save_policy()
+        for name in ("policy_lm", "value_head.safetensors"):
+            move_into_place(fresh / name, self.path / name)
+        remove(fresh)
+        (checkpoint / EXPORTED).touch()
+        self.plot()
+        self.seconds_saving += time.perf_counter() - begun
+
+    def _save_policy(self) -> Path:
+        """Write policy, critic and tokenizer into a temporary folder, and wait until they are on the disk."""
+        fresh = self.path / ".partial"
+        remove(fresh)
+        self.models.policy.save_pretrained(fresh)
+        self.models.tokenizer.save_pretrained(fresh / "policy_lm")
+        for path in fresh.rglob("*"):
+            fsync(path)
+        return fresh
+
+    def close(self) -> None:
+        """Flush what others write for us."""
+        if self.board is not None:
+            self.board.close()
+
+
+def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
+    """The sentiment of best/, which is removed if it is from a later step or over the KL budget."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        row = json.loads((best / "eval.json").read_text(encoding="utf-8"))
+        if row["step"] <= step and (kl_budget is None or row["kl_seq_exact"] <= kl_budget):
+            return float(row["sentiment_mean"])
+    remove(best)
+    return -math.inf
+
+
+def tensorboard_writer() -> Any:
+    """TensorBoard's writer class (raises UserError where the package is missing)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("report_to=tensorboard needs a package: pip install tensorboard, or leave it out") from None
+    return SummaryWriter
+
+
+def describe(cfg: TrainConfig) -> dict[str, Any]:
+    """The contents of config.json: every setting as resolved, versions, commits and machine."""
+    revisions = {"policy_name": cfg.policy_revision, "ref_name": cfg.ref_revision, "rm_name": cfg.rm_revision,
+                 "dataset": cfg.dataset_revision}  # fmt: skip
+    return {
+        **asdict(cfg),
+        "job": torchrun_job(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "tokenizers")},
+        "python": sys.version.split()[0],
+        "git_commit": git_commit(),
+        "hub_commits": {
+            setting: resolved_commit(setting, str(getattr(cfg, setting)), revision)
+            for setting, revision in revisions.items()
+        },
+        "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this code, where it is a git checkout and git is installed."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,234 @@
+"""One start of a run: the steps that are left, what is reported and saved, and how it ends.
+
+Everything that can cut a run short is handled here, so that the loop in train.py need not mention it. Sampling, scoring
+and the gradients before the first optimiser step can be discarded: a request to stop is obeyed there at once. From the
+first optimiser step on the update is finished, or, if updates take long, undone. A reward that fails, a full disk and
+steps that learn nothing all end with what was learnt saved.
+"""
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig, UserError
+
+import pandas as pd
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from ppo import KLController, Rollout, build_optimizer
+from runtime.cli import Stopped
+from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
+from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
+from training.checkpoints import Snapshot
+from training.parts import Parts
+from training.run_folder import Found, RunFolder, open_run_folder
+from training.signals import Interrupted, StopRequest, stop_signals
+
+FAILED_STEPS_ALLOWED = 3  # steps in a row in which every minibatch was skipped
+SLOW_UPDATE = 8.0  # seconds: an update that takes longer is undone on a request to stop, and not finished
+
+
+@contextmanager
+def open_session(cfg: TrainConfig, parts: Parts, found: Found) -> Iterator["Session"]:
+    """Begin or resume the run, hand it to the loop, and end it in good order.
+
+    Raises UserError on wrong input, Stopped after a signal (128 + its number) or where the run cannot go on (1).
+    """
+    keep_freed_memory()
+    optimizer = build_optimizer(parts.models.policy, cfg)
+    with ExitStack() as held:
+        folder: RunFolder | None = None
+        with raise_on_all_ranks(), _disk_errors_stop(cfg):
+            if is_main_process():
+                folder = held.enter_context(open_run_folder(cfg, parts.models, optimizer, found))
+            stop = held.enter_context(stop_signals())
+        known = {} if folder is None else {**folder.counters, "evaluated": folder.evaluated}
+        counters = broadcast_state(parts.models.policy, optimizer, known)
+        announce(cfg, parts, counters["step"], found.checkpoint)
+        session = Session(cfg, parts, folder, optimizer, stop, counters)
+        held.enter_context(session.bar)
+        with _disk_errors_stop(cfg), enough_memory("batch_size or max_new_tokens"):
+            try:
+                yield session
+            except Interrupted:
+                session.undo_step()
+                session.save()
+            except UserError:  # such as a reward that failed: what was learnt is saved
+                session.save()
+                raise
+        session.bar.close()
+        all_reduce_max(0.0)  # a barrier: torchrun ends the others when one leaves, and one may still be saving
+        session.finish()
+
+
+@contextmanager
+def _disk_errors_stop(cfg: TrainConfig) -> Iterator[None]:
+    """Turn a full disk and the like into one line that says how to resume (raises Stopped)."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, SafetensorError) as error:
+        line = f"error: ckpt_dir={cfg.ckpt_dir} cannot be written ({error}): make room, then {how_to_resume(cfg)}"
+        raise Stopped(1, line) from error
+
+
+class Session:
+    """The run as the loop sees it; every rank has one, and the main process's has the run folder."""
+
+    def __init__(
+        self, cfg: TrainConfig, parts: Parts, folder: RunFolder | None, optimizer: Any, stop: StopRequest,
+        counters: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Stand after counters["step"], with nothing taken yet."""
+        self.cfg, self.parts, self.folder, self.optimizer, self.stop = cfg, parts, folder, optimizer, stop
+        self.step: int = counters["step"]
+        self.failed_steps: int = counters["failed_steps"]
+        self.evaluated: bool = counters["evaluated"]
+        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target)
+        self.saved_step: int | None = None
+        self.snapshot: Snapshot | None = None
+        self.step_begun, self.seconds_update = False, 0.0
+        self.bar = tqdm(
+            desc="training", unit="step", dynamic_ncols=True, initial=self.step, total=cfg.total_steps,
+        )  # fmt: skip
+        optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())
+
+    # --- what the loop calls ---
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, until the run is done or asked to stop."""
+        if self.step >= self.cfg.total_steps:  # killed after its last checkpoint, before the policy was exported
+            self.save()
+        for step in range(self.step + 1, self.cfg.total_steps + 1):
+            self.step_begun, self.snapshot = True, None
+            self.stop.allow_interruption()
+            yield step
+            self.bar.update()
+            if self.stop.on_any_rank() or self.failed_steps >= FAILED_STEPS_ALLOWED:
+                if self.saved_step != self.step:
+                    self.save()
+                return
+
+    def report(self, step: int, rollout: Rollout, update: dict[str, float]) -> None:
+        """Count the step as taken, append its row to metrics.csv, and steer beta."""
+        self.stop.interruptible, self.step = False, step
+        self.failed_steps = 0 if update["updates"] else self.failed_steps + 1
+        row = {"step": step, "episodes": step * self.cfg.batch_size, "kl_coef": self.kl.coef, **rollout.metrics(),
+               **update, **rollout.seconds}  # fmt: skip
+        seconds = sum(row[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
+        row |= {"tokens_per_second": int(rollout.mask.sum()) / seconds,
+                "peak_memory_mb": peak_memory_mb(self.cfg.device)}  # fmt: skip
+        self.seconds_update = row["seconds_update"]
+        if self.folder is not None:
+            self.folder.append_metrics(row)
+        postfix = f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}, beta {self.kl.coef:.3g}"
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.kl.update(row["kl_seq"])
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: never) happens after this one; the last one counts."""
+        return every > 0 and (self.step % every == 0 or self.step == self.cfg.total_steps)
+
+    def add_samples(self, make_rows: Callable[[], list[dict[str, Any]]]) -> None:
+        """Append samples, print the first, and draw the curves so far."""
+        if self.folder is None:
+            return
+        rows = make_rows()
+        self.folder.append_samples(rows)
+        scored = {f"{name:6} {rows[0][f'{name}_score']:+.2f}": rows[0][name] for name in ("base", "policy")}
+        lines = {"prompt": rows[0]["prompt"], **scored}
+        tqdm.write("\n".join([f"step {self.step}", *(f"  {name:12} {one_line(x)}" for name, x in lines.items())]))
+        if self.step < self.cfg.total_steps:  # the last picture is drawn when saving
+            self.folder.plot()
+
+    def add_evaluation(self, row: dict[str, float]) -> None:
+        """Keep an evaluation on the held-out prompts, and the policy if it is the best so far."""
+        self.evaluated = True
+        if self.folder is not None:
+            self.folder.append_evaluation(self.step, row)
+
+    def save(self) -> None:
+        """Save a checkpoint and the policy as they are after the last step taken."""
+        self.saved_step = self.step
+        if self.folder is not None:
+            self.folder.save({"step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps})
+
+    # --- interruption and end ---
+
+    def _before_optimizer_step(self) -> None:
+        """Called before every optimiser step: from the first one of an update on, discarding it takes a snapshot."""
+        if not self.step_begun:
+            return
+        self.step_begun = False
+        if not self.stop.interruptible:
+            return
+        if self.seconds_update > SLOW_UPDATE:
+            self.snapshot = Snapshot(self.parts.models.policy, self.optimizer)
+        else:
+            self.stop.interruptible = False
+
+    def undo_step(self) -> None:
+        """Restore weights and optimiser as they were before the step that was interrupted."""
+        self.stop.interruptible = False
+        if self.snapshot is not None:
+            self.snapshot.restore()
+
+    def finish(self) -> None:
+        """Print where things are (raises Stopped after a signal or after too many failed steps)."""
+        cfg, path = self.cfg, self.cfg.ckpt_dir
+        if self.stop.signal is not None:
+            name = signal.Signals(self.stop.signal).name
+            line = f"stopped after step {self.step} by {name}; saved. To go on: {how_to_resume(cfg)}"
+            raise Stopped(128 + self.stop.signal, line)
+        if self.failed_steps >= FAILED_STEPS_ALLOWED:
+            raise Stopped(
+                1,
+                f"error: stopped after step {self.step}: {FAILED_STEPS_ALLOWED} steps in a row had no finite loss; the "
+                f"last good policy is saved in {path}/; lower --lr, or check the reward for NaN",
+            )
+        if self.folder is None:
+            return
+        if cfg.eval_every:
+            print(before_after(self.folder.path / "eval.csv"))
+        share = self.folder.seconds_saving / (time.perf_counter() - self.folder.started)
+        print(f"saving took {self.folder.seconds_saving:.1f} s, {share:.1%} of the time")
+        flags = " --preset tiny" if cfg.preset == "tiny" else ""
+        flags += "" if path == TrainConfig.ckpt_dir else f" --policy_path {Path(path) / 'policy_lm'}"
+        print(f"done: see {path}/curves.png and samples.csv; compare with the base: python eval.py{flags}")
+
+
+def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None) -> None:
+    """Print what is about to happen."""
+    size = sum(p.numel() for p in parts.models.policy.parameters())
+    print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
+    print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
+    if checkpoint is not None:
+        print(f"resuming after step {step}, from {checkpoint}/")
+
+
+def how_to_resume(cfg: TrainConfig) -> str:
+    """The command that resumes this run."""
+    return "python train.py --resume" + ("" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" {cfg.ckpt_dir}")
+
+
+def before_after(eval_csv: Path) -> str:
+    """The first and the last evaluation, side by side."""
+    table = pd.read_csv(eval_csv)
+    names = {"sentiment_mean": "sentiment mean", "positive_rate": "share positive", "kl_seq_exact": "KL, nats",
+             "entropy": "entropy, nats per token", "response_len": "response length"}  # fmt: skip
+    lines = [f"{'held-out prompts':24}{'before':>9}{'after':>9}"]
+    lines += [f"{title:24}{table[name].iloc[0]:9.2f}{table[name].iloc[-1]:9.2f}" for name, title in names.items()]
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A text on one line, cut to the width of the terminal."""
+    text = " ".join(text.split())
+    width = max(40, shutil.get_terminal_size((120, 24)).columns - 16)
+    return text if len(text) <= width else text[: width - 1] + "…"
