@@ -17,6 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from config import EvalConfig, TrainConfig, parse_config
 
 import pytest
 import torch
@@ -32,11 +35,15 @@ from transformers import (
 )
 
 import train
-from config import TrainConfig, run_cli
-from model import GPT2WithValueHead, Sequences, generate
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from ppo import Rollout
+from pretrain.tiny_reviews import generate_reviews
+from runtime import cli
+from tools.make_models import main as make_models_main
 from utils import uniforms
 
 TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
+Config = TypeVar("Config", TrainConfig, EvalConfig)
 EOS = 0  # also BOS, and the id that fills padding, as with the real GPT-2
 
 CORPUS: Sequence[str] = [
@@ -56,13 +63,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patience() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     """A test that hangs fails after five minutes, with a traceback that shows where."""
 
-    def lose(*_: object) -> None:
+    def fail(*_: object) -> None:
         pytest.fail("this test has taken five minutes: it hangs")  # no error that the program could take for its own
 
-    before = signal.signal(signal.SIGALRM, lose)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(300)
     yield
     signal.alarm(0)
@@ -130,7 +137,17 @@ def sample(
 ) -> Sequences:
     """Ragged prompts with sampled responses that end at different times."""
     prompts = ragged_prompts(rows, width, policy.lm.config.vocab_size, seed)
-    return generate(policy, *prompts, uniforms(seed, 1, rows, new), eos_id=EOS, **sampling)
+    return sample_responses(policy, *prompts, uniforms(seed, 1, rows, new), eos_id=EOS, **sampling)
+
+
+def make_rollout(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float,
+    partial: Tensor | None = None,
+) -> Rollout:  # fmt: skip
+    """A rollout with scores made up by a test."""
+    logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(policy, reference, seqs)
+    partial = torch.full_like(logprobs, torch.nan) if partial is None else partial
+    return Rollout(seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial, scores, kl_coef)
 
 
 def pad_more(seqs: Sequences, pads: int) -> Sequences:
@@ -256,6 +273,34 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+MAKING = ["--size", "tiny", "--lm_steps", "2", "--rm_steps", "2"]
+
+
+def write_labelled_csv(path: Path, names: list[str] | list[int]) -> Path:
+    """80 generated reviews; the first name is that of good ones."""
+    texts, labels = generate_reviews(80, seed=0)
+    lines = [f'"{text}",{names[1 - label]}' for text, label in zip(texts, labels, strict=True)]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path
+
+
+def make_models(dataset: Path | str, out: Path, *flags: str) -> Path:
+    """Both models from a labelled file, by tools.make_models, in two steps each."""
+    torch.set_num_threads(1)  # more threads add up in another order
+    make_models_main(["--dataset", str(dataset), "--out", str(out), *MAKING, *flags])
+    return out
+
+
+@pytest.fixture(scope="session")
+def labelled_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labelled_csv(tmp_path_factory.mktemp("labelled") / "reviews.csv", ["good", "bad"])
+
+
+@pytest.fixture(scope="session")
+def made_models(labelled_csv: Path) -> Path:
+    return make_models(labelled_csv, labelled_csv.parent / "nested" / "made")
+
+
 @pytest.fixture
 def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -> dict[str, str]:
     return {
@@ -266,11 +311,17 @@ def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -
     }  # fmt: skip
 
 
+def run_script(cls: type[Config], main: Callable[[Config], object]) -> None:
+    """What the last line of a script does, with sys.argv; raises SystemExit unless the exit code is 0."""
+    if code := cli.run(lambda: main(parse_config(cls))):
+        raise SystemExit(code)
+
+
 def run(flags: dict[str, str], *extra: str) -> Path:
-    """Train in this process, by the command line's own way; returns the run folder."""
+    """Train in this process, as the command line does; returns the run folder."""
     argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
     sys.argv = ["train.py", *argv, *extra]
-    run_cli(TrainConfig, train.main)
+    run_script(TrainConfig, train.main)
     return Path(flags["ckpt_dir"])
 
 

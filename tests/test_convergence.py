@@ -8,20 +8,23 @@ is beta log Z.
 import copy
 import itertools
 
+from config import TrainConfig
+
 import pytest
 import torch
-from conftest import EOS, make_policy, same_weights, weights_of
+from conftest import EOS, make_policy, make_rollout, same_weights, weights_of
 from torch import Tensor
 
-from config import TrainConfig
-from model import GPT2WithValueHead, generate
-from ppo import make_rollout, ppo_update
+from model import GPT2WithValueHead, sample_responses
+from ppo import ppo_update
 from utils import uniforms
 
 VOCAB, LONGEST, PROMPT = 5, 3, 2
+
+
 BETA = 0.4
 
-# every response: EOS ends it, and so does its third token; 1 + 4 + 4 * 4 * 5 = 85
+
 RESPONSES = [
     y
     for n in range(1, LONGEST + 1)
@@ -29,12 +32,7 @@ RESPONSES = [
     if EOS not in y[:-1] and (n == LONGEST or y[-1] == EOS)
 ]
 
-# Over three seeds the end lay at a total variation of 0.008 to 0.014, a KL of 0.0026 to 0.0045 and
-# a gain of 0.988 to
-# 0.993, which is sampling noise; rounding on another machine amounts to another seed. The bounds
-# leave half as much
-# again. The start (0.34 and 0.38) and the optimum of twice the beta (0.19 and 0.09) lie ten times
-# farther away.
+
 MOST_VARIATION, MOST_KL, LEAST_GAIN = 0.02, 0.008, 0.98
 
 
@@ -90,7 +88,7 @@ def test_ppo_reaches_the_known_optimum() -> None:
     prompts = torch.full((cfg.batch_size, 1), PROMPT)
     for step in range(1, cfg.total_steps + 1):
         u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
-        seqs = generate(policy, prompts, prompts > 0, u, eos_id=EOS)
+        seqs = sample_responses(policy, prompts, prompts > 0, u, eos_id=EOS)
         rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
         scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
         ppo_update(policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA), cfg, step)

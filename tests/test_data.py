@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from config import UserError
+
 import pandas as pd
 import pytest
 import torch
@@ -14,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from config import UserError
 from data import PromptStream, is_file, load_examples, load_prompts, pad_left
-from utils import load_tokenizer
+from runtime.hub import load_tokenizer
 
 TEXTS = ['A good film, "rare" even.', "Dull; too long\tby far.", "naïve ☃ 10/10"]
+
+
 LABELS = ["positive", "negative", "positive"]
 
 
@@ -48,9 +51,6 @@ def refused(dataset: Path | str, split: str = "train", text_column: str = "text"
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# ---- reading
 
 
 @pytest.mark.parametrize("kind", SAVERS)
@@ -199,9 +199,6 @@ def test_load_tokenizer_refuses_a_model_folder_without_one(gpt2_dir: Path, tmp_p
         load_tokenizer("policy_name", str(tmp_path))
 
 
-# ---- prompts
-
-
 def test_load_prompts_cuts_and_leaves_out(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["A good film", "x", "The acting is superb, and the ending made me cry!", "ab"]
     whole = [tokenizer(text)["input_ids"] for text in texts]
@@ -220,6 +217,8 @@ def test_load_prompts_refuses_when_none_is_left(tokenizer: PreTrainedTokenizerFa
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
 long_texts = st.lists(st.one_of(words, st.sampled_from(TEXTS)), min_size=1, max_size=30).map(" ".join)
 
 
@@ -233,8 +232,9 @@ def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(text: str
         assert load_prompts(tokenizer, [text], 1, longest) == [ids[:longest]]
 
 
-# words that become a single token of 9 to 21 bytes each, so that few tokens need many characters
 LONG_WORDS = ["incomprehensibilities", "unforgettable", "cinematography", "melodrama", "of"]
+
+
 LONG_TOKENS = PreTrainedTokenizerFast(
     tokenizer_object=train_tokenizer(
         600, ["<|endoftext|>"], [" " + " ".join(LONG_WORDS) + " " * 40 + "\n" * 9 + "!" * 30] * 20
@@ -285,9 +285,6 @@ def test_pad_left_puts_the_prompt_last() -> None:
     assert mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
     assert ids.dtype == torch.int64
     assert mask.dtype == torch.bool
-
-
-# ---- the stream
 
 
 @pytest.mark.parametrize(("n", "batch"), [(12, 4), (10, 4), (7, 3), (5, 5), (3, 8), (1, 4), (9, 1)])

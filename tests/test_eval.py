@@ -1,26 +1,27 @@
 """eval.py: paired, reproducible, held out, recomputable, and honest intervals."""
 
-import html
 import itertools
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from config import EvalConfig, TrainConfig
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS
+from conftest import CORPUS, run_script
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-import eval as evaluation
-from config import EvalConfig, TrainConfig, run_cli
-from tools.summary import summarise
+import eval as eval_script
+from evaluation.summary import summarise
+from model import GPT2WithValueHead
+from training.run_folder import describe
 
 
 @pytest.fixture
@@ -36,8 +37,6 @@ def split_reviews(tmp_path: Path) -> Path:
 @pytest.fixture
 def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_reviews: Path) -> Path:
     """A run folder whose policy is the base with slightly different weights."""
-    from model import GPT2WithValueHead
-    from tools.run_folder import describe
 
     cfg = TrainConfig(
         policy_name=str(gpt2_dir), rm_name=str(classifier_dir), dataset=str(split_reviews), device="cpu",
@@ -58,7 +57,7 @@ def run(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
     sys.argv = ["eval.py", "--policy_path", str(folder / "policy_lm"), "--n_samples", "20", "--batch_size", "8",
                 "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
                 *extra]  # fmt: skip
-    run_cli(EvalConfig, evaluation.main)
+    run_script(EvalConfig, eval_script.main)
     results = pd.read_csv(out / "eval_results.csv", keep_default_na=False)
     return results, json.loads((out / "eval_summary.json").read_text())
 
@@ -126,14 +125,14 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
     assert [len(row) for row in per_token] == t.policy_len.tolist()
 
 
-@pytest.mark.parametrize("where", ["score_responses", "base_draws"])
+@pytest.mark.parametrize("where", ["evaluate_both", "Comparison.base_scores"])
 def test_too_little_memory_names_what_to_lower(
     where: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cramped(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluation, where, cramped)
+    monkeypatch.setattr(f"eval.{where}", cramped)
     with pytest.raises(SystemExit) as stop:
         run(finished_run, tmp_path / "out", "--frontier", "2")
     assert stop.value.code == 2
@@ -165,66 +164,6 @@ def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path,
         answer = tokenizer(row.base_text).input_ids
         if len(answer) == row.base_len:  # the text gives the tokens back, and no EOS was left out
             assert row.base_nll_base == pytest.approx(nll("base", prompt, answer), abs=2e-3)
-
-
-def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
-    """Answers that the reward calls positive: once they are, once they only trip the reward up."""
-    rng = np.random.default_rng(0)
-    n = 400
-    base = np.where(rng.random(n) < 0.5, 0.8, -0.8)
-    seen_by_judge = np.where(rng.random(n) < 0.8, base, -base)  # it agrees on four in five
-    frame = {
-        "policy_score": np.full(n, 0.9), "base_score": base, "base_judge": seen_by_judge,
-        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
-        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
-    honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}))
-    gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}))
-    assert not honest["gamed"]
-    assert "confirms" in honest["verdict"]
-    assert gamed["gamed"]
-    assert "WARNING" in gamed["verdict"]
-    assert "\n" not in honest["verdict"]
-
-
-def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along() -> None:
-    """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
-    n, names = 400, ("policy", "base")
-    liked = np.arange(n) % 2 == 0
-    frame = {f"{m}_{c}": np.ones(n) for m in names for c in ("log_odds", "eos", "nll_base")} | {
-        "policy_score": np.where(np.arange(n) % 10 == 0, -0.8, 0.8), "base_score": np.where(liked, 0.8, -0.8),
-        "policy_len": np.full(n, 5.0), "base_len": np.where(liked, 10.0, 30),
-        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in names},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
-    summary = summarise(pd.DataFrame(frame))
-    assert summary["response_len_expected"] == pytest.approx(0.9 * 10 + 0.1 * 30), "90 % liked"
-    low, high = summary["response_len_expected_ci"]
-    assert low < 12 < high
-    assert high - low == pytest.approx(2 * 1.96 * 20 * math.sqrt(0.09 / n), rel=0.3), "the policy's own doubt"
-    assert "shorter (5 against 20 tokens; 12 would go with such scores)" in summary["verdict"]
-    unlike = summarise(pd.DataFrame({**frame, "base_len": np.where(liked, 30.0, 10)}))
-    assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
-
-
-def test_doubt_about_the_best_possible_ends_where_there_is_no_more_to_be_had() -> None:
-    """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
-    n, rng = 100, np.random.default_rng(0)
-    frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
-        "policy_score": np.full(n, 0.9), "base_score": np.zeros(n), "kl_seq": np.full(n, 3.9),
-        "kl_seq_exact": np.full(n, 3.9), "policy_text": [f"policy {i}" for i in range(n)],
-        "base_text": [f"base {i}" for i in range(n)],
-    }  # fmt: skip
-    easy = np.where(rng.random((n, 64)) < 0.25, 0.99, rng.uniform(-1, 0.9, (n, 64)))
-    hard = -1 + 0.1 * rng.exponential(size=(n, 64)) ** 2
-    doubtful = []
-    for draws in (easy, hard):
-        rows = pd.DataFrame({**frame, "base_draws": [" ".join(map(str, row)) for row in draws]})
-        summary = summarise(rows)
-        assert summary["kl_certain"] < 3.9, "too few draws stand behind the curve at the policy's own KL"
-        doubtful.append("more draws would be needed" in summary["verdict"])
-    assert doubtful == [False, True]
 
 
 def test_the_second_judge_is_fitted_on_labels_or_named(
@@ -267,64 +206,11 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: judge=")
 
 
-def test_a_judge_that_knows_nothing_accuses_nobody() -> None:
-    """It agrees with the reward often, because nearly all responses are negative to both."""
-    rng = np.random.default_rng(0)
-    n = 1000
-    frame = {
-        "policy_score": np.where(rng.random(n) < 0.6, 0.9, -0.9),
-        "base_score": np.where(rng.random(n) < 0.1, 0.9, -0.9),
-        **{f"{m}_judge": np.where(rng.random(n) < 0.05, 0.5, -0.5) for m in ("policy", "base")},
-        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
-        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
-    assert not summarise(pd.DataFrame(frame))["gamed"]
-
-
 def test_best_is_evaluated_with_the_settings_of_its_run(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "policy_lm", finished_run / "best" / "policy_lm")
     plain, _ = run(finished_run, tmp_path / "a")
     best, _ = run(finished_run / "best", tmp_path / "b")
     pd.testing.assert_frame_equal(plain, best)
-
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_the_report_works_in_a_real_browser(finished_run: Path, tmp_path: Path) -> None:
-    """It opens from a file without a network, filters, shows long texts whole, and logs no error."""
-    results, summary = run(finished_run, tmp_path, "--frontier", "4")
-    page = (tmp_path / "eval_report.html").read_text()
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "https://" not in page
-    probe = """<script>
-      const count = () => document.querySelectorAll("#samples article").length;
-      const set = (id, value) => { get(id).value = value; get(id).dispatchEvent(new Event("input")); return count(); };
-      const seen = [count(), set("change", "better"), set("change", "worse"), set("change", "all"), set("low", "0.2"),
-                    set("low", "-1"), set("word", "no such words")];
-      set("word", "");
-      const missing = [...document.images].filter(image => !image.naturalWidth).length;
-      const texts = [...document.querySelectorAll("#samples article")].map(a => a.textContent).join(" ");
-      document.title = JSON.stringify([seen, missing, rows.every(r => texts.includes(r.b))]);
-    </script></body>"""
-    (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
-    done = subprocess.run(
-        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         "--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'probe.html'}"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    seen, missing, whole = json.loads(html.unescape(title[1]))
-    better, worse = (results.policy_score > results.base_score).sum(), (results.policy_score < results.base_score).sum()
-    high = (results.policy_score >= 0.2 - 1e-6).sum()
-    assert seen == [20, better, worse, 20, high, 20, 0]
-    assert missing == 0
-    assert whole
-    assert html.escape(summary["verdict"]) in page
 
 
 def test_eval_leaves_out_reviews_that_were_trained_on(finished_run: Path, tmp_path: Path) -> None:
@@ -347,9 +233,9 @@ def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run:
 def test_a_broken_reward_or_policy_is_told(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_odds = evaluation.SentimentReward.log_odds
+    log_odds = eval_script.SentimentReward.log_odds
     with monkeypatch.context() as broken:
-        broken.setattr(evaluation.SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
+        broken.setattr(eval_script.SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
         with pytest.raises(SystemExit):
             run(finished_run, tmp_path)
     assert re.search("error: rm_name=.* not finite", capsys.readouterr().err.splitlines()[-1])
@@ -360,13 +246,6 @@ def test_a_broken_reward_or_policy_is_told(
     with pytest.raises(SystemExit):
         run(finished_run, tmp_path)
     assert re.search("error: policy_path=.* not finite", capsys.readouterr().err.splitlines()[-1])
-
-
-def test_damaged_tables_of_the_run_are_left_out_of_the_report(finished_run: Path, tmp_path: Path) -> None:
-    (finished_run / "metrics.csv").write_text("step,loss\n1,2\n2,3\n")
-    (finished_run / "eval.csv").write_text("\x00,\n" * 3)
-    run(finished_run, tmp_path, "--frontier", "2")
-    assert "The run" not in (tmp_path / "eval_report.html").read_text()
 
 
 def test_eval_is_a_function_of_the_seed(finished_run: Path, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import copy
 import math
 from pathlib import Path
 
+from config import UserError
+
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    EOS,
     exact_logits,
     make_lm,
     make_policy,
@@ -20,6 +21,8 @@ from conftest import (
     weights_of,
     with_critic,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -35,21 +38,21 @@ from transformers import (
 )
 
 import model
-from config import UserError
+import utils
 from model import (
     GPT2WithValueHead,
     Sequences,
+    _decode,
     check_fit,
-    generate,
+    evaluate_both,
     load_gpt2,
     load_reference,
-    score_responses,
+    sample_responses,
 )
 from utils import uniforms
 
-# float32 forward passes of a two-layer model against float64 ones: logits near 10, a few hundred
-# operations
 TOLERANCE = 5e-5
+
 
 SAMPLINGS = [
     {},
@@ -58,6 +61,8 @@ SAMPLINGS = [
     {"top_p": 0.8},
     {"temperature": 0.8, "top_k": 10, "top_p": 0.9},
 ]
+
+
 IDS = [" ".join(f"{k}={v}" for k, v in s.items()) or "plain" for s in SAMPLINGS]
 
 
@@ -77,9 +82,6 @@ def expected_logprobs(lm: GPT2LMHeadModel, seqs: Sequences, row: int, **sampling
     """
     tokens, start = real_tokens(seqs, row)
     return library_warp(exact_logits(lm, tokens)[start - 1 : -1], **sampling)
-
-
-# ---- fact 1, 2: alignment and padding
 
 
 def test_evaluate_responses_equals_the_library_loss() -> None:
@@ -152,9 +154,6 @@ def test_evaluate_responses_does_not_see_what_is_masked() -> None:
         assert torch.allclose(a[seqs.response_mask], b[seqs.response_mask], atol=1e-6)
 
 
-# ---- fact 7, 12, 13: the critic and the modes
-
-
 def test_values_do_not_see_the_token_they_judge() -> None:
     policy = make_policy(critic=True)
     seqs = sample(policy, rows=2, width=4, new=8, seed=2)
@@ -205,9 +204,6 @@ def test_load_reference_is_frozen(gpt2_dir: Path) -> None:
     assert not logprobs.requires_grad
 
 
-# ---- fact 1, 4, 5: the sampler
-
-
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
 def test_generate_reports_the_logprobs_that_scoring_finds(sampling: dict[str, float]) -> None:
     policy, reference = make_policy(), make_policy(seed=1)
@@ -217,7 +213,7 @@ def test_generate_reports_the_logprobs_that_scoring_finds(sampling: dict[str, fl
     assert len(set(lengths.tolist())) > 3, "rows should end at different times"
     scored, _, _ = policy.evaluate_responses(seqs)
     assert (scored - seqs.logprobs)[mask].abs().max() < 2e-5  # float32 in two orders of summation
-    scored = score_responses(policy, reference, seqs)[0]
+    scored = evaluate_both(policy, reference, seqs)[0]
     assert (scored - seqs.logprobs)[mask].abs().max() < 2e-5
     assert (seqs.support is None) == ("top_k" not in sampling and "top_p" not in sampling)
 
@@ -228,7 +224,7 @@ def test_generate_equals_a_sampler_without_cache(sampling: dict[str, float]) -> 
     policy = make_policy(seed=4)
     prompt_ids, prompt_mask = ragged_prompts(12, 6, seed=4)
     u = uniforms(4, 1, 12, 10)
-    seqs = generate(policy, prompt_ids, prompt_mask, u, eos_id=EOS, **sampling)
+    seqs = sample_responses(policy, prompt_ids, prompt_mask, u, eos_id=EOS, **sampling)
     for row in range(12):
         tokens, response = prompt_ids[row][prompt_mask[row]], []
         while len(response) < 10 and EOS not in response:
@@ -248,7 +244,7 @@ def test_generate_equals_a_sampler_without_cache(sampling: dict[str, float]) -> 
 def test_generate_returns_consistent_masks() -> None:
     policy = make_policy()
     prompt_ids, prompt_mask = ragged_prompts(32, 6)
-    seqs = generate(policy, prompt_ids, prompt_mask, uniforms(0, 1, 32, 10), eos_id=EOS)
+    seqs = sample_responses(policy, prompt_ids, prompt_mask, uniforms(0, 1, 32, 10), eos_id=EOS)
     width = seqs.responses.shape[1]
     assert seqs.prompt_len == 6
     assert seqs.tokens.shape == (32, 6 + width)
@@ -276,13 +272,13 @@ def test_generate_ends_at_once_where_eos_comes_first() -> None:
         torch.tensor([[EOS, 3, 4], [EOS, EOS, 5]]),
         torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(),
     )
-    seqs = generate(policy, *prompts, u, eos_id=EOS)
+    seqs = sample_responses(policy, *prompts, u, eos_id=EOS)
     assert seqs.response_mask.tolist() == [[True] + [False] * 4, [True] * 5]
     assert seqs.responses[0, 0] == EOS
     assert EOS not in seqs.responses[1]
     logp = expected_logprobs(policy.lm, seqs, 0)
     assert seqs.logprobs[0, 0].item() == pytest.approx(logp[0, EOS].item(), abs=TOLERANCE)
-    alone = generate(policy, prompts[0][:1], prompts[1][:1], u[:1], eos_id=EOS)
+    alone = sample_responses(policy, prompts[0][:1], prompts[1][:1], u[:1], eos_id=EOS)
     assert alone.response_mask.sum() == 1
     assert alone.responses[0, 0] == EOS
 
@@ -290,7 +286,7 @@ def test_generate_ends_at_once_where_eos_comes_first() -> None:
 def test_generate_stops_at_the_given_eos_only() -> None:
     policy = make_policy()
     prompts = ragged_prompts(32, 6)
-    seqs = generate(policy, *prompts, uniforms(0, 1, 32, 10), eos_id=11)
+    seqs = sample_responses(policy, *prompts, uniforms(0, 1, 32, 10), eos_id=11)
     for tokens, mask in zip(seqs.responses, seqs.response_mask, strict=True):
         real = tokens[mask].tolist()
         assert 11 not in real[:-1]
@@ -303,10 +299,10 @@ def test_generate_is_independent_of_batch_composition(sampling: dict[str, float]
     policy = make_policy(seed=5)
     prompt_ids, prompt_mask = ragged_prompts(10, 7)
     u = uniforms(0, 1, 10, 8)
-    together = generate(policy, prompt_ids, prompt_mask, u, eos_id=EOS, **sampling)
+    together = sample_responses(policy, prompt_ids, prompt_mask, u, eos_id=EOS, **sampling)
     for row in range(10):
         start = int((~prompt_mask[row]).sum())  # alone, the row needs no padding at all
-        alone = generate(
+        alone = sample_responses(
             policy,
             prompt_ids[row : row + 1, start:],
             prompt_mask[row : row + 1, start:],
@@ -332,7 +328,7 @@ def test_generate_changes_no_weight_and_needs_no_gradient() -> None:
 def test_generate_takes_the_shortest_prompts_and_responses(prompt_len: int, new: int) -> None:
     policy = make_policy(seed=6)
     prompt = torch.full((1, prompt_len), 3)
-    seqs = generate(policy, prompt, prompt > 0, torch.full((1, new), 0.6).double(), eos_id=EOS)
+    seqs = sample_responses(policy, prompt, prompt > 0, torch.full((1, new), 0.6).double(), eos_id=EOS)
     logp = expected_logprobs(policy.lm, seqs, 0)
     n = len(logp)
     assert 1 <= n <= new
@@ -373,7 +369,7 @@ def test_generate_draws_from_the_scored_distribution(sampling: dict[str, float])
     """Chi-square of 100k draws on 20 tokens (fact 4)."""
     policy, n = make_policy(seed=7, n_layer=1, n_embd=16), 100_000
     prompt = torch.tensor([[3, 9]])
-    seqs = generate(
+    seqs = sample_responses(
         policy,
         prompt.expand(n, -1),
         torch.ones(n, 2).bool(),
@@ -396,7 +392,7 @@ def test_generate_draws_from_the_scored_distribution(sampling: dict[str, float])
 
 def test_generate_draws_pairs_of_tokens_from_their_joint_distribution() -> None:
     policy, n = make_policy(vocab=6, seed=8, n_layer=1, n_embd=16, initializer_range=0.15), 100_000
-    seqs = generate(policy, torch.full((n, 1), 2), torch.ones(n, 1).bool(), uniforms(5, 3, n, 2), eos_id=EOS)
+    seqs = sample_responses(policy, torch.full((n, 1), 2), torch.ones(n, 1).bool(), uniforms(5, 3, n, 2), eos_id=EOS)
     first = library_warp(exact_logits(policy.lm, torch.tensor([2]))[-1:])[0].exp()
     expected = [n * first[EOS]]
     counts = [(seqs.responses[:, 0] == EOS).sum()]
@@ -409,9 +405,6 @@ def test_generate_draws_pairs_of_tokens_from_their_joint_distribution() -> None:
     assert c.sum() == n
     assert e.min() > 5
     assert upper_tail(((c - e) ** 2 / e).sum().item(), len(e) - 1) > 1e-4
-
-
-# ---- scoring with the reference
 
 
 def test_loaded_model_computes_what_the_library_computes(gpt2_dir: Path) -> None:
@@ -433,7 +426,7 @@ def test_score_responses_equals_enumeration(sampling: dict[str, float]) -> None:
     """Policy and reference are both renormalised over what the sampler could have chosen."""
     policy, reference = make_policy(critic=True), make_policy(seed=1, critic=True)
     seqs = sample(policy, **sampling)
-    scored = score_responses(policy, reference, seqs)
+    scored = evaluate_both(policy, reference, seqs)
     assert all(not x.requires_grad and x.dtype == torch.float32 for x in scored)
     got = dict(zip(["logprobs", "ref_logprobs", "values", "entropy", "exact_kl"], scored, strict=True))
     _, values, _ = policy.evaluate_responses(seqs)
@@ -461,7 +454,7 @@ def test_score_responses_equals_enumeration(sampling: dict[str, float]) -> None:
 
 def test_score_responses_of_a_model_against_itself_is_zero() -> None:
     policy, reference = make_policy(), make_policy()
-    logprobs, ref_logprobs, _, _, kl = score_responses(policy, reference, sample(policy))
+    logprobs, ref_logprobs, _, _, kl = evaluate_both(policy, reference, sample(policy))
     assert torch.equal(logprobs, ref_logprobs)
     assert kl.abs().max() < 1e-6
 
@@ -496,7 +489,7 @@ def test_bfloat16_concerns_matrix_products_only() -> None:
     # sampler and scorer round differently: the cache holds the same numbers, but sums run in
     # another order
     assert (rough.evaluate_responses(seqs)[0] - seqs.logprobs)[mask].abs().mean() < 0.05
-    for x in score_responses(rough, exact, seqs):
+    for x in evaluate_both(rough, exact, seqs):
         assert x.dtype == torch.float32
     rough.evaluate_responses(seqs)[0].sum().backward()
     assert {weight.grad.dtype for weight in rough.lm.parameters()} == {torch.float32}
@@ -547,9 +540,6 @@ def test_the_copy_with_half_projections_shares_everything_else() -> None:
     for (name, a), b in zip(lm.named_parameters(), copied.parameters(), strict=True):
         assert torch.equal(a.bfloat16() if name in projections else a, b), name
         assert a.dtype == torch.float32
-
-
-# ---- saving and loading
 
 
 def test_save_pretrained_round_trip(tmp_path: Path) -> None:
@@ -672,3 +662,71 @@ def test_check_fit_names_what_does_not_fit(tokenizer: PreTrainedTokenizerFast) -
     without.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         check_fit(policy, make_policy(n), without, 64)
+
+
+EOS = 0
+
+
+def ragged_mask(lengths: list[int], width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def test_decode_leaves_out_eos_and_what_is_masked(tokenizer: PreTrainedTokenizerFast) -> None:
+    """EOS first, in the middle, absent; the padding is EOS, and once garbage."""
+    film, bad = tokenizer("A good film")["input_ids"], tokenizer(" bad!")["input_ids"]
+    rows = [[EOS], [*film, EOS], [*film, *bad]]
+    width = max(map(len, rows)) + 2
+    tokens = torch.tensor([row + [EOS] * (width - len(row)) for row in rows])
+    tokens[1, -1] = bad[0]
+    mask = ragged_mask([len(row) for row in rows], width)
+    assert _decode(tokenizer, tokens, mask) == ["", "A good film", "A good film bad!"]
+
+
+def test_decode_works_on_left_padded_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    film = tokenizer("It 's a film . ")["input_ids"]
+    tokens = torch.tensor([[5, 5, *film], [5, 5, 5, *film[1:]]])
+    mask = torch.ones_like(tokens).bool()
+    mask[0, :2] = mask[1, :3] = False
+    assert _decode(tokenizer, tokens, mask)[0] == "It 's a film . "
+
+
+_TOKENIZER: list[PreTrainedTokenizerFast] = []
+
+
+@pytest.fixture(autouse=True)
+def remember_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Hypothesis does not mix with fixtures it could not reset; the tokenizer never changes."""
+    _TOKENIZER[:] = [tokenizer]
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_decode_inverts_the_tokenizer(text: str) -> None:
+    tokenizer = _TOKENIZER[0]
+    ids = tokenizer(text)["input_ids"]
+    tokens = torch.tensor([[*ids, EOS, 7]])
+    if EOS in ids:  # the text spells a special token
+        return
+    assert _decode(tokenizer, tokens, ragged_mask([len(ids) + 1], len(ids) + 2)) == [text]
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 8])
+def test_chunks_of_logits_change_nothing(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fact 15: values and gradients with the logits of some rows in memory at a time equal those with all of them."""
+    policy, reference = make_policy(critic=True), make_policy(seed=1)
+    seqs = sample(policy, top_k=9)
+    whole, whole_scored = policy.evaluate_responses(seqs), evaluate_both(policy, reference, seqs)
+    sum(x.sum() for x in whole).backward()
+    expected = [weight.grad.clone() for weight in policy.parameters()]
+    policy.zero_grad()
+    numbers_per_row = seqs.response_mask.shape[1] * policy.lm.config.vocab_size
+    monkeypatch.setattr(utils, "CHUNK_FLOATS", rows_at_a_time * numbers_per_row)
+    slices = policy.chunk(seqs)
+    assert slices[0].stop == rows_at_a_time
+    assert sorted(i for rows in slices for i in range(rows.start, rows.stop)) == list(range(8))
+    chunked = policy.evaluate_responses(seqs)
+    sum(x.sum() for x in chunked).backward()
+    for a, b in zip([*whole, *whole_scored], [*chunked, *evaluate_both(policy, reference, seqs)], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    for weight, grad in zip(policy.parameters(), expected, strict=True):
+        assert torch.allclose(weight.grad, grad, atol=1e-4)

@@ -7,33 +7,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from config import TrainConfig, parse_config
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import (
-    EOS,
-    make_policy,
-    pad_more,
-    real_tokens,
-    same_weights,
-    sample,
-    weights_of,
-)
+from conftest import EOS, make_policy, make_rollout, pad_more, real_tokens, run, same_weights, sample, weights_of
 from torch import Tensor
 
 import ppo
 import utils
-from config import TrainConfig
-from model import GPT2WithValueHead, Sequences, generate
-from ppo import (
-    Batch,
-    KLController,
-    Rollout,
-    learning_rate,
-    make_rollout,
-    ppo_loss,
-    ppo_update,
-)
+from model import GPT2WithValueHead, Sequences, sample_responses
+from ppo import Batch, KLController, Rollout, collect_rollout, learning_rate, ppo_loss, ppo_update
+from training.parts import load_parts, resolve
+from utils import uniforms
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 8,
@@ -94,9 +82,6 @@ def one_token(
     loss.backward()
     grads = [0.0 if x.grad is None else x.grad.item() for x in (new_logprobs, new_values)]
     return loss.item(), grads[0], grads[1], stats
-
-
-# ---- fact 9: the loss
 
 
 @pytest.mark.parametrize(
@@ -351,9 +336,6 @@ def test_ppo_loss_equals_an_independent_library() -> None:
         assert torch.allclose(ours, theirs_, atol=1e-6)
 
 
-# ---- the rollout
-
-
 def test_make_rollout_puts_the_score_on_the_last_real_token() -> None:
     policy, reference = make_policy(critic=True), make_policy(seed=1)
     seqs = sample(policy, rows=12)
@@ -410,9 +392,6 @@ def test_rollout_metrics_are_unmoved_by_padding_and_order() -> None:
         assert other.metrics() == pytest.approx(plain.metrics(), rel=1e-5, abs=1e-6)
 
 
-# ---- fact 3: before the first step
-
-
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 6}, {"top_p": 0.8, "temperature": 1.4}])
 def test_ratio_is_1_before_the_first_step(sampling: dict[str, float]) -> None:
     policy = make_policy(critic=True)
@@ -439,9 +418,6 @@ def test_ppo_update_with_lr_0_changes_nothing(sampling: dict[str, float]) -> Non
         assert row["skipped"] == 0
         assert row["lr"] == 0
     assert same_weights(policy, before)
-
-
-# ---- the update as a whole
 
 
 def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig) -> dict[str, Tensor]:
@@ -500,7 +476,7 @@ def test_ppo_update_equals_float64_for_every_micro_batch_size(
     policy = make_policy(critic=True)
     rollout = rollout_of(policy)
     monkeypatch.setattr(utils, "CHUNK_FLOATS", few * rollout.mask.shape[1] * policy.lm.config.vocab_size)
-    assert policy.responses_at_a_time(rollout.sequences) == few
+    assert len(policy.chunk(rollout.sequences)) == -(-8 // few)
     assert len(set(rollout.mask.sum(1).tolist())) > 2
     cfg = settings(ppo_epochs=3, lr=0.05, micro_batch_size=micro, gamma=0.98, reward_every=0, ent_coef=0.02)
     expected, before = float64_update(policy, rollout, cfg), weights_of(policy)
@@ -543,6 +519,7 @@ def test_ppo_update_and_its_metrics_are_unmoved_by_padding_and_micro_batches() -
     assert rows[0]["approx_kl"] > 1e-4
     assert rows[0]["ratio_max"] > 1.05
     assert [row.pop("micro_batch_size") for row in rows] == [4, 4, 1, 2]
+    assert all(row.pop("seconds_update") > 0 for row in rows)
     for row, weights in zip(rows[1:], finals[1:], strict=True):
         assert row == pytest.approx(rows[0], rel=1e-3, abs=1e-5)
         for name, weight in weights.items():
@@ -728,7 +705,7 @@ def test_ppo_update_skips_only_the_minibatch_whose_logits_are_not_finite() -> No
     mask[1:, :7] = False
     ids = torch.randint(1, 20, (8, 10), generator=torch.Generator().manual_seed(0))
     u = torch.rand(8, 4, dtype=torch.float64) * 0.5 + 0.49
-    rollout = rollout_of(policy, generate(policy, ids, mask, u, eos_id=EOS))
+    rollout = rollout_of(policy, sample_responses(policy, ids, mask, u, eos_id=EOS))
     assert rollout.mask[0].all()
     with torch.no_grad():
         policy.lm.transformer.wpe.weight[11, 0] = math.nan
@@ -778,9 +755,6 @@ def test_ppo_update_teaches_the_critic() -> None:
     second = ppo_update(policy, optimizer, after, cfg, 2)["explained_var"]
     assert first == pytest.approx(0, abs=1e-6)  # the critic started at zero
     assert second > 0.5
-
-
-# ---- schedules
 
 
 def test_learning_rate_falls_in_a_straight_line() -> None:
@@ -851,7 +825,7 @@ def test_rollouts_joined_are_the_rollout_of_all_their_prompts() -> None:
                         response_mask=some.response_mask[:, :width], logprobs=some.logprobs[:, :width])  # fmt: skip
         parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1))
     assert parts[0].mask.shape[1] < parts[1].mask.shape[1]
-    assert Rollout.join(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+    assert Rollout.cat(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
 
 
 def test_running_scores_reach_the_advantages() -> None:
@@ -859,16 +833,16 @@ def test_running_scores_reach_the_advantages() -> None:
     policy, reference = make_policy(), make_policy(seed=1)
     seqs = sample(policy, rows=12)
     scores = torch.linspace(-1, 1, 12)
-    running = torch.full(seqs.response_mask.shape, math.nan)
-    running[:, 0] = scores / 2
-    rollout = make_rollout(policy, reference, seqs, scores, 0.1, running)
-    expected = utils.spread_scores(scores, running, seqs.response_mask) - 0.1 * rollout.kl
+    partial = torch.full(seqs.response_mask.shape, math.nan)
+    partial[:, 0] = scores / 2
+    rollout = make_rollout(policy, reference, seqs, scores, 0.1, partial)
+    expected = utils.spread_scores(scores, partial, seqs.response_mask) - 0.1 * rollout.kl
     torch.testing.assert_close(rollout.rewards(), expected)
     plain = make_rollout(policy, reference, seqs, scores, 0.1).rewards()
     assert (rollout.rewards() - plain).abs().max() > 0.1
-    halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, running[rows])
+    halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, partial[rows])
               for rows in torch.arange(12).split(6)]  # fmt: skip
-    torch.testing.assert_close(Rollout.join(halves).rewards(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(Rollout.cat(halves).rewards(), expected, atol=1e-5, rtol=1e-4)
     told = []
     cfg = settings(ppo_epochs=1, minibatch_size=12, batch_size=12)
     with pytest.MonkeyPatch.context() as patch:
@@ -876,3 +850,30 @@ def test_running_scores_reach_the_advantages() -> None:
         patch.setattr(ppo, "compute_gae", lambda rewards, *rest: told.append(rewards) or gae(rewards, *rest))
         ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
     torch.testing.assert_close(told[0], expected)
+
+
+def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, str]) -> None:
+    """Against one call of the reward per prefix; the step itself pays the same sum."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    cfg = resolve(parse_config(TrainConfig, [*words, "--reward_every=3", "--max_new_tokens=10"]))
+    parts = load_parts(cfg)
+    models = parts.models
+    seqs = models.respond(models.policy, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg)
+    partial = models.partial_scores(seqs, cfg)
+    assert partial.shape == seqs.response_mask.shape
+    for row, mask, found in zip(seqs.responses, seqs.response_mask, partial, strict=True):
+        tokens = row[mask].tolist()
+        for t in range(len(tokens)):
+            if (t + 1) % 3 or t + 1 == len(tokens):
+                assert found[t].isnan()
+            else:
+                text = models.tokenizer.decode(tokens[: t + 1])
+                assert float(found[t]) == pytest.approx(float(models.reward([text])), abs=1e-5), (t, text)
+    for every in (0, 99):
+        assert models.partial_scores(seqs, replace(cfg, reward_every=every)).isnan().all()
+    rollout = collect_rollout(models, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg, 0.1)
+    assert torch.equal(rollout.sequences.tokens, seqs.tokens)
+    assert torch.equal(rollout.partial_scores.nan_to_num(7), partial.nan_to_num(7))
+    metrics = pd.read_csv(run(flags, "--reward_every", "3") / "metrics.csv")
+    expected = metrics.sentiment_mean - metrics.kl_coef * metrics.kl_seq
+    assert metrics.reward_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+from config import UserError
+
 import pytest
 import torch
 from conftest import save_classifier, train_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from config import UserError
 from reward import SentimentReward
 
 TEXTS = [

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from config import EvalConfig, UserError, parse_config
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from config import EvalConfig, UserError, parse_config
+from evaluation.summary import summarise
 from tools import study
 from tools.study import StudyConfig, figures, main, markdown, settings
-from tools.summary import summarise
 
 SUMMARY = {
     "n": 20, "win_rate": 0.7, "sentiment_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
@@ -78,7 +79,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     rows = markdown(table).splitlines()
     assert [row.split(" | ")[:2] for row in rows[2:]] == [["| base", ""], ["| `lr=1`", "2"]], "not what failed"
     commands.clear()
-    with pytest.raises(UserError, match=r"judged\.txt tells of another command"):
+    with pytest.raises(UserError, match=r"judged\.txt names another command"):
         main([*words, "--evaluate=--n_samples=7"])
     assert [c for c in commands if "--lr=1" in c] == []
     with pytest.raises(UserError, match="2 of 4 runs failed"):

@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+from config import TrainConfig, UserError
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-import train
-from config import TrainConfig, UserError
 from model import GPT2WithValueHead, Sequences
 from ppo import Batch, ppo_loss
 from tools import gradients
@@ -76,9 +76,9 @@ def observed() -> Observed:
     mask[1, 3:] = mask[4, 1:] = False
     attention = torch.cat([torch.ones(9, 5, dtype=torch.bool), mask], 1)
     tokens = torch.randint(0, 250, (9, 11), generator=generator)
-    running = torch.where(mask & mask.roll(-1, 1), torch.rand(9, 6, generator=generator), math.nan)
-    running[:, -1] = math.nan
-    return Observed(Sequences(tokens, attention, mask, torch.zeros(9, 6)), torch.rand(9, generator=generator), running)
+    partial = torch.where(mask & mask.roll(-1, 1), torch.rand(9, 6, generator=generator), math.nan)
+    partial[:, -1] = math.nan
+    return Observed(Sequences(tokens, attention, mask, torch.zeros(9, 6)), torch.rand(9, generator=generator), partial)
 
 
 def test_reinforce_pays_all_tokens_what_the_response_scored_above_the_others() -> None:
@@ -117,11 +117,11 @@ def test_weights_count_as_they_do_for_adam(monkeypatch: pytest.MonkeyPatch) -> N
     batches = torch.randn(6, 40, generator=torch.Generator().manual_seed(4)) + 1
     batches = (batches * torch.logspace(-3, 1, 40)).double()
     ways = {REINFORCE: batches, (1, 0.5): batches.flip(1)}
-    parts = SimpleNamespace(policy=None)
+    parts = SimpleNamespace(models=SimpleNamespace(policy=None))
     monkeypatch.setattr(gradients, "observe", lambda parts, run, batch: batch - 1)
     monkeypatch.setattr(gradients, "policy_gradient", lambda policy, batch, way, run: ways[way][batch])
-    monkeypatch.setattr(train, "load_parts", lambda run: parts)
-    monkeypatch.setattr(train, "resolve", lambda run: run)
+    monkeypatch.setattr(gradients, "load_parts", lambda cfg: parts)
+    monkeypatch.setattr(gradients, "resolve", lambda cfg: cfg)
     rows = gradients.measure(GradientsConfig(batches=4, pilot=2, reward_every="1", gae_lambda="0.5"))
     size = batches[:2].square().mean(0).sqrt()
     for row, way in zip(rows.to_dict("records"), ways, strict=True):

@@ -13,21 +13,25 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from config import EvalConfig, TrainConfig
+
 import pandas as pd
 import pytest
 import torch
-from conftest import TIMINGS, as_processes, make_policy, run, sample
+from conftest import TIMINGS, as_processes, make_policy, run, run_script, sample
 
-import eval as evaluation
+import eval as eval_script
 import ppo
 import train
-from config import EvalConfig, TrainConfig, run_cli
-from tools.processes import processes
-from tools.states import damage, states
-from utils import world_size
+from runtime.distributed import process_group, world_size
+from training.checkpoints import find_corruption, list_checkpoints
 
 NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
+
+
 ROOT = Path(train.__file__).parent
+
+
 STEPS = {"total_steps": "20", "batch_size": "9", "minibatch_size": "3", "ppo_epochs": "2", "max_new_tokens": "8",
          "save_every": "20", "eval_every": "10", "eval_prompts": "4", "sample_every": "20",
          "adaptive_kl_target": "0.5", "lr": "2e-4"}  # fmt: skip
@@ -78,7 +82,7 @@ def test_resume_with_another_number_of_processes(flags: dict[str, str], tmp_path
     said = tmp_path / "said.txt"
     again = {"ckpt_dir": str(tmp_path / "broken")}
     assert as_processes(2, partial(run, again, "--resume"), said) == [0, 0], said.read_text()
-    assert "going on after step 3" in said.read_text()
+    assert "resuming after step 3" in said.read_text()
     pd.testing.assert_frame_equal(
         table(tmp_path / "broken" / "metrics.csv"),
         table(whole / "metrics.csv"),
@@ -107,7 +111,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_t
     folder = tmp_path / "run"
     job = torchrun(2, "train.py", *words_of({**flags, **steps, "ckpt_dir": str(folder)}), restarts=1)
     begun = time.monotonic()
-    while not states(folder / "state"):
+    while not list_checkpoints(folder / "state"):
         assert job.poll() is None, job.communicate()
         assert time.monotonic() - begun < 100
         time.sleep(0.1)
@@ -115,9 +119,9 @@ def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_t
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
     assert err.count("another process of this run has died") == 1, err
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert table(folder / "metrics.csv").step.tolist() == list(range(1, 37))
-    assert damage(states(folder / "state")[-1]) is None
+    assert find_corruption(list_checkpoints(folder / "state")[-1]) is None
 
 
 def run_with_another_lr(flags: dict[str, str]) -> None:
@@ -135,7 +139,7 @@ def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_
 def test_a_size_of_the_world_without_a_place_in_it_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
-    with processes("cpu"):
+    with process_group("cpu"):
         assert world_size() == 1
 
 
@@ -158,8 +162,8 @@ def cramped(folder: Path) -> None:
         if len(calls) == 4 // count and place == count - 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    ppo.GradientSum.BUCKET = 500
-    with processes("cpu"):
+    ppo.GradientReducer.BUCKET = 500
+    with process_group("cpu"):
         policy, rollout = make_policy(), one_rollout()
         policy.lm.transformer.h[0].ln_1.weight.register_hook(fail)
         row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, ONE_STEP, 1)
@@ -199,10 +203,10 @@ def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str,
     words = [f"--policy_path={folder / 'policy_lm'}", "--split=train", "--n_samples=20", "--batch_size=6",
              "--frontier=3", "--device=cpu", "--dtype=float32"]  # fmt: skip
     sys.argv = ["eval.py", *words, f"--out_csv={tmp_path / 'alone' / 'eval_results.csv'}"]
-    run_cli(EvalConfig, evaluation.main)
+    run_script(EvalConfig, eval_script.main)
     sys.argv[-1] = f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}"
     said = tmp_path / "said.txt"
-    assert as_processes(2, partial(run_cli, EvalConfig, evaluation.main), said) == [0, 0], said.read_text()
+    assert as_processes(2, partial(run_script, EvalConfig, eval_script.main), said) == [0, 0], said.read_text()
     assert said.read_text().count("written: ") == 1
     files = [(tmp_path / name / "eval_results.csv").read_bytes() for name in ("alone", "many")]
     assert files[0] == files[1]

@@ -1,16 +1,18 @@
 """tools/benchmark.py: the work it times is the work it says."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+from config import TrainConfig, UserError
 
 import pandas as pd
 import pytest
 
-from config import TrainConfig, UserError, with_changes
 from reward import SentimentReward
-from tools.benchmark import Work, append, make_random_models, measure, measure_peer, sweep
+from tools.benchmark import Workload, append, make_random_models, measure, measure_peer, sweep
 
-SMALL = Work((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)
+SMALL = Workload((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)
 
 
 def test_sweep_sets_one_shape_and_refuses_nonsense() -> None:
@@ -30,11 +32,11 @@ def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monk
     texts: list[int] = []
     score = SentimentReward.score
     monkeypatch.setattr(SentimentReward, "__call__", lambda self, some: texts.append(len(some)) or score(self, some))
-    measure(with_changes(cfg, reward_every=2), steps=1)
+    measure(replace(cfg, reward_every=2), steps=1)
     assert len(texts) == 4, "a step to warm up and one more, whole responses and unfinished ones"
     assert texts[0] == texts[2] == 4
     texts.clear()
-    row = measure(with_changes(cfg, reward_every=0), steps=1)
+    row = measure(replace(cfg, reward_every=0), steps=1)
     assert texts == [4, 4]
     phases = [row[f"seconds_{name}"] for name in ("generate", "score", "update")]
     assert all(seconds > 0 for seconds in phases)

@@ -1,0 +1,84 @@
+"""evaluation/summary"""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluation.summary import summarise
+
+
+def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
+    """Answers that the reward calls positive: once they are, once they only trip the reward up."""
+    rng = np.random.default_rng(0)
+    n = 400
+    base = np.where(rng.random(n) < 0.5, 0.8, -0.8)
+    seen_by_judge = np.where(rng.random(n) < 0.8, base, -base)  # it agrees on four in five
+    frame = {
+        "policy_score": np.full(n, 0.9), "base_score": base, "base_judge": seen_by_judge,
+        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}))
+    gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}))
+    assert not honest["gamed"]
+    assert "confirms" in honest["verdict"]
+    assert gamed["gamed"]
+    assert "WARNING" in gamed["verdict"]
+    assert "\n" not in honest["verdict"]
+
+
+def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along() -> None:
+    """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
+    n, names = 400, ("policy", "base")
+    liked = np.arange(n) % 2 == 0
+    frame = {f"{m}_{c}": np.ones(n) for m in names for c in ("log_odds", "eos", "nll_base")} | {
+        "policy_score": np.where(np.arange(n) % 10 == 0, -0.8, 0.8), "base_score": np.where(liked, 0.8, -0.8),
+        "policy_len": np.full(n, 5.0), "base_len": np.where(liked, 10.0, 30),
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in names},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    summary = summarise(pd.DataFrame(frame))
+    assert summary["response_len_expected"] == pytest.approx(0.9 * 10 + 0.1 * 30), "90 % liked"
+    low, high = summary["response_len_expected_ci"]
+    assert low < 12 < high
+    assert high - low == pytest.approx(2 * 1.96 * 20 * math.sqrt(0.09 / n), rel=0.3), "the policy's own doubt"
+    assert "shorter (5 against 20 tokens; 12 expected at such scores)" in summary["verdict"]
+    unlike = summarise(pd.DataFrame({**frame, "base_len": np.where(liked, 30.0, 10)}))
+    assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
+
+
+def test_doubt_about_the_best_possible_ends_where_there_is_no_more_to_be_had() -> None:
+    """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
+    n, rng = 100, np.random.default_rng(0)
+    frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
+        "policy_score": np.full(n, 0.9), "base_score": np.zeros(n), "kl_seq": np.full(n, 3.9),
+        "kl_seq_exact": np.full(n, 3.9), "policy_text": [f"policy {i}" for i in range(n)],
+        "base_text": [f"base {i}" for i in range(n)],
+    }  # fmt: skip
+    easy = np.where(rng.random((n, 64)) < 0.25, 0.99, rng.uniform(-1, 0.9, (n, 64)))
+    hard = -1 + 0.1 * rng.exponential(size=(n, 64)) ** 2
+    doubtful = []
+    for draws in (easy, hard):
+        rows = pd.DataFrame({**frame, "base_draws": [" ".join(map(str, row)) for row in draws]})
+        summary = summarise(rows)
+        assert summary["kl_certain"] < 3.9, "too few draws stand behind the curve at the policy's own KL"
+        doubtful.append("more draws would be needed" in summary["verdict"])
+    assert doubtful == [False, True]
+
+
+def test_a_judge_that_knows_nothing_accuses_nobody() -> None:
+    """It agrees with the reward often, because nearly all responses are negative to both."""
+    rng = np.random.default_rng(0)
+    n = 1000
+    frame = {
+        "policy_score": np.where(rng.random(n) < 0.6, 0.9, -0.9),
+        "base_score": np.where(rng.random(n) < 0.1, 0.9, -0.9),
+        **{f"{m}_judge": np.where(rng.random(n) < 0.05, 0.5, -0.5) for m in ("policy", "base")},
+        **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
+        **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    assert not summarise(pd.DataFrame(frame))["gamed"]

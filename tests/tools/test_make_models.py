@@ -1,0 +1,83 @@
+"""Making models and the tiny world: what is written, what is refused, what a crash leaves."""
+
+import json
+from pathlib import Path
+
+from config import UserError
+
+import pytest
+from conftest import MAKING, make_models, write_labelled_csv
+
+from pretrain import tiny_reviews
+from tools.make_models import main
+
+
+def test_report_holds_what_was_measured(made_models: Path) -> None:
+    report = json.loads((made_models / "report.json").read_text())
+    assert 0 < report["policy"]["held_out_nats_per_token"] < 10
+    assert 0 <= report["reward"]["held_out_accuracy"] <= 1
+    assert report["reward"]["held_out_texts"] == 8
+    assert report["recipe"]["lm"]["steps"] == 2
+    assert [p.name for p in made_models.parent.iterdir()] == ["made"]
+
+
+def test_same_seed_makes_the_same_models(labelled_csv: Path, made_models: Path, tmp_path: Path) -> None:
+    again = make_models(labelled_csv, tmp_path / "again")
+    for file in ("policy/model.safetensors", "reward/model.safetensors", "policy/tokenizer.json"):
+        assert (again / file).read_bytes() == (made_models / file).read_bytes()
+
+
+def test_rows_without_label_go_to_the_language_model_only(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    texts, labels = tiny_reviews.generate_reviews(60, seed=0)
+    rows = [{"text": t, "label": y if i < 40 else -1} for i, (t, y) in enumerate(zip(texts, labels, strict=True))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = json.loads((make_models(path, tmp_path / "out") / "report.json").read_text())
+    assert report["policy"]["texts"] == 56
+    assert report["reward"]["texts"] == 36
+    assert report["reward"]["held_out_texts"] == 4
+
+
+def test_wrong_input_is_refused_in_one_line(labelled_csv: Path, tmp_path: Path) -> None:
+    one = write_labelled_csv(tmp_path / "one.csv", ["good", "good"])
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "file").write_text("")
+    wrong = {
+        "missing.csv": ["--dataset", str(tmp_path / "missing.csv")],
+        "label_column='stars'": ["--label_column", "stars"],
+        "text_column='body'": ["--text_column", "body"],
+        "holds 1 different": ["--dataset", str(one)],
+        "holds 80 different": ["--label_column", "text"],
+        "no text": ["--dataset", str(tmp_path / "empty.csv")],
+        "lm_steps=0": ["--lm_steps", "0"],
+        "rm_lr=nan": ["--rm_lr", "nan"],
+        "--size": ["--size", "huge"],
+        "--colour": ["--colour", "red"],
+        "exists": ["--out", str(tmp_path)],
+        "cannot be written": ["--out", str(tmp_path / "file" / "out")],
+        "init=": ["--init", str(tmp_path / "nowhere")],
+    }
+    for words, flags in wrong.items():
+        with pytest.raises(UserError, match=words) as error:
+            main(["--dataset", str(labelled_csv), "--out", str(tmp_path / "out"), *MAKING, *flags])
+        assert "\n" not in str(error.value), words
+        assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*")), "a temporary folder is left"
+
+
+def test_a_failure_leaves_no_folder(
+    labelled_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.models.train_policy", crash)
+    with pytest.raises(KeyboardInterrupt):
+        make_models(labelled_csv, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def crash(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_diverging_training_is_refused(labelled_csv: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lower its step size"):
+        make_models(labelled_csv, tmp_path / "out", "--lm_lr", "1e30", "--lm_steps", "5")

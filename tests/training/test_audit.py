@@ -1,0 +1,76 @@
+"""training/audit"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run
+from torch import Tensor
+
+import train
+from model import GPT2WithValueHead
+from training.checkpoints import find_corruption
+
+
+def test_check_prints_a_line_per_fact_and_writes_nothing(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(flags, "--check")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert all(line.startswith("ok ") for line in lines)
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+def break_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.position_ids", lambda mask: torch.arange(mask.shape[1]).expand(mask.shape))
+
+
+def break_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = GPT2WithValueHead.response_hidden
+    monkeypatch.setattr(GPT2WithValueHead, "response_hidden", lambda self, seqs: right(self, seqs).roll(-1, 1))
+
+
+def break_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = GPT2WithValueHead.response_hidden
+    monkeypatch.setattr(
+        GPT2WithValueHead, "response_hidden", lambda self, seqs: torch.dropout(right(self, seqs), 0.3, True)
+    )
+
+
+def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = train.generate
+    monkeypatch.setattr("training.audit.generate", lambda *a, **k: right(*a, **{**k, "temperature": 0.5}).select(
+        torch.arange(4)).__class__(**{**vars(right(*a, **{**k, "temperature": 0.5})), "temperature": 1.0}))  # fmt: skip
+
+
+def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_the_end(scores: Tensor, partial: Tensor | None, response_mask: Tensor) -> Tensor:
+        return torch.zeros(response_mask.shape).index_fill(1, torch.tensor([-1]), 1) * scores[:, None]
+
+    monkeypatch.setattr("utils.spread_scores", at_the_end)
+
+
+def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact"),
+    [
+        (break_positions, "padding|cross-entropy"), (break_shift, "cross-entropy"), (break_dropout, "cross-entropy"),
+        (break_temperature, "the one scored"), (break_reward_place, "last real token"), (break_critic, "critic"),
+    ],
+)  # fmt: skip
+def test_check_refuses_to_train_when_a_fact_fails(
+    damage: Any, fact: str, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_corruption(monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "self-check failed" in err
+    assert any(part in err for part in fact.split("|")), err
+    assert not Path(flags["ckpt_dir"]).exists()

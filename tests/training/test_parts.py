@@ -1,0 +1,53 @@
+"""training/parts"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run, save_classifier
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
+
+
+def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Path) -> None:
+    labels = {0: "terrible", 1: "fine", 2: "great"}
+    save_classifier(tmp_path / "bert", labels)  # for its tokenizer
+    config = BertConfig(vocab_size=280, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, num_labels=3, id2label=labels,
+                        label2id={v: k for k, v in labels.items()})  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    folder = run({**flags, "rm_name": str(tmp_path / "bert"), "target_label": "great", "total_steps": "1"})
+    assert pd.read_csv(folder / "metrics.csv").sentiment_mean.between(-1, 1).all()
+
+
+def test_a_revision_chooses_among_commits_and_is_recorded(
+    flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits of one name in a hub's cache, with different weights."""
+    cache = tmp_path / "hub" / "models--someone--gpt2"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for revision, commit in commits.items():
+        shutil.copytree(gpt2_dir, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+    weights = cache / "snapshots" / commits["v1"] / "model.safetensors"
+    changed = {name: weight + 0.01 for name, weight in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path / "hub"))
+    still = {**flags, "policy_name": "someone/gpt2", "lr": "0", "total_steps": "1"}
+    for revision in (None, "v1", commits["v1"]):
+        words = [] if revision is None else ["--policy_revision", revision]
+        folder = run({**still, "ckpt_dir": str(tmp_path / str(revision))}, *words)
+        commit = commits["main" if revision is None else "v1"]
+        recorded = json.loads((folder / "config.json").read_text())["hub_commits"]
+        assert recorded == {"policy_name": commit, "ref_name": commit, "rm_name": None, "dataset": None}
+        kept = load_file(folder / "policy_lm" / "model.safetensors")
+        expected = load_file(cache / "snapshots" / commit / "model.safetensors")
+        assert all(torch.equal(kept[name], expected[name]) for name in expected)
+        assert pd.read_csv(folder / "metrics.csv").kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(SystemExit):
+        run({**still, "ckpt_dir": str(tmp_path / "none")}, "--policy_revision", "v2")

@@ -1,0 +1,377 @@
+"""Nothing is lost: N steps are k steps and a resume, bit for bit; damage is found; what would break this is refused."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from config import TrainConfig, UserError, parse_config
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train
+from tools.torture import remains
+from training import run_folder
+from training.checkpoints import list_checkpoints
+from training.run_folder import RunFolder
+
+
+def exact(folder: Path) -> dict[str, bytes]:
+    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
+    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly a second each, and no part of what must be the same."""
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
+
+
+def test_resume_of_a_finished_run_can_only_make_it_longer(
+    flags: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = run({**flags, "ckpt_dir": str(tmp_path / "long")}, "--total_steps", "5", "--lr_schedule", "constant",
+               "--eval_every", "0", "--sample_every", "5")  # fmt: skip
+    short = run(flags, "--lr_schedule", "constant", "--eval_every", "0", "--sample_every", "5")
+    before = exact(short)
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert "--total_steps" in capsys.readouterr().out
+    assert exact(short) == before
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps", "5")
+    assert "total_steps from 3 to 5" in capsys.readouterr().out
+    same = [name for name in exact(long) if "samples" not in name]  # the shorter run also sampled at its end
+    assert {name: exact(short)[name] for name in same} == {name: exact(long)[name] for name in same}
+
+
+def test_resume_can_name_a_run_or_a_state(flags: dict[str, str], tmp_path: Path) -> None:
+    folder = run(flags, "--total_steps", "6", "--keep_last", "9")
+    expected = exact(folder)
+    for name in (folder, folder / "state" / "step_000002", folder / "state" / "step_000004"):
+        sys.argv = ["train.py", "--resume", str(name)]
+        train.run_script(TrainConfig, train.main)
+        assert exact(folder) == expected
+    with pytest.raises(UserError, match="resume"):
+        parse_config(TrainConfig, ["--resume", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("change", "fine"),
+    [("--batch_size=4", False), ("--lr=0.5", False), ("--seed=3", False), ("--max_new_tokens=7", False),
+     ("--save_every=5", True), ("--keep_last=1", True), ("--total_steps=9", True)],
+)  # fmt: skip
+def test_changed_settings_are_named_and_refused_where_they_break_the_promise(
+    change: str,
+    fine: bool,
+    flags: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(flags)
+    name = change.partition("=")[0].removeprefix("--")
+    before = remains(Path(flags["ckpt_dir"]))
+    if not fine:
+        with pytest.raises(SystemExit) as stop:
+            run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", change)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert "--allow_changes" in error
+        assert remains(Path(flags["ckpt_dir"])) == before
+        change = f"{change} --allow_changes --total_steps=4"
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", *change.split())
+    assert f"{name} from" in capsys.readouterr().out
+
+
+def test_a_setting_that_the_run_never_knew_is_named_too(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of an earlier version, resumed by one with a new setting."""
+    folder = run(flags)
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["reward_every"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit) as stop:
+        run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
+    assert stop.value.code == 2
+    assert "reward_every from None to 1" in capsys.readouterr().err
+
+
+def test_a_run_without_a_good_state_is_not_thrown_away(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(flags)
+    before = exact(folder)
+    for harm in ("damaged", "deleted"):
+        for state in list_checkpoints(folder / "state"):
+            (state / "policy.safetensors").write_bytes(b"")
+        if harm == "deleted":
+            shutil.rmtree(folder / "state")
+        with pytest.raises(SystemExit) as stop:
+            run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps", "5")
+        assert stop.value.code == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert exact(folder) == before
+
+
+def test_a_kill_between_the_last_state_and_its_policy_is_made_good(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
+    save, saves = run_folder.save_policy, []
+
+    def die(*args: Any) -> None:
+        saves.append(1)
+        if len(saves) == 3:  # best at the end, the checkpoint of step 2, that of step 3
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "save_policy", die)
+        with pytest.raises(SystemExit):
+            run(flags, "--eval_every", "3")
+    folder = Path(flags["ckpt_dir"])
+    assert list_checkpoints(folder / "state")[-1].name == "step_000003"
+    assert exact(folder) != whole
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert {k: v for k, v in exact(folder).items() if "best" not in k and "eval" not in k} == {
+        k: v for k, v in whole.items() if "best" not in k and "eval" not in k
+    }
+
+
+def test_a_folder_that_another_run_used_while_this_one_was_loading_is_refused(flags: dict[str, str]) -> None:
+    cfg = TrainConfig(ckpt_dir=flags["ckpt_dir"], device="cpu")
+    waiting = run_folder.RunFolder(cfg)
+    before = exact(run(flags))
+    with pytest.raises(UserError, match="meanwhile"), waiting.open():
+        pass
+    assert exact(Path(flags["ckpt_dir"])) == before
+
+
+def test_what_was_told_before_is_not_told_again(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder.Diagnostics, "_all_warnings", lambda self, row: {"odd": "this is odd"})
+    run(flags)
+    assert capsys.readouterr().out.count("this is odd") == 1
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
+    out = capsys.readouterr().out
+    assert "resuming after step 3" in out
+    assert "this is odd" not in out
+
+
+def test_best_is_never_of_a_future_that_is_taken_back(flags: dict[str, str]) -> None:
+    folder = run(flags, "--eval_every", "1", "--keep_last", "9")
+    best = json.loads((folder / "best" / "eval.json").read_text())
+    assert best["sentiment_mean"] == pd.read_csv(folder / "eval.csv").query("step > 0").sentiment_mean.max()
+    assert run_folder.best_so_far(folder / "best", 3, None) == best["sentiment_mean"]
+    assert run_folder.best_so_far(folder / "best", best["step"] - 1, None) == -math.inf
+    assert not (folder / "best").exists()
+
+
+def test_a_restart_is_told_from_another_job_by_its_name(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seven")
+    folder = run(flags)
+    assert run_folder.was_begun_by("seven", folder)
+    assert not run_folder.was_begun_by("eight", folder)
+    assert not run_folder.was_begun_by(None, folder)
+    assert not run_folder.was_begun_by("seven", folder / "nowhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "eight")
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 2, "another job's folder is refused as ever"
+
+
+def test_tables_are_never_padded(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(flags)
+    metrics = folder / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    with pytest.raises(SystemExit) as stop:
+        run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps", "5")
+    assert stop.value.code == 2
+    assert "metrics.csv" in capsys.readouterr().err
+    assert b"\x00" not in metrics.read_bytes()
+
+
+def test_allowing_changes_once_does_not_allow_them_for_ever(flags: dict[str, str]) -> None:
+    run(flags)
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--lr", "1e-4", "--allow_changes", "--total_steps", "4")
+    with pytest.raises(SystemExit) as stop:
+        run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--lr", "1e-5", "--total_steps", "5")
+    assert stop.value.code == 2
+
+
+CONTRACT = """step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
+policy_loss value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score
+seconds_update tokens_per_second peak_memory_mb"""
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
+    folder = run(flags)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock", "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv", "state",
+        "value_head.safetensors",
+    ]  # fmt: skip
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert set(CONTRACT.split()) <= set(metrics.columns)
+    assert metrics.step.tolist() == [1, 2, 3]
+    assert metrics.episodes.tolist() == [8, 16, 24]
+    assert metrics.drop(columns=["explained_var"]).notna().all().all()
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["lr"] == 1e-3
+    assert settings["device"] == "cpu"
+    assert settings["versions"]["torch"]
+    samples = pd.read_csv(folder / "samples.csv", keep_default_na=False)
+    assert samples.step.tolist() == [2] * 4 + [3] * 4
+    assert {"prompt", "base", "policy", "base_score", "policy_score"} <= set(samples.columns)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_is_the_highest_sentiment_within_the_kl_budget(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sentiment rises at every evaluation; the last is beyond the budget."""
+    weights = []
+    save, evaluate = run_folder.save_policy, train.evaluate
+    monkeypatch.setattr(run_folder, "save_policy", lambda policy, tokenizer, folder: (
+        save(policy, tokenizer, folder),
+        weights.append(load_file(folder / "policy_lm" / "model.safetensors"))))  # fmt: skip
+    scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(
+        train, "evaluate",
+        lambda *args: {**evaluate(*args), "sentiment_mean": next(scores), "kl_seq_exact": next(kls)},
+    )  # fmt: skip
+    folder = run(flags, "--eval_every", "1", "--kl_budget", "2.5")
+    best = load_file(folder / "best" / "policy_lm" / "model.safetensors")
+    final = load_file(folder / "policy_lm" / "model.safetensors")
+    assert any(not torch.equal(best[name], final[name]) for name in best)
+    assert all(torch.equal(best[name], weights[-2 if len(weights) > 3 else 1][name]) for name in best)
+    assert AutoModelForCausalLM.from_pretrained(folder / "best" / "policy_lm")
+
+
+def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is missing
+    with pytest.raises(SystemExit) as stop:
+        run(flags, "--report_to", "tensorboard")
+    assert stop.value.code == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not Path(flags["ckpt_dir"]).exists()
+
+    rows: list[tuple[str, float, int]] = []
+    closed: list[bool] = []
+
+    class Writer:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            assert folder == Path(flags["ckpt_dir"]) / "tensorboard"
+            rows[:] = [row for row in rows if row[2] < purge_step]
+
+        def close(self) -> None:
+            closed.append(True)
+
+        def add_scalar(self, *row: Any) -> None:
+            rows.append(row)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    folder = run(flags, "--report_to", "tensorboard")
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert {name for name, _, _ in rows} == set(metrics.columns)
+    found = [value for name, value, _ in rows if name == "sentiment_mean"]
+    assert found == pytest.approx(metrics.sentiment_mean.tolist())
+    shutil.rmtree(folder / "state" / "step_000003")  # so that the last step is taken again
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert [step for name, _, step in rows if name == "sentiment_mean"] == [1, 2, 3]
+    assert closed == [True, True]
+
+
+def test_train_refuses_a_folder_with_a_run_unless_told_to_overwrite(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(flags)
+    (folder / "notes.txt").write_text("mine")
+    before = files_in(folder)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "seed": "5"})
+    assert stop.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert files_in(folder) == before
+    run({**flags, "seed": "5"}, "--overwrite")
+    after = files_in(folder)
+    assert len(pd.read_csv(folder / "metrics.csv")) == 3
+    assert after["metrics.csv"] != before["metrics.csv"]
+    assert after["notes.txt"] == b"mine"
+
+
+def test_train_leaves_alone_what_is_not_a_run(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(flags["ckpt_dir"])
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("mine")
+    for extra, words in (((), "metrics.csv"), (("--overwrite",), "not from a run")):
+        with pytest.raises(SystemExit) as stop:
+            run(flags, *extra)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+    assert (folder / "metrics.csv").read_text() == "mine"
+
+
+def test_train_does_not_overwrite_the_policy_that_it_starts_from(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run({**flags, "total_steps": "1"})
+    before = files_in(folder)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "policy_name": str(folder / "policy_lm")}, "--overwrite")
+    assert stop.value.code == 2
+    assert "which this run needs" in capsys.readouterr().err
+    assert files_in(folder) == before
+
+
+def test_names_from_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    RunFolder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
+    (tmp_path / "here" / "gpt2").mkdir()
+    with pytest.raises(UserError, match="holds gpt2, which this run needs"):
+        RunFolder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
+
+
+def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    folder = run({**flags, "total_steps": "1"})
+    assert json.loads((folder / "config.json").read_text())["git_commit"] is None
+
+
+def test_a_hub_name_that_means_another_commit_by_now_is_refused_on_resume(
+    flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    cache = tmp_path / "hub" / "models--someone--gpt2"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(gpt2_dir, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path / "hub"))
+    run({**flags, "policy_name": "someone/gpt2", "total_steps": "1"})
+    (cache / "refs" / "main").write_text("b" * 40)
+    more = {"ckpt_dir": flags["ckpt_dir"], "total_steps": "2"}
+    with pytest.raises(SystemExit) as stop:
+        run(more, "--resume")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "policy_name=someone/gpt2" in error
+    assert "a" * 40 in error
+    run(more, "--resume", "--allow_changes")

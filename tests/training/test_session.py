@@ -1,0 +1,258 @@
+"""training/session"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import run
+from transformers import AutoModelForCausalLM
+
+import train
+from model import GPT2WithValueHead
+from reward import SentimentReward
+from tools.torture import remains
+from training import run_folder
+from training.checkpoints import find_corruption, list_checkpoints, newest_intact
+
+CASES = int(os.environ.get("FAULT_CASES", "200"))
+
+
+STEPS = 120 if CASES <= 200 else 500
+
+
+def test_memory_does_not_grow(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident memory at the end against that after 50 small steps: within 5 %."""
+    seen: list[int] = []
+    log = run_folder.RunFolder.log
+
+    def note(self: Any, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] in (50, STEPS):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append(pages)
+
+    monkeypatch.setattr(run_folder.RunFolder, "log", note)
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
+    run({**flags, "save_every": "60", "sample_every": "60", "total_steps": str(STEPS), "eval_every": "0"})
+    assert seen[1] < 1.05 * seen[0]
+
+
+def exact(folder: Path) -> dict[str, bytes]:
+    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
+    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
+
+
+def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Path:
+    """A run that dies, as by a kill, right after step `at` was logged."""
+    log = run_folder.RunFolder.log
+
+    def die(self: Any, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "log", die)
+        with pytest.raises(SystemExit):
+            run(flags, *extra)
+    return Path(flags["ckpt_dir"])
+
+
+@pytest.mark.parametrize(
+    ("at", "extra"),
+    [
+        (1, ""),
+        (2, ""),
+        (5, ""),
+        (5, "--adaptive_kl_target 0.5"),
+        (5, "--lr_schedule constant --warmup_steps 2 --top_k 9"),
+        (5, "--micro_batch_size 2 --ent_coef 0.01"),
+    ],
+)
+def test_n_steps_equal_k_steps_and_a_resume(
+    at: int, extra: str, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Fact 18; killed before anything was saved, right where it was saved, and between two saves."""
+    words = ["--total_steps", "7", "--eval_every", "3", *extra.split()]
+    whole = run({**flags, "ckpt_dir": str(tmp_path / "whole")}, *words)
+    broken = interrupted(flags, at, monkeypatch, *words)
+    capsys.readouterr()
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    out = capsys.readouterr().out
+    if at > 2:
+        assert "resuming after step 4" in out
+    assert exact(broken) == exact(whole)
+    assert [state.name for state in list_checkpoints(broken / "state")] == ["step_000006", "step_000007"]
+
+
+def test_a_run_stopped_in_its_first_step_is_evaluated_once_before_training(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = ["--eval_every", "2"]
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, *extra))
+    act, calls = train.act, []
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return act(*args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "act", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run(flags, *extra)
+    assert stop.value.code == 130
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert exact(Path(flags["ckpt_dir"])) == whole
+
+
+def test_a_long_update_can_be_abandoned(flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and optimiser are put back as they were before it."""
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
+    update, calls = train.ppo_update, []
+
+    def interrupted(*args: Any) -> Any:
+        done = update(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ppo_update", interrupted)
+        patch.setattr(train, "PATIENCE", -1.0)
+        with pytest.raises(SystemExit) as stop:
+            run(flags)
+    assert stop.value.code == 143
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1]
+    assert list_checkpoints(folder / "state")[-1].name == "step_000001"
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert exact(folder) == whole
+
+
+def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
+    flags: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
+    for function in ("append_row", "save_checkpoint", "save_policy", "plot_curves"):
+        right, calls = getattr(run_folder, function), []
+
+        def fail(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return right(*args)
+
+        target = {**flags, "ckpt_dir": str(tmp_path / function)}
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, function, fail)
+            with pytest.raises(SystemExit) as stop:
+                run(target, "--total_steps", "4")
+        message = str(stop.value.code)
+        assert message.startswith("error: ")
+        assert "No space left" in message
+        assert "--resume" in message
+        run({"ckpt_dir": target["ckpt_dir"]}, "--resume")
+        assert exact(tmp_path / function) == whole, function
+
+
+def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path) -> None:
+    """On a file system of half a megabyte, where mounting one is allowed."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "none", small], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run({**flags, "ckpt_dir": str(small / "run")}, "--total_steps", "40", "--save_every", "2")
+        assert "No space left" in str(stop.value.code) or "cannot be written" in str(stop.value.code)
+        found = pd.read_csv(small / "run" / "metrics.csv") if (small / "run" / "metrics.csv").exists() else None
+        assert found is None or found.notna().drop(columns=["explained_var"]).all().all()
+        good, _ = newest_intact(small / "run" / "state")
+        assert good is None or find_corruption(good) is None
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])  # SIGINT: tests/test_train.py
+def test_a_signal_stops_soon_saves_and_says_how_to_resume(
+    number: signal.Signals,
+    flags: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    flags |= {"save_every": "10", "sample_every": "10", "eval_every": "15"}
+    whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "30"))
+    words = [f"--{name}={value}" for name, value in flags.items() if name != "total_steps"] + ["--total_steps=30"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums in another order have other last bits
+    process = subprocess.Popen(
+        [sys.executable, train.__file__, *words], stderr=subprocess.PIPE, text=True, env=one_thread
+    )
+    folder = Path(flags["ckpt_dir"])
+    while not (folder / "metrics.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    begun = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 128 + number
+    assert f"python train.py --resume {folder}" in err
+    assert "Traceback" not in err
+    assert len(pd.read_csv(folder / "metrics.csv")) < 30
+    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
+    assert exact(folder) == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("phase", "kept"), [("act", [1]), ("make_rollout", [1]), ("ppo_update", [1, 2])])
+def test_train_a_signal_abandons_what_taught_nothing_yet_saves_and_exits(
+    number: int, code: int, phase: str, kept: list[int], flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second step: while it acts or scores it is given up, while it learns it is finished."""
+    right, calls = getattr(train, phase), []
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return right(*args, **named)
+
+    monkeypatch.setattr(train, phase, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "total_steps": "9", "save_every": "9", "eval_every": "0", "sample_every": "9"})
+    assert stop.value.code == code
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == kept
+    GPT2WithValueHead.load(folder)
+    assert [state.name for state in list_checkpoints(folder / "state")] == [f"step_{kept[-1]:06d}"]
+
+
+def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SentimentReward, "__call__", lambda self, texts: torch.full((len(texts),), float("nan")))
+    monkeypatch.setattr(train, "audit", lambda *args, **named: None)
+    with pytest.raises(SystemExit) as stop:
+        run({**flags, "total_steps": "9"})
+    assert "3 steps in a row" in str(stop.value.code)
+    folder = Path(flags["ckpt_dir"])
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert metrics.skipped.tolist() == [4, 4, 4]
+    assert "not finite" in capsys.readouterr().out
+    start, kept = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in
+                   (flags["policy_name"], folder / "policy_lm"))  # fmt: skip
+    assert all(torch.equal(start[name], kept[name]) for name in start)
