@@ -1,5 +1,6 @@
 """train.py: the run folder, reproducibility, wrong input, signals, and what happens when numbers go bad."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,31 @@ import train
 from model import GPT2WithValueHead
 from reward import SentimentReward
 from training.parts import Parts
+
+CONTRACT = """step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
+policy_loss value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score
+seconds_update tokens_per_second peak_memory_mb"""
+
+
+def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
+    folder = run(flags)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock", "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv", "state",
+        "value_head.safetensors",
+    ]  # fmt: skip
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert set(CONTRACT.split()) <= set(metrics.columns)
+    assert metrics.step.tolist() == [1, 2, 3]
+    assert metrics.episodes.tolist() == [8, 16, 24]
+    assert metrics.drop(columns=["explained_var"]).notna().all().all()
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["lr"] == 1e-3
+    assert settings["device"] == "cpu"
+    assert settings["versions"]["torch"]
+    samples = pd.read_csv(folder / "samples.csv", keep_default_na=False)
+    assert samples.step.tolist() == [2] * 4 + [3] * 4
+    assert {"prompt", "base", "policy", "base_score", "policy_score"} <= set(samples.columns)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_evaluates_on_prompts_that_it_never_trains_on(

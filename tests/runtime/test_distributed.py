@@ -18,7 +18,7 @@ from config import EvalConfig, TrainConfig
 import pandas as pd
 import pytest
 import torch
-from conftest import TIMINGS, as_processes, make_policy, run, run_script, sample
+from conftest import TIMINGS, as_processes, make_policy, make_rollout, run, run_script, sample
 
 import eval as eval_script
 import ppo
@@ -61,9 +61,9 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     """
     alone = run({**flags, **STEPS, "ckpt_dir": str(tmp_path / "alone")})
     many = {**flags, **STEPS, "ckpt_dir": str(tmp_path / "many")}
-    said = tmp_path / "said.txt"
-    assert as_processes(count, partial(run, many), said) == [0] * count, said.read_text()
-    assert said.read_text().count("self-check") == 1, "only one of them speaks"
+    printed = tmp_path / "printed.txt"
+    assert as_processes(count, partial(run, many), printed) == [0] * count, printed.read_text()
+    assert printed.read_text().count("self-check") == 1, "only the main process prints"
     for name in ("metrics.csv", "eval.csv"):
         ours, theirs = table(tmp_path / "many" / name), table(alone / name)
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
@@ -79,10 +79,10 @@ def test_resume_with_another_number_of_processes(flags: dict[str, str], tmp_path
     whole = run({**flags, **STEPS, "total_steps": "6", "save_every": "3", "ckpt_dir": str(tmp_path / "whole")})
     shutil.copytree(whole, tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "state" / "step_000006")
-    said = tmp_path / "said.txt"
+    printed = tmp_path / "printed.txt"
     again = {"ckpt_dir": str(tmp_path / "broken")}
-    assert as_processes(2, partial(run, again, "--resume"), said) == [0, 0], said.read_text()
-    assert "resuming after step 3" in said.read_text()
+    assert as_processes(2, partial(run, again, "--resume"), printed) == [0, 0], printed.read_text()
+    assert "resuming after step 3" in printed.read_text()
     pd.testing.assert_frame_equal(
         table(tmp_path / "broken" / "metrics.csv"),
         table(whole / "metrics.csv"),
@@ -129,9 +129,9 @@ def run_with_another_lr(flags: dict[str, str]) -> None:
 
 
 def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_path: Path) -> None:
-    said = tmp_path / "said.txt"
-    assert as_processes(2, partial(run_with_another_lr, {**flags, **STEPS}), said) == [2, 2]
-    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    printed = tmp_path / "printed.txt"
+    assert as_processes(2, partial(run_with_another_lr, {**flags, **STEPS}), printed) == [2, 2]
+    errors = [line for line in printed.read_text().splitlines() if line.startswith("error: ")]
     assert errors == ["error: process 1 has lr=0.0002 where process 0 has 0.0001: make them alike on all machines"]
     assert not Path(flags["ckpt_dir"]).exists()
 
@@ -154,12 +154,12 @@ def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
 
 def cramped(folder: Path) -> None:
     """One process of some: an update in which the last of them is short of memory."""
-    place, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     calls = []
 
     def fail(grad: torch.Tensor) -> None:
         calls.append(1)
-        if len(calls) == 4 // count and place == count - 1:
+        if len(calls) == 4 // count and rank == count - 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     ppo.GradientReducer.BUCKET = 500
@@ -167,13 +167,13 @@ def cramped(folder: Path) -> None:
         policy, rollout = make_policy(), one_rollout()
         policy.lm.transformer.h[0].ln_1.weight.register_hook(fail)
         row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, ONE_STEP, 1)
-    torch.save([p.detach() for p in policy.parameters()], folder / f"weights_{place}.pt")
-    (folder / f"row_{place}.txt").write_text(f"{row['micro_batch_size']} {row['updates']} {row['skipped']}")
+    torch.save([p.detach() for p in policy.parameters()], folder / f"weights_{rank}.pt")
+    (folder / f"row_{rank}.txt").write_text(f"{row['micro_batch_size']} {row['updates']} {row['skipped']}")
 
 
 def one_rollout() -> ppo.Rollout:
     policy = make_policy()
-    return ppo.make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)
+    return make_rollout(policy, make_policy(seed=1), sample(policy), torch.linspace(-1, 1, 8), 0.1)
 
 
 ONE_STEP = TrainConfig(  # no gradient is scaled down, which would hide a wrong factor
@@ -190,11 +190,11 @@ def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path
     ppo.ppo_update(
         policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
     )
-    said = tmp_path / "said.txt"
-    assert as_processes(count, partial(cramped, tmp_path), said) == [0] * count, said.read_text()
-    for place in range(count):
-        assert (tmp_path / f"row_{place}.txt").read_text() == "1 1 0"
-        for ours, theirs in zip(torch.load(tmp_path / f"weights_{place}.pt"), policy.parameters(), strict=True):
+    printed = tmp_path / "printed.txt"
+    assert as_processes(count, partial(cramped, tmp_path), printed) == [0] * count, printed.read_text()
+    for rank in range(count):
+        assert (tmp_path / f"row_{rank}.txt").read_text() == "1 1 0"
+        for ours, theirs in zip(torch.load(tmp_path / f"weights_{rank}.pt"), policy.parameters(), strict=True):
             assert (ours - theirs).abs().max() <= 1e-6
 
 
@@ -205,8 +205,8 @@ def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str,
     sys.argv = ["eval.py", *words, f"--out_csv={tmp_path / 'alone' / 'eval_results.csv'}"]
     run_script(EvalConfig, eval_script.main)
     sys.argv[-1] = f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}"
-    said = tmp_path / "said.txt"
-    assert as_processes(2, partial(run_script, EvalConfig, eval_script.main), said) == [0, 0], said.read_text()
-    assert said.read_text().count("written: ") == 1
+    printed = tmp_path / "printed.txt"
+    assert as_processes(2, partial(run_script, EvalConfig, eval_script.main), printed) == [0, 0], printed.read_text()
+    assert printed.read_text().count("written: ") == 1
     files = [(tmp_path / name / "eval_results.csv").read_bytes() for name in ("alone", "many")]
     assert files[0] == files[1]

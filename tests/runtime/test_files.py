@@ -22,7 +22,7 @@ def test_texts_cannot_become_formulas() -> None:
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time\nfrom pathlib import Path\nfrom training.checkpoints import lock\n"
+        [sys.executable, "-c", "import sys, time\nfrom pathlib import Path\nfrom runtime.files import lock\n"
          f"with lock(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"],
         stdout=subprocess.PIPE, cwd=Path(train.__file__).parent,
     )  # fmt: skip

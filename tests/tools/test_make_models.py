@@ -65,9 +65,7 @@ def test_wrong_input_is_refused_in_one_line(labelled_csv: Path, tmp_path: Path) 
     assert not list(tmp_path.glob(".*")), "a temporary folder is left"
 
 
-def test_a_failure_leaves_no_folder(
-    labelled_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_no_folder(labelled_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.models.train_policy", crash)
     with pytest.raises(KeyboardInterrupt):
         make_models(labelled_csv, tmp_path / "out")

@@ -1,5 +1,6 @@
 """training/audit"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,7 @@ import torch
 from conftest import run
 from torch import Tensor
 
-import train
-from model import GPT2WithValueHead
-from training.checkpoints import find_corruption
+from model import GPT2WithValueHead, Sequences, sample_responses
 
 
 def test_check_prints_a_line_per_fact_and_writes_nothing(
@@ -40,9 +39,10 @@ def break_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = train.generate
-    monkeypatch.setattr("training.audit.generate", lambda *a, **k: right(*a, **{**k, "temperature": 0.5}).select(
-        torch.arange(4)).__class__(**{**vars(right(*a, **{**k, "temperature": 0.5})), "temperature": 1.0}))  # fmt: skip
+    def colder(*args: Any, **named: Any) -> Sequences:
+        return replace(sample_responses(*args, **{**named, "temperature": 0.5}), temperature=1.0)
+
+    monkeypatch.setattr("training.audit.sample_responses", colder)
 
 
 def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_refuses_to_train_when_a_fact_fails(
     damage: Any, fact: str, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find_corruption(monkeypatch)
+    damage(monkeypatch)
     with pytest.raises(SystemExit) as stop:
         run(flags)
     assert stop.value.code == 2

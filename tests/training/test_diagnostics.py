@@ -21,9 +21,9 @@ SICK = {
 }  # fmt: skip
 
 
-def test_doctor_has_nothing_to_say_of_a_healthy_run() -> None:
-    doctor = Diagnostics(TrainConfig(micro_batch_size=16))
-    assert not any(doctor.warnings(HEALTHY) for _ in range(30))
+def test_a_healthy_run_gets_no_warning() -> None:
+    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    assert not any(diagnostics.warnings(HEALTHY) for _ in range(30))
     for reward_every, gae_lambda in ((0, 1.0), (1, 0.0)):
         assert not Diagnostics(TrainConfig(reward_every=reward_every, gae_lambda=gae_lambda)).warnings(HEALTHY)
 
@@ -35,28 +35,42 @@ def test_doctor_has_nothing_to_say_of_a_healthy_run() -> None:
         TrainConfig(batch_size=4, minibatch_size=4),
     ],
 )  # fmt: skip
-def test_doctor_sees_a_score_that_reaches_no_one(asked: TrainConfig) -> None:
-    doctor = Diagnostics(asked)
-    told = [text for _ in range(3) for text in doctor.warnings(HEALTHY)]
-    assert len(told) == 1
-    assert "--gae_lambda 1" in told[0]
+def test_a_score_that_reaches_no_early_token_is_warned_of(asked: TrainConfig) -> None:
+    diagnostics = Diagnostics(asked)
+    given = [text for _ in range(3) for text in diagnostics.warnings(HEALTHY)]
+    assert len(given) == 1
+    assert "--gae_lambda 1" in given[0]
 
 
-def test_doctor_sees_responses_grow_short_and_no_passing_dip() -> None:
-    doctor = Diagnostics(TrainConfig())
+def test_short_responses_are_warned_of_and_a_passing_dip_is_not() -> None:
+    diagnostics = Diagnostics(TrainConfig())
     lengths = [40.0] * 10 + [10.0] * 3 + [40.0] * 10 + [28.5] * 20 + [27.0] * 20
-    told = {step: text for step, n in enumerate(lengths) for text in doctor.warnings({**HEALTHY, "response_len": n})}
-    assert list(told) == [46], "once four of ten are at 27"
-    assert "28 tokens where they began with 40" in told[46]
-    assert "--kl_coef" in told[46]
+    given = {
+        step: text for step, n in enumerate(lengths) for text in diagnostics.warnings({**HEALTHY, "response_len": n})
+    }
+    assert list(given) == [46], "once four of ten are at 27"
+    assert "28 tokens, 40 at the start" in given[46]
+    assert "--kl_coef" in given[46]
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_doctor_tells_each_finding_once_with_the_setting_to_change(name: str) -> None:
-    doctor = Diagnostics(TrainConfig(micro_batch_size=16))
-    assert doctor.warnings(HEALTHY) == []
+def test_each_warning_is_given_once_and_names_the_setting_to_change(name: str) -> None:
+    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    assert diagnostics.warnings(HEALTHY) == []
     value, remedy = SICK[name]
-    told = [text for _ in range(30) for text in doctor.warnings({**HEALTHY, name: value})]
-    assert len(told) == 1
-    assert remedy in told[0]
-    assert "\n" not in told[0]
+    given = [text for _ in range(30) for text in diagnostics.warnings({**HEALTHY, name: value})]
+    assert len(given) == 1
+    assert remedy in given[0]
+    assert "\n" not in given[0]
+
+
+def test_one_large_ratio_is_no_sign_and_three_are() -> None:
+    """Adam's first steps are large; the first step of --preset tiny once warned every newcomer."""
+    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    assert diagnostics.warnings({**HEALTHY, "ratio_max": 40.0}) == []
+    assert not any(diagnostics.warnings(HEALTHY) for _ in range(20))
+    given = [
+        text for ratio in (40.0, 1.1, 40.0, 1.1, 40.0) for text in diagnostics.warnings({**HEALTHY, "ratio_max": ratio})
+    ]
+    assert len(given) == 1
+    assert "--lr" in given[0]

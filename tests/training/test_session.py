@@ -14,11 +14,12 @@ import torch
 from conftest import run
 from transformers import AutoModelForCausalLM
 
+import ppo
 import train
 from model import GPT2WithValueHead
 from reward import SentimentReward
 from tools.torture import remains
-from training import run_folder
+from training import run_folder, session
 from training.checkpoints import find_corruption, list_checkpoints, newest_intact
 
 CASES = int(os.environ.get("FAULT_CASES", "200"))
@@ -30,18 +31,23 @@ STEPS = 120 if CASES <= 200 else 500
 def test_memory_does_not_grow(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident memory at the end against that after 50 small steps: within 5 %."""
     seen: list[int] = []
-    log = run_folder.RunFolder.log
+    append = run_folder.RunFolder.append_metrics
 
     def note(self: Any, row: dict[str, Any]) -> None:
-        log(self, row)
+        append(self, row)
         if row["step"] in (50, STEPS):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append(pages)
 
-    monkeypatch.setattr(run_folder.RunFolder, "log", note)
-    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(run_folder.RunFolder, "append_metrics", note)
     run({**flags, "save_every": "60", "sample_every": "60", "total_steps": str(STEPS), "eval_every": "0"})
     assert seen[1] < 1.05 * seen[0]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take nearly a second each and are no part of what must be the same."""
+    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
 
 
 def exact(folder: Path) -> dict[str, bytes]:
@@ -51,15 +57,15 @@ def exact(folder: Path) -> dict[str, bytes]:
 
 def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Path:
     """A run that dies, as by a kill, right after step `at` was logged."""
-    log = run_folder.RunFolder.log
+    append = run_folder.RunFolder.append_metrics
 
     def die(self: Any, row: dict[str, Any]) -> None:
-        log(self, row)
+        append(self, row)
         if row["step"] == at:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.RunFolder, "log", die)
+        patch.setattr(run_folder.RunFolder, "append_metrics", die)
         with pytest.raises(SystemExit):
             run(flags, *extra)
     return Path(flags["ckpt_dir"])
@@ -93,43 +99,40 @@ def test_n_steps_equal_k_steps_and_a_resume(
     assert [state.name for state in list_checkpoints(broken / "state")] == ["step_000006", "step_000007"]
 
 
+def signal_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int, number: int) -> None:
+    """Send this process a signal just before the given call of a function of ppo.py."""
+    right, calls = getattr(ppo, function), []
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return right(*args, **named)
+
+    monkeypatch.setattr(ppo, function, interrupted)
+
+
 def test_a_run_stopped_in_its_first_step_is_evaluated_once_before_training(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = ["--eval_every", "2"]
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, *extra))
-    act, calls = train.act, []
-
-    def interrupted(*args: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return act(*args, **named)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "act", interrupted)
+        signal_at(patch, "compute_gae", 1, signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             run(flags, *extra)
     assert stop.value.code == 130
+    assert not (Path(flags["ckpt_dir"]) / "metrics.csv").exists()
     run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
     assert exact(Path(flags["ckpt_dir"])) == whole
 
 
-def test_a_long_update_can_be_abandoned(flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and optimiser are put back as they were before it."""
+def test_a_slow_update_is_undone(flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in its second epoch restores weights and optimiser as they were before it."""
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
-    update, calls = train.ppo_update, []
-
-    def interrupted(*args: Any) -> Any:
-        done = update(*args)
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "ppo_update", interrupted)
-        patch.setattr(train, "PATIENCE", -1.0)
+        signal_at(patch, "permutation", 4, signal.SIGTERM)
+        patch.setattr(session, "SLOW_UPDATE", -1.0)
         with pytest.raises(SystemExit) as stop:
             run(flags)
     assert stop.value.code == 143
@@ -148,8 +151,11 @@ def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
 ) -> None:
     """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
-    for function in ("append_row", "save_checkpoint", "save_policy", "plot_curves"):
-        right, calls = getattr(run_folder, function), []
+    for owner, function in (
+        (run_folder, "append_row"), (run_folder, "save_checkpoint"), (run_folder.RunFolder, "_save_policy"),
+        (run_folder, "plot_curves"),
+    ):  # fmt: skip
+        right, calls = getattr(owner, function), []
 
         def fail(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
             calls.append(1)
@@ -159,10 +165,11 @@ def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
 
         target = {**flags, "ckpt_dir": str(tmp_path / function)}
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, function, fail)
+            patch.setattr(owner, function, fail)
             with pytest.raises(SystemExit) as stop:
                 run(target, "--total_steps", "4")
-        message = str(stop.value.code)
+        assert stop.value.code == 1
+        message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: ")
         assert "No space left" in message
         assert "--resume" in message
@@ -170,7 +177,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
         assert exact(tmp_path / function) == whole, function
 
 
-def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path) -> None:
+def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On a file system of half a megabyte, where mounting one is allowed."""
     small = tmp_path / "small"
     small.mkdir()
@@ -179,7 +186,9 @@ def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path) -> None:
     try:
         with pytest.raises(SystemExit) as stop:
             run({**flags, "ckpt_dir": str(small / "run")}, "--total_steps", "40", "--save_every", "2")
-        assert "No space left" in str(stop.value.code) or "cannot be written" in str(stop.value.code)
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code in (1, 2)
+        assert "No space left" in message or "cannot be written" in message
         found = pd.read_csv(small / "run" / "metrics.csv") if (small / "run" / "metrics.csv").exists() else None
         assert found is None or found.notna().drop(columns=["explained_var"]).all().all()
         good, _ = newest_intact(small / "run" / "state")
@@ -205,10 +214,8 @@ def test_a_signal_stops_soon_saves_and_says_how_to_resume(
     while not (folder / "metrics.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    begun = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 10
     assert process.returncode == 128 + number
     assert f"python train.py --resume {folder}" in err
     assert "Traceback" not in err
@@ -218,27 +225,39 @@ def test_a_signal_stops_soon_saves_and_says_how_to_resume(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("phase", "kept"), [("act", [1]), ("make_rollout", [1]), ("ppo_update", [1, 2])])
-def test_train_a_signal_abandons_what_taught_nothing_yet_saves_and_exits(
-    number: int, code: int, phase: str, kept: list[int], flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the second step: while it acts or scores it is given up, while it learns it is finished."""
-    right, calls = getattr(train, phase), []
-
-    def interrupted(*args: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return right(*args, **named)
-
-    monkeypatch.setattr(train, phase, interrupted)
+@pytest.mark.parametrize(
+    ("function", "call", "kept"),
+    [
+        ("sample_responses", 2, [1]),
+        ("evaluate_both", 2, [1]),
+        ("permutation", 3, [1]),
+        ("permutation", 4, [1, 2]),
+        ("explained_variance", 2, [1, 2]),
+    ],
+)
+def test_a_signal_discards_a_step_until_its_first_optimiser_step(
+    number: int, code: int, function: str, call: int, kept: list[int], flags: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In the second step: discarded while it samples, scores and computes gradients, finished once weights changed."""
+    signal_at(monkeypatch, function, call, number)
     with pytest.raises(SystemExit) as stop:
         run({**flags, "total_steps": "9", "save_every": "9", "eval_every": "0", "sample_every": "9"})
     assert stop.value.code == code
+    assert f"stopped after step {kept[-1]} by" in capsys.readouterr().err
     folder = Path(flags["ckpt_dir"])
     assert pd.read_csv(folder / "metrics.csv").step.tolist() == kept
     GPT2WithValueHead.load(folder)
-    assert [state.name for state in list_checkpoints(folder / "state")] == [f"step_{kept[-1]:06d}"]
+    assert [checkpoint.name for checkpoint in list_checkpoints(folder / "state")] == [f"step_{kept[-1]:06d}"]
+
+
+def test_a_second_signal_stops_at_once(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_at(monkeypatch, "permutation", 4, signal.SIGTERM)
+    signal_at(monkeypatch, "explained_variance", 2, signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 143
+    assert pd.read_csv(Path(flags["ckpt_dir"]) / "metrics.csv").step.tolist() == [1], "the second step is lost"
 
 
 def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
@@ -248,11 +267,13 @@ def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
     monkeypatch.setattr(train, "audit", lambda *args, **named: None)
     with pytest.raises(SystemExit) as stop:
         run({**flags, "total_steps": "9"})
-    assert "3 steps in a row" in str(stop.value.code)
+    assert stop.value.code == 1
     folder = Path(flags["ckpt_dir"])
     metrics = pd.read_csv(folder / "metrics.csv")
     assert metrics.skipped.tolist() == [4, 4, 4]
-    assert "not finite" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "not finite" in printed.out
+    assert "3 steps in a row" in printed.err
     start, kept = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in
                    (flags["policy_name"], folder / "policy_lm"))  # fmt: skip
     assert all(torch.equal(start[name], kept[name]) for name in start)
