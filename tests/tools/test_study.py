@@ -1,5 +1,6 @@
 """The study tool: crosses settings with seeds, keeps what is done, evaluates another program's policy alike."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -107,20 +108,34 @@ def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     assert markdown(pd.DataFrame([{"setting": "x", "seed": 0, "failed": "code 2"}])).count("\n") == 1
 
 
-def test_the_readme_says_what_the_tables_say() -> None:
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_docs_and_readme_say_what_the_tables_say() -> None:
+    """docs/results.md quotes the tables whole; each row of the README's table has some of their columns."""
+    docs = (study.ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    tables = {name: markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines()
+              for name in ("study_tiny", "study_imdb")}  # fmt: skip
+    assert all(line in docs for lines in tables.values() for line in lines)
     readme = (study.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    for name in ("study_tiny", "study_imdb"):
-        for line in markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines():
-            assert line in readme, name
-    for row in pd.read_csv(study.ROOT / "results" / "presets.csv").to_dict("records"):
-        line = next(line for line in readme if f"`--{row['setting'].replace('=', ' ')}`" in line and "→" in line)
-        low, high = (100 * end for end in json.loads(row["positive_ci"]))
-        for said in (
-            f"{100 * row['base_positive']:.1f} → {100 * row['positive']:.1f} [{low:.1f}, {high:.1f}]",
-            f"{row['base_sentiment']:+.2f} → {row['sentiment']:+.2f} [",
-            f"at {row['kl']:.2f} nats",
+    start = next(i for i, line in enumerate(readme) if line.startswith("| data | setting |"))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), readme[start + 2 :]))
+    assert 6 <= len(rows) <= 8
+    for row in rows:
+        data, setting, *shown = cells(row)
+        head, *body = map(cells, tables[{"tiny world": "study_tiny", "film reviews": "study_imdb"}[data]])
+        whole = dict(zip(head, next(line for line in body if line[0] == setting), strict=True))
+        assert shown == [whole[name] for name in cells(readme[start])[2:]], row
+    for preset in pd.read_csv(study.ROOT / "results" / "presets.csv").to_dict("records"):
+        line = next(line for line in docs if f"`--{preset['setting'].replace('=', ' ')}`" in line and "→" in line)
+        low, high = (100 * end for end in json.loads(preset["positive_ci"]))
+        for quoted in (
+            f"{100 * preset['base_positive']:.1f} → {100 * preset['positive']:.1f} [{low:.1f}, {high:.1f}]",
+            f"{preset['base_sentiment']:+.2f} → {preset['sentiment']:+.2f} [",
+            f"at {preset['kl']:.2f} nats",
         ):
-            assert said in line, row["setting"]
+            assert quoted in line, preset["setting"]
 
 
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
