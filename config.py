@@ -272,10 +272,7 @@ PRESETS[TrainConfig] = {
         adaptive_kl_target=4.8, gamma=0.99, reward_every=0, gae_lambda=0.95,
     ),
 }  # fmt: skip
-PRESETS[EvalConfig] = {
-    "default": EvalConfig(),
-    "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu"),
-}
+PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
 
 
 class OneLineParser(HfArgumentParser):

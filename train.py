@@ -48,12 +48,13 @@ def main(cfg: TrainConfig) -> Path:
         with raise_on_all_ranks():
             cfg = resolve(cfg)
         found = call_on_main(lambda: inspect_run_folder(cfg))
-        if not found.finished:
-            with raise_on_all_ranks():
-                parts = main_process_first(lambda: load_parts(cfg))
-                audit(parts.models, parts.prompts.batch(1), cfg)
-            check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
-        if not found.finished and not cfg.check:
+        if found.finished:
+            return Path(cfg.ckpt_dir)
+        with raise_on_all_ranks():
+            parts = main_process_first(lambda: load_parts(cfg))
+            audit(parts.models, parts.prompts.batch(1), cfg)
+        check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
+        if not cfg.check:
             with open_session(cfg, parts, found) as session:
                 train(cfg, parts, session)
     return Path(cfg.ckpt_dir)

@@ -79,13 +79,7 @@ def accuracy(
 
 
 def train_reward(
-    corpus: Corpus,
-    recipe: Recipe,
-    bpe: Tokenizer,
-    init: str | None,
-    folder: Path,
-    seed: int,
-    device: torch.device,
+    corpus: Corpus, recipe: Recipe, bpe: Tokenizer, init: str | None, folder: Path, seed: int, device: torch.device
 ) -> tuple[Any, dict[str, Any]]:
     """Train the classifier on pieces of the labelled texts and save it with its tokenizer.
 
@@ -148,7 +142,4 @@ def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerB
 
 
 def _label_names(names: list[str]) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}

@@ -21,12 +21,15 @@ from typing import TypeVar
 
 from config import EvalConfig, TrainConfig, parse_config
 
+import datasets
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
+    AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -34,12 +37,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import eval as eval_script
 import train
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
 from tools.make_models import main as make_models_main
+from training.run_folder import describe
 from utils import uniforms
 
 TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
@@ -128,12 +133,7 @@ def ragged_prompts(rows: int, width: int, vocab: int = 20, seed: int = 0) -> tup
 
 
 def sample(
-    policy: GPT2WithValueHead,
-    rows: int = 8,
-    width: int = 6,
-    new: int = 10,
-    seed: int = 0,
-    **sampling: float,
+    policy: GPT2WithValueHead, rows: int = 8, width: int = 6, new: int = 10, seed: int = 0, **sampling: float
 ) -> Sequences:
     """Ragged prompts with sampled responses that end at different times."""
     prompts = ragged_prompts(rows, width, policy.lm.config.vocab_size, seed)
@@ -227,11 +227,7 @@ def save_classifier(folder: Path, id2label: dict[int, str], swap: bool = False) 
     bpe = train_tokenizer(280, ["<pad>", "<unk>", "<cls>"])
     bpe.post_processor = processors.TemplateProcessing(single="<cls> $A", special_tokens=[("<cls>", 2)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<cls>",
-        model_max_length=48,
+        tokenizer_object=bpe, pad_token="<pad>", unk_token="<unk>", cls_token="<cls>", model_max_length=48
     )
     model = DistilBertForSequenceClassification(
         DistilBertConfig(
@@ -323,6 +319,42 @@ def run(flags: dict[str, str], *extra: str) -> Path:
     sys.argv = ["train.py", *argv, *extra]
     run_script(TrainConfig, train.main)
     return Path(flags["ckpt_dir"])
+
+
+@pytest.fixture
+def split_reviews(tmp_path: Path) -> Path:
+    """A saved data set with splits; three reviews of the test split also occur in the training split."""
+    train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
+    test = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])] + train[:3]
+    sets = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in (("train", train), ("test", test))}
+    datasets.DatasetDict(sets).save_to_disk(tmp_path / "reviews")
+    return tmp_path / "reviews"
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_reviews: Path) -> Path:
+    """A run folder whose policy is the base with slightly different weights."""
+
+    cfg = TrainConfig(
+        policy_name=str(gpt2_dir), rm_name=str(classifier_dir), dataset=str(split_reviews), device="cpu",
+        max_prompt_len=12, min_prompt_len=4, max_new_tokens=8, ckpt_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    policy = GPT2WithValueHead.from_pretrained(str(gpt2_dir))
+    with torch.no_grad():
+        policy.lm.transformer.wte.weight += 0.05 * torch.randn_like(policy.lm.transformer.wte.weight)
+    policy.save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(tmp_path / "run" / "policy_lm")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(describe(cfg)))
+    return tmp_path / "run"
+
+
+def run_eval(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
+    sys.argv = ["eval.py", "--policy_path", str(folder / "policy_lm"), "--n_samples", "20", "--batch_size", "8",
+                "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
+                *extra]  # fmt: skip
+    run_script(EvalConfig, eval_script.main)
+    results = pd.read_csv(out / "eval_results.csv", keep_default_na=False)
+    return results, json.loads((out / "eval_summary.json").read_text())
 
 
 # Forked from a process that has only imported: one that has computed has threads, whose locks a fork may take along

@@ -195,17 +195,7 @@ def test_parse_config_without_flags_gives_the_defaults(cls: type) -> None:
 
 def test_parse_config_reads_every_type() -> None:
     cfg = parse_config(
-        TrainConfig,
-        [
-            "--lr",
-            "3e-4",
-            "--total-steps",
-            "7",
-            "--ref_name=other",
-            "--target_kl",
-            "0.5",
-            "--overwrite",
-        ],
+        TrainConfig, ["--lr", "3e-4", "--total-steps", "7", "--ref_name=other", "--target_kl", "0.5", "--overwrite"]
     )
     assert cfg == TrainConfig(lr=3e-4, total_steps=7, ref_name="other", target_kl=0.5, overwrite=True)
 
@@ -249,7 +239,7 @@ def test_presets_of_published_set_ups_are_complete() -> None:
         assert cfg.dataset == "stanfordnlp/imdb"
 
 
-def test_a_discount_and_scores_by_the_way_do_not_go_together() -> None:
+def test_a_discount_with_partial_scores_is_refused() -> None:
     assert "reward_every" in refused(TrainConfig, "--gamma=0.99")
     assert parse_config(TrainConfig, ["--gamma=0.99", "--reward_every=0"]).gamma == 0.99
 
@@ -290,7 +280,7 @@ def test_parse_config_leaves_nothing_behind() -> None:
     assert TrainConfig().seed == 0
 
 
-def test_with_changes_validates_and_copies() -> None:
+def test_replace_validates_and_copies() -> None:
     cfg = TrainConfig()
     changed = replace(cfg, lr=0.5, total_steps=3)
     assert (changed.lr, changed.total_steps) == (0.5, 3)

@@ -86,10 +86,7 @@ def test_load_examples_reads_a_text_file_line_by_line(tmp_path: Path) -> None:
 def test_load_examples_turns_line_breaks_into_spaces_and_drops_empty_rows(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"reviews.{kind}"
     frame = pd.DataFrame(
-        {
-            "text": ["One.<br /><br />Two.", "", "   ", None, "a<br/>b"],
-            "label": ["p", "n", "n", "n", "q"],
-        }
+        {"text": ["One.<br /><br />Two.", "", "   ", None, "a<br/>b"], "label": ["p", "n", "n", "n", "q"]}
     )
     if kind == "csv":
         frame.to_csv(path, index=False)

@@ -5,67 +5,24 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
-
-from config import EvalConfig, TrainConfig
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, run_script
+from conftest import CORPUS, run_eval
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
 from evaluation.summary import summarise
-from model import GPT2WithValueHead
-from training.run_folder import describe
-
-
-@pytest.fixture
-def split_reviews(tmp_path: Path) -> Path:
-    """A saved data set with splits; three reviews of the test split also occur in the training split."""
-    train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
-    test = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])] + train[:3]
-    sets = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in (("train", train), ("test", test))}
-    datasets.DatasetDict(sets).save_to_disk(tmp_path / "reviews")
-    return tmp_path / "reviews"
-
-
-@pytest.fixture
-def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_reviews: Path) -> Path:
-    """A run folder whose policy is the base with slightly different weights."""
-
-    cfg = TrainConfig(
-        policy_name=str(gpt2_dir), rm_name=str(classifier_dir), dataset=str(split_reviews), device="cpu",
-        max_prompt_len=12, min_prompt_len=4, max_new_tokens=8, ckpt_dir=str(tmp_path / "run"),
-    )  # fmt: skip
-    policy = GPT2WithValueHead.from_pretrained(str(gpt2_dir))
-    with torch.no_grad():
-        policy.lm.transformer.wte.weight += 0.05 * torch.randn_like(policy.lm.transformer.wte.weight)
-    policy.save_pretrained(tmp_path / "run")
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(gpt2_dir).save_pretrained(tmp_path / "run" / "policy_lm")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(describe(cfg)))
-    return tmp_path / "run"
-
-
-def run(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
-    sys.argv = ["eval.py", "--policy_path", str(folder / "policy_lm"), "--n_samples", "20", "--batch_size", "8",
-                "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
-                *extra]  # fmt: skip
-    run_script(EvalConfig, eval_script.main)
-    results = pd.read_csv(out / "eval_results.csv", keep_default_na=False)
-    return results, json.loads((out / "eval_summary.json").read_text())
 
 
 def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_csv(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, summary = run(finished_run, tmp_path)
+    results, summary = run_eval(finished_run, tmp_path)
     assert summary["n"] == len(results) == 20
     for name in ("policy", "base"):
         assert summary[name]["sentiment_mean"] == pytest.approx(results[f"{name}_score"].mean())
@@ -83,7 +40,7 @@ def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_cs
 
 def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run: Path, tmp_path: Path) -> None:
     """With nothing but the table and a few lines of arithmetic."""
-    t, summary = run(finished_run, tmp_path, "--frontier", "4")
+    t, summary = run_eval(finished_run, tmp_path, "--frontier", "4")
     draws = np.array([row.split() for row in t.base_draws], dtype=float)
     assert draws.shape == (20, 4)
     for name in ("policy", "base"):
@@ -134,7 +91,7 @@ def test_too_little_memory_names_what_to_lower(
 
     monkeypatch.setattr(f"eval.{where}", cramped)
     with pytest.raises(SystemExit) as stop:
-        run(finished_run, tmp_path / "out", "--frontier", "2")
+        run_eval(finished_run, tmp_path / "out", "--frontier", "2")
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: memory does not suffice: lower batch_size or max_new_tokens"
@@ -143,7 +100,7 @@ def test_too_little_memory_names_what_to_lower(
 
 def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path, gpt2_dir: Path) -> None:
     """Of the base on the policy's answers and of both on what the authors wrote; also under another decoding."""
-    t, _ = run(finished_run, tmp_path, "--top_k", "20", "--temperature", "0.7")
+    t, _ = run_eval(finished_run, tmp_path, "--top_k", "20", "--temperature", "0.7")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
     reviews = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])]
     models = {"base": str(gpt2_dir), "policy": str(finished_run / "policy_lm")}
@@ -169,11 +126,11 @@ def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path,
 def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, summary = run(finished_run, tmp_path / "a")
+    plain, summary = run_eval(finished_run, tmp_path / "a")
     assert "(its labels: none), so there is no second judge" in capsys.readouterr().out
     assert "policy_judge" not in plain
     assert "judge_gain" not in summary
-    named, summary = run(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
+    named, summary = run_eval(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
     assert np.allclose(named.policy_judge, named.policy_score, atol=1e-5), "the same classifier as the reward"
     assert summary["judge_gain"] == pytest.approx(summary["sentiment_gain"], abs=1e-5)
     assert summary["judge_gain_expected"] == pytest.approx(summary["sentiment_gain"], abs=1e-5), "one scale"
@@ -193,64 +150,64 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     tests = {"text": [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])], "label": ["pos"] * 20}
     splits = {"train": datasets.Dataset.from_dict(rows), "test": datasets.Dataset.from_dict(tests)}
     datasets.DatasetDict(splits).save_to_disk(labelled)
-    fitted, summary = run(finished_run, tmp_path / "c", "--dataset", str(labelled))
+    fitted, summary = run_eval(finished_run, tmp_path / "c", "--dataset", str(labelled))
     assert fitted.policy_judge.between(-1, 1).all()
     assert "judge_mean" in summary["base"]
     rows["label"] = [int(label == "pos") for label in rows["label"]]
     splits["train"] = datasets.Dataset.from_dict(rows)
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "numbered")
-    numbered, _ = run(finished_run, tmp_path / "d", "--dataset", str(tmp_path / "numbered"))
+    numbered, _ = run_eval(finished_run, tmp_path / "d", "--dataset", str(tmp_path / "numbered"))
     assert (numbered.policy_judge == fitted.policy_judge).all(), "0 is negative, 1 positive"
     with pytest.raises(SystemExit):
-        run(finished_run, tmp_path / "e", "--judge", str(tmp_path / "nowhere"))
+        run_eval(finished_run, tmp_path / "e", "--judge", str(tmp_path / "nowhere"))
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: judge=")
 
 
 def test_best_is_evaluated_with_the_settings_of_its_run(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run / "policy_lm", finished_run / "best" / "policy_lm")
-    plain, _ = run(finished_run, tmp_path / "a")
-    best, _ = run(finished_run / "best", tmp_path / "b")
+    plain, _ = run_eval(finished_run, tmp_path / "a")
+    best, _ = run_eval(finished_run / "best", tmp_path / "b")
     pd.testing.assert_frame_equal(plain, best)
 
 
 def test_eval_leaves_out_reviews_that_were_trained_on(finished_run: Path, tmp_path: Path) -> None:
-    results, _ = run(finished_run, tmp_path)
+    results, _ = run_eval(finished_run, tmp_path)
     numbers = [int(prompt.split()[0]) for prompt in results.prompt]
     assert sorted(numbers) == list(range(100, 120))
 
 
 def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run: Path, tmp_path: Path) -> None:
-    run(finished_run, tmp_path)
+    run_eval(finished_run, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("eval_*")}
     assert before.keys() == {"eval_results.csv", "eval_summary.json", "eval_report.html"}
-    run(finished_run, tmp_path, "--out_csv", str(tmp_path / "other.csv"), "--seed", "5")
+    run_eval(finished_run, tmp_path, "--out_csv", str(tmp_path / "other.csv"), "--seed", "5")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("eval_*")} == before
     assert (tmp_path / "other_report.html").exists()
     settings = json.loads((tmp_path / "other_summary.json").read_text())["settings"]
     assert settings["max_new_tokens"] == 8, "as the run had it, which no flag said"
 
 
-def test_a_broken_reward_or_policy_is_told(
+def test_a_broken_reward_or_policy_is_one_line(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_odds = eval_script.SentimentReward.log_odds
     with monkeypatch.context() as broken:
         broken.setattr(eval_script.SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
         with pytest.raises(SystemExit):
-            run(finished_run, tmp_path)
+            run_eval(finished_run, tmp_path)
     assert re.search("error: rm_name=.* not finite", capsys.readouterr().err.splitlines()[-1])
     lm = GPT2LMHeadModel.from_pretrained(finished_run / "policy_lm")
     with torch.no_grad():
         lm.transformer.ln_f.weight.fill_(torch.nan)
     lm.save_pretrained(finished_run / "policy_lm")
     with pytest.raises(SystemExit):
-        run(finished_run, tmp_path)
+        run_eval(finished_run, tmp_path)
     assert re.search("error: policy_path=.* not finite", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_eval_is_a_function_of_the_seed(finished_run: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run(finished_run, tmp_path / name, "--seed", seed)
+        run_eval(finished_run, tmp_path / name, "--seed", seed)
     files = [(tmp_path / name / "eval_results.csv").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
 
@@ -259,7 +216,7 @@ def test_eval_of_the_base_against_itself_is_a_tie_everywhere(
     finished_run: Path, tmp_path: Path, gpt2_dir: Path
 ) -> None:
     flags = json.loads((finished_run / "config.json").read_text())
-    results, summary = run(
+    results, summary = run_eval(
         finished_run, tmp_path, "--policy_path", str(gpt2_dir), "--ref_name", str(gpt2_dir), "--rm_name",
         flags["rm_name"], "--dataset", flags["dataset"], "--max_prompt_len", "12", "--max_new_tokens", "8",
     )  # fmt: skip
@@ -270,8 +227,8 @@ def test_eval_of_the_base_against_itself_is_a_tie_everywhere(
 
 
 def test_eval_batch_size_changes_no_answer(finished_run: Path, tmp_path: Path) -> None:
-    one, _ = run(finished_run, tmp_path / "one", "--batch_size", "1")
-    all_, _ = run(finished_run, tmp_path / "all", "--batch_size", "20")
+    one, _ = run_eval(finished_run, tmp_path / "one", "--batch_size", "1")
+    all_, _ = run_eval(finished_run, tmp_path / "all", "--batch_size", "20")
     assert one.policy_text.tolist() == all_.policy_text.tolist()
     assert np.allclose(one.kl_seq, all_.kl_seq, atol=1e-3)
 
@@ -294,7 +251,7 @@ def test_eval_wrong_input_is_one_line_and_exit_code_2(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run(finished_run, tmp_path, *given.split())
+        run_eval(finished_run, tmp_path, *given.split())
     assert stop.value.code == 2
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("error: ")

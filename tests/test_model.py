@@ -268,10 +268,7 @@ def test_generate_ends_at_once_where_eos_comes_first() -> None:
     policy = make_policy()
     u = torch.full((2, 5), 0.999, dtype=torch.float64)
     u[0] = 0
-    prompts = (
-        torch.tensor([[EOS, 3, 4], [EOS, EOS, 5]]),
-        torch.tensor([[1, 1, 1], [0, 1, 1]]).bool(),
-    )
+    prompts = (torch.tensor([[EOS, 3, 4], [EOS, EOS, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1]]).bool())
     seqs = sample_responses(policy, *prompts, u, eos_id=EOS)
     assert seqs.response_mask.tolist() == [[True] + [False] * 4, [True] * 5]
     assert seqs.responses[0, 0] == EOS
@@ -370,12 +367,7 @@ def test_generate_draws_from_the_scored_distribution(sampling: dict[str, float])
     policy, n = make_policy(seed=7, n_layer=1, n_embd=16), 100_000
     prompt = torch.tensor([[3, 9]])
     seqs = sample_responses(
-        policy,
-        prompt.expand(n, -1),
-        torch.ones(n, 2).bool(),
-        uniforms(0, 1, n, 1),
-        eos_id=EOS,
-        **sampling,
+        policy, prompt.expand(n, -1), torch.ones(n, 2).bool(), uniforms(0, 1, n, 1), eos_id=EOS, **sampling
     )
     logp = library_warp(exact_logits(policy.lm, prompt[0])[-1:], **sampling)[0]
     counts = torch.bincount(seqs.responses[:, 0], minlength=20)

@@ -54,10 +54,7 @@ def hand_sequences(mask: Tensor) -> Sequences:
 
 
 def rollout_of(
-    policy: GPT2WithValueHead,
-    seqs: Sequences | None = None,
-    kl_coef: float = 0.05,
-    **sampling: float,
+    policy: GPT2WithValueHead, seqs: Sequences | None = None, kl_coef: float = 0.05, **sampling: float
 ) -> Rollout:
     """A rollout on ragged rows with scores between -1 and 1."""
     seqs = sample(policy, **sampling) if seqs is None else seqs
@@ -146,15 +143,7 @@ def numpy_loss(
     """The same in float64 numpy, from the papers' formulas."""
     new, values, entropy, old, old_values, advantages, returns = (
         x.detach().double().numpy()[mask.numpy()]
-        for x in (
-            new,
-            values,
-            entropy,
-            batch.logprobs,
-            batch.values,
-            batch.advantages,
-            batch.returns,
-        )
+        for x in (new, values, entropy, batch.logprobs, batch.values, batch.advantages, batch.returns)
     )
     ratio = np.exp(new - old)
     clipped = np.clip(ratio, 1 - cfg.clip_range, 1 + cfg.clip_range)
@@ -270,11 +259,7 @@ def test_ppo_loss_equals_an_independent_library() -> None:
     """torchrl's ClipPPOLoss on the same tensors, values and gradients."""
     pytest.importorskip("torchrl")
     from tensordict import TensorDict
-    from tensordict.nn import (
-        ProbabilisticTensorDictModule,
-        ProbabilisticTensorDictSequential,
-        TensorDictModule,
-    )
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
     from torchrl.modules import ValueOperator
     from torchrl.objectives import ClipPPOLoss
 
@@ -324,8 +309,7 @@ def test_ppo_loss_equals_an_independent_library() -> None:
     logp = torch.log_softmax(logits.weight, -1)
     entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
     batch = Batch(
-        hand_sequences(torch.ones(n, 1).bool()),
-        *(x[:, None] for x in (old, old_values, advantages, returns)),
+        hand_sequences(torch.ones(n, 1).bool()), *(x[:, None] for x in (old, old_values, advantages, returns))
     )
     cfg = settings(value_coef=0.7, ent_coef=0.3)
     loss, stats = ppo_loss(logp[rows, actions][:, None], critic.weight, entropy, batch, cfg, n)
@@ -535,14 +519,7 @@ def test_ppo_update_metrics_are_means_over_all_tokens_of_all_minibatches() -> No
     cfg = settings(lr=0.0, minibatch_size=2, ppo_epochs=3)
     rows = [ppo_update(policy, sgd(policy), rollout, cfg, step) for step in (1, 2, 3)]
     whole = ppo_update(policy, sgd(policy), rollout, settings(lr=0.0), 1)
-    for name in (
-        "policy_loss",
-        "value_loss",
-        "approx_kl",
-        "clip_frac",
-        "explained_var",
-        "ratio_max",
-    ):
+    for name in ("policy_loss", "value_loss", "approx_kl", "clip_frac", "explained_var", "ratio_max"):
         for row in rows:
             assert row[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
     # advantages are whitened over the rollout, so their mean, and with it the loss at ratio 1, is 0
@@ -617,9 +594,7 @@ def test_ppo_update_visits_every_response_once_per_epoch_in_fresh_order() -> Non
     assert other != seen
 
 
-def test_advantages_are_whitened_once_over_the_whole_rollout(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_advantages_are_whitened_once_over_the_whole_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(critic=True)
     rollout = rollout_of(policy)
     original, seen = ppo.ppo_loss, []
@@ -809,7 +784,7 @@ def test_kl_controller_survives_a_kl_that_is_not_a_number() -> None:
     assert math.isfinite(controller.coef)
 
 
-def test_rollouts_joined_are_the_rollout_of_all_their_prompts() -> None:
+def test_cat_of_rollouts_is_the_rollout_of_all_prompts() -> None:
     """Also where the longest response is only in one of them."""
     policy = make_policy()
     seqs = sample(policy)
@@ -828,7 +803,7 @@ def test_rollouts_joined_are_the_rollout_of_all_their_prompts() -> None:
     assert Rollout.cat(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
 
 
-def test_running_scores_reach_the_advantages() -> None:
+def test_partial_scores_reach_the_advantages() -> None:
     """Rewards are the spread scores minus the penalty, whichever process brought a row and however wide it is."""
     policy, reference = make_policy(), make_policy(seed=1)
     seqs = sample(policy, rows=12)
@@ -843,13 +818,13 @@ def test_running_scores_reach_the_advantages() -> None:
     halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, partial[rows])
               for rows in torch.arange(12).split(6)]  # fmt: skip
     torch.testing.assert_close(Rollout.cat(halves).rewards(), expected, atol=1e-5, rtol=1e-4)
-    told = []
+    seen = []
     cfg = settings(ppo_epochs=1, minibatch_size=12, batch_size=12)
     with pytest.MonkeyPatch.context() as patch:
         gae = ppo.compute_gae
-        patch.setattr(ppo, "compute_gae", lambda rewards, *rest: told.append(rewards) or gae(rewards, *rest))
+        patch.setattr(ppo, "compute_gae", lambda rewards, *rest: seen.append(rewards) or gae(rewards, *rest))
         ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
-    torch.testing.assert_close(told[0], expected)
+    torch.testing.assert_close(seen[0], expected)
 
 
 def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, str]) -> None:

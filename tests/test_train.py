@@ -57,8 +57,8 @@ def test_train_evaluates_on_prompts_that_it_never_trains_on(
     assert len(kept_back) == 3
     assert not kept_back & {tuple(prompt) for prompt in held[0].prompts.prompts}
     assert len(held[0].prompts.prompts) + 3 == 40
-    told = capsys.readouterr().out
-    assert re.search(r"sentiment mean +-?\d\.\d\d +-?\d\.\d\d", told), "a table before and after"
+    printed = capsys.readouterr().out
+    assert re.search(r"sentiment mean +-?\d\.\d\d +-?\d\.\d\d", printed), "a table before and after"
     without = run({**flags, "ckpt_dir": str(folder) + "2"}, "--eval_every", "0")
     assert not (without / "eval.csv").exists()
 
@@ -176,7 +176,7 @@ def test_train_wrong_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_train_without_cuda_says_so(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_without_cuda_names_the_device(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(flags, "--device", "cuda")
     assert "device=cuda" in capsys.readouterr().err

@@ -408,7 +408,7 @@ def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: f
     if seed % 2:
         partial = torch.full(shape, math.nan)
         partial[:, 2::3] = torch.rand(len(lengths), 3, generator=random)
-        if sum(n > 3 for n in lengths) >= 8:  # paid by the way: what all expect from the start is not news
+        if sum(n > 3 for n in lengths) >= 8:  # with partial scores, the mean of the others is expected from the start
             first = (scores.sum() - scores) / (len(scores) - 1)
     rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef, partial)
     for row, n in enumerate(lengths):
@@ -418,7 +418,7 @@ def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: f
         assert (kl[row, n:] == 0).all()
 
 
-def test_scores_are_paid_when_what_to_expect_changes() -> None:
+def test_tokens_are_paid_for_changes_of_the_expected_score() -> None:
     """One lookup after two of three tokens, against ordinary least squares; a response that ended has no say in it."""
     random = np.random.default_rng(0)
     final = random.uniform(-1, 1, 4000)
@@ -436,13 +436,13 @@ def test_scores_are_paid_when_what_to_expect_changes() -> None:
     np.testing.assert_allclose(paid[:-1, 2], final - slope * seen - offset, atol=3e-3)
     assert paid[-1].tolist() == pytest.approx([0, 0.3 - mean, 0], abs=1e-3)
     assert (paid[:, 0] == 0).all()
-    # what is left to come is not correlated with what has been seen: nothing more could be foretold from it
+    # what is still to come is not correlated with what has been seen
     assert abs(np.corrcoef(paid[:-1, 2], seen)[0, 1]) < 0.01
     assert utils.spread_scores(scores, torch.full((4001, 3), math.nan), mask)[:-1, 2].tolist() == scores[:-1].tolist()
 
 
 @pytest.mark.parametrize("relation", [0.4, 3.0, -1.0])
-def test_expectations_are_those_of_a_regression_without_the_response_itself(relation: float) -> None:
+def test_predictions_leave_the_response_itself_out(relation: float) -> None:
     """Against a fit to the other 9 responses, one by one: ridge 1 on the slope, which stays between 0 and 1."""
     random = np.random.default_rng(1)
     seen = random.uniform(-1, 1, 10)
@@ -462,7 +462,7 @@ def test_expectations_are_those_of_a_regression_without_the_response_itself(rela
         assert paid[i].sum() == pytest.approx(final[i] - y.mean(), abs=1e-5)
 
 
-def test_a_few_long_responses_are_not_their_own_oracle() -> None:
+def test_few_long_responses_are_paid_at_the_end() -> None:
     """Where nearly all have ended, or where what is seen is noise, the score is still paid at the end."""
     scores, mask = torch.linspace(-1, 1, 9), ragged_mask([4] * 8 + [12], 12)
     partial = torch.full((9, 12), math.nan)
@@ -480,7 +480,7 @@ def test_a_few_long_responses_are_not_their_own_oracle() -> None:
     assert sum(last) / sum(all_of_it) > 0.9
 
 
-def test_news_that_mean_nothing_are_not_paid() -> None:
+def test_uninformative_partial_scores_are_not_paid() -> None:
     """A partial score without relation to the final one, or one that points the wrong way, changes no expectation."""
     random = torch.Generator().manual_seed(0)
     scores, partial = torch.rand(5000, generator=random), torch.full((5000, 2), math.nan)
@@ -501,12 +501,7 @@ def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]
     return [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
 
 
-@given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.integers(0, 2**31),
-)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_compute_gae_equals_its_definition(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -548,7 +543,7 @@ def test_compute_gae_of_a_ragged_batch_equals_each_row_alone() -> None:
         assert torch.allclose(returns[row, :n], alone[1][0], atol=1e-6)
 
 
-def test_token_logprobs_under_bfloat16_do_not_notice_an_offset_common_to_all_logits() -> None:
+def test_token_logprobs_under_bfloat16_ignore_a_common_offset() -> None:
     """GPT-2's logits lie around -30 to -120, where bfloat16 tells only multiples of 1/4 to 1/2 apart."""
     hidden = torch.nn.functional.normalize(torch.randn(50, 64), dim=-1) + 1
     weight = torch.randn(200, 64)

@@ -1,1 +1,1 @@
-"""What is run beside training: making models, the self-audit, pictures."""
+"""Commands, each run as `python -m tools.NAME`; nothing else imports them."""

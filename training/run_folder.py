@@ -173,8 +173,10 @@ def open_run_folder(cfg: TrainConfig, models: Models, optimizer: Optimizer, foun
             counters = restore(cfg, models, optimizer, found.checkpoint, about)
         write_atomic(path / "config.json", json.dumps(about, indent=2) + "\n")
         folder = RunFolder(cfg, models, optimizer, counters)
-        yield folder
-        folder.close()
+        try:
+            yield folder
+        finally:
+            folder.close()
 
 
 def restore(
@@ -272,7 +274,7 @@ class RunFolder:
         return fresh
 
     def close(self) -> None:
-        """Flush what others write for us."""
+        """Close TensorBoard's file."""
         if self.board is not None:
             self.board.close()
 

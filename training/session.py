@@ -85,7 +85,7 @@ class Session:
         self, cfg: TrainConfig, parts: Parts, folder: RunFolder | None, optimizer: Any, stop: StopRequest,
         counters: dict[str, Any],
     ) -> None:  # fmt: skip
-        """Stand after counters["step"], with nothing taken yet."""
+        """Start after the step that counters name."""
         self.cfg, self.parts, self.folder, self.optimizer, self.stop = cfg, parts, folder, optimizer, stop
         self.step: int = counters["step"]
         self.failed_steps: int = counters["failed_steps"]
@@ -94,9 +94,7 @@ class Session:
         self.saved_step: int | None = None
         self.snapshot: Snapshot | None = None
         self.step_begun, self.seconds_update = False, 0.0
-        self.bar = tqdm(
-            desc="training", unit="step", dynamic_ncols=True, initial=self.step, total=cfg.total_steps,
-        )  # fmt: skip
+        self.bar = tqdm(desc="training", unit="step", dynamic_ncols=True, initial=self.step, total=cfg.total_steps)
         optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())
 
     # --- what the loop calls ---
@@ -162,7 +160,7 @@ class Session:
     # --- interruption and end ---
 
     def _before_optimizer_step(self) -> None:
-        """Called before every optimiser step: from the first one of an update on, discarding it takes a snapshot."""
+        """Called before every optimiser step: at the first one of an update, decide whether it can be undone."""
         if not self.step_begun:
             return
         self.step_begun = False

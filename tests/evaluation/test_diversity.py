@@ -1,4 +1,4 @@
-"""evaluation/diversity"""
+"""Diversity and repetition, counted by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""evaluation/frontier"""
+"""The reward-KL frontier against enumerations and closed forms."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_frontier_equals_the_closed_form_on_a_language_of_six_sentences() -> Non
     )
 
 
-def test_answers_are_tilted_to_a_mean_by_the_weights_nearest_to_their_own() -> None:
+def test_exponential_tilt_has_the_mean_and_the_smallest_kl() -> None:
     two = np.array([-1.0, 1, 1, 1])  # with two scores, the mean decides the share of each
     times = np.array([[1.0, 1, 1, 1], [1, 0, 2, 1]])
     np.testing.assert_allclose(
@@ -69,7 +69,7 @@ def test_answers_are_tilted_to_a_mean_by_the_weights_nearest_to_their_own() -> N
     )
 
 
-def test_frontier_of_few_samples_promises_no_more_than_the_truth() -> None:
+def test_frontier_of_few_samples_is_a_lower_bound() -> None:
     """With few draws the curve lies on or under the true one, and says where too few stand behind it."""
     rng = np.random.default_rng(3)
     found = frontier(rng.normal(size=(4000, 16)))

@@ -1,4 +1,4 @@
-"""evaluation/judge"""
+"""The second judge: it learns labels, and nothing from random ones."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def reviews(n: int, seed: int) -> tuple[list[str], list[bool]]:
     return [" ".join([*rng.choice(neutral, 20), *rng.choice(GOOD if y else BAD, 2)]) for y in labels], labels
 
 
-def test_judge_learns_the_labels_and_knows_nothing_of_random_ones() -> None:
+def test_judge_learns_labels_and_nothing_from_random_ones() -> None:
     texts, labels = reviews(600, 0)
     judge = FittedJudge(texts, labels)
     assert judge.accuracy > 0.95

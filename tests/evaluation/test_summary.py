@@ -1,4 +1,4 @@
-"""evaluation/summary"""
+"""What the summary says of made-up tables whose answer is known."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from evaluation.summary import summarise
 
 
-def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
+def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
     """Answers that the reward calls positive: once they are, once they only trip the reward up."""
     rng = np.random.default_rng(0)
     n = 400
@@ -30,7 +30,7 @@ def test_a_gamed_reward_is_told_and_an_honest_one_is_not() -> None:
     assert "\n" not in honest["verdict"]
 
 
-def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along() -> None:
+def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() -> None:
     """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
     n, names = 400, ("policy", "base")
     liked = np.arange(n) % 2 == 0
@@ -50,7 +50,7 @@ def test_short_answers_are_told_beside_the_length_that_such_scores_bring_along()
     assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
 
 
-def test_doubt_about_the_best_possible_ends_where_there_is_no_more_to_be_had() -> None:
+def test_the_best_possible_is_certain_where_the_curve_is_flat() -> None:
     """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
     n, rng = 100, np.random.default_rng(0)
     frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
@@ -69,7 +69,7 @@ def test_doubt_about_the_best_possible_ends_where_there_is_no_more_to_be_had() -
     assert doubtful == [False, True]
 
 
-def test_a_judge_that_knows_nothing_accuses_nobody() -> None:
+def test_an_uninformed_judge_flags_no_gaming() -> None:
     """It agrees with the reward often, because nearly all responses are negative to both."""
     rng = np.random.default_rng(0)
     n = 1000

@@ -1,4 +1,4 @@
-"""pretrain/fitting"""
+"""Batches of about equal length."""
 
 import random
 

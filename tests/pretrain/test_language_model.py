@@ -1,4 +1,4 @@
-"""pretrain/language_model"""
+"""The language model: its folder, its tokenizer, its loss."""
 
 from pathlib import Path
 

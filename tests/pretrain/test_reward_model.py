@@ -1,4 +1,4 @@
-"""pretrain/reward_model"""
+"""The classifier: its folder, its labels, the pieces it learns from."""
 
 import random
 from dataclasses import replace
@@ -19,10 +19,7 @@ def test_reward_folder_is_a_classifier_that_pads(made_models: Path) -> None:
     assert batch["input_ids"][:, 0].tolist() == [tokenizer.cls_token_id] * 3
     assert not batch["attention_mask"].all()
     with torch.no_grad():
-        together, alone = (
-            model(**batch).logits,
-            model(**tokenizer(["Dull."], return_tensors="pt")).logits,
-        )
+        together, alone = (model(**batch).logits, model(**tokenizer(["Dull."], return_tensors="pt")).logits)
     torch.testing.assert_close(together[1], alone[0], atol=1e-5, rtol=0)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert model.config.max_position_embeddings == tokenizer.model_max_length
@@ -36,7 +33,7 @@ def test_reward_init_keeps_the_encoder_and_takes_the_labels(made_models: Path, t
     assert after.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
 
 
-def test_classifier_rows_stand_between_what_the_tokenizer_puts_around_them() -> None:
+def test_classifier_rows_get_the_special_tokens() -> None:
     for around in ([], [7], [7, 8], [7, 8, 9]):
         batch = rm_batch([[1, 2], [3]], [0, 1], Around(around))  # type: ignore[arg-type]
         rows = [[*around[:1], *row, *around[1:]] for row in ([1, 2], [3])]

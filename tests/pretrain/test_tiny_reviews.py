@@ -45,7 +45,7 @@ def test_labels_come_in_random_order(corpus: Corpus) -> None:
     assert 2800 < changes < 3200  # 3000 +- 5 standard deviations
 
 
-def test_reviews_have_the_promised_lengths(corpus: Corpus) -> None:
+def test_reviews_have_lengths_within_the_limits(corpus: Corpus) -> None:
     for text in corpus[0]:
         assert tiny_reviews.MIN_WORDS <= len(text.split()) <= tiny_reviews.MAX_WORDS
         assert len(sentences(text)[0].split()) >= 14

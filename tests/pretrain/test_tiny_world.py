@@ -1,4 +1,4 @@
-"""pretrain/tiny_world"""
+"""The tiny world: made once, whole or not at all, found without loading what makes it."""
 
 import json
 import os
@@ -68,10 +68,7 @@ def test_tiny_world_changes_folder_with_its_recipe(small_world: Path, monkeypatc
     assert tiny_world.tiny_world() != first
 
 
-REPORT = {
-    "policy": {"held_out_nats_per_token": 1.0},
-    "reward": {"held_out_accuracy": 1.0, "held_out_texts": 1},
-}
+REPORT = {"policy": {"held_out_nats_per_token": 1.0}, "reward": {"held_out_accuracy": 1.0, "held_out_texts": 1}}
 
 
 def test_tiny_world_half_made_is_never_used(small_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""runtime/cli"""
+"""How programs end: one line and exit code 2 for wrong input, tracebacks for bugs only."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_run_cli_lets_other_errors_show(monkeypatch: pytest.MonkeyPatch) -> None
         run_script(TrainConfig, main)
 
 
-def test_a_reader_that_goes_away_is_no_traceback(flags: dict[str, str]) -> None:
+def test_a_closed_pipe_is_no_traceback(flags: dict[str, str]) -> None:
     """python train.py | head -1"""
     words = " ".join(f"--{name}={value}" for name, value in flags.items())
     done = subprocess.run(

@@ -104,9 +104,7 @@ def processes_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_a_killed_process_ends_the_job_with_one_line_and_torchrun_goes_on_from_the_last_state(
-    flags: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_killed_process_is_one_line_and_torchrun_resumes(flags: dict[str, str], tmp_path: Path) -> None:
     steps = {**STEPS, "total_steps": "36", "save_every": "6", "eval_every": "0", "sample_every": "36"}
     folder = tmp_path / "run"
     job = torchrun(2, "train.py", *words_of({**flags, **steps, "ckpt_dir": str(folder)}), restarts=1)
@@ -128,7 +126,7 @@ def run_with_another_lr(flags: dict[str, str]) -> None:
     run(flags, f"--lr={1 + int(os.environ['RANK'])}e-4")
 
 
-def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_that_differ_are_refused_at_the_start(flags: dict[str, str], tmp_path: Path) -> None:
     printed = tmp_path / "printed.txt"
     assert as_processes(2, partial(run_with_another_lr, {**flags, **STEPS}), printed) == [2, 2]
     errors = [line for line in printed.read_text().splitlines() if line.startswith("error: ")]
@@ -136,7 +134,7 @@ def test_processes_that_differ_are_told_at_the_start(flags: dict[str, str], tmp_
     assert not Path(flags["ckpt_dir"]).exists()
 
 
-def test_a_size_of_the_world_without_a_place_in_it_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_without_rank_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
     with process_group("cpu"):

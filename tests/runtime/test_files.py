@@ -1,4 +1,4 @@
-"""runtime/files"""
+"""Locks, temporary folders, and texts that spreadsheets would run."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import train
 from runtime.files import lock, new_folder, spreadsheet_safe
 
 
-def test_texts_cannot_become_formulas() -> None:
+def test_texts_never_become_formulas() -> None:
     for text in ("=1+1", "+A1", "-2", "@sum", "\t=1", "\r=1"):
         assert spreadsheet_safe(text) == "'" + text
     for text in ("", " =1", "plain", "'quoted"):

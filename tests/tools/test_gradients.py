@@ -33,7 +33,7 @@ def products(seed: int, batches: int, spread: float) -> tuple[Products, Products
     return here, there, true
 
 
-def test_signal_and_noise_are_told_apart() -> None:
+def test_signal_and_noise_are_separated() -> None:
     here, there, _ = products(0, 12, 3.0)
     found, unlike = here.figures(here, 10), there.figures(here, 10)
     assert found["signal_to_noise"] == pytest.approx(1 / 9, rel=0.03)
@@ -149,7 +149,7 @@ def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "wrong", [["--batches=2"], ["--reward_every=a"], ["--reward_every=-1"], ["--gae_lambda=7"], ["--draw=none.csv"]]
 )
-def test_wrong_input_is_told_before_anything_is_loaded(wrong: list[str], tmp_path: Path) -> None:
+def test_wrong_input_is_refused_before_loading(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=wrong[0].partition("=")[0][2:].replace("draw", "none")):
         main([f"--csv={tmp_path / 'a.csv'}", "--train=--policy_name=nowhere", *wrong])
     with pytest.raises(UserError, match="train="):

@@ -235,7 +235,7 @@ def test_a_program_with_tables_of_its_own_is_evaluated_alike(tmp_path: Path, mon
     assert not (tmp_path / "a_steps.csv").exists()
 
 
-def test_damaged_tables_are_told_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_tables_are_refused_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     table = tmp_path / "a.csv"
     for text in ("", 'a,b\n1,"2', "step,loss\n1,2\n"):
@@ -253,7 +253,7 @@ def test_damaged_tables_are_told_before_anything_is_run(tmp_path: Path, monkeypa
             main([f"--csv={wrong}"])
 
 
-def test_wrong_input_is_told(tmp_path: Path) -> None:
+def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     for flag in ("train", "evaluate", "peer"):
         with pytest.raises(UserError, match=f"{flag}="):
             main([f"--{flag}=--lr '1", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])

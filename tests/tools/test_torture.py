@@ -1,4 +1,4 @@
-"""tools/torture"""
+"""Runs killed at random moments lose nothing, and the harness would see it if they did."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: p
     assert lost == []
 
 
-def test_torture_notices_a_difference(tmp_path: Path, flags: dict[str, str]) -> None:
-    """The harness itself: one changed bit, one lost row, and it would have told."""
+def test_torture_sees_a_difference(tmp_path: Path, flags: dict[str, str]) -> None:
+    """The harness itself: it sees one changed bit and one lost row."""
     folder = run(flags)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

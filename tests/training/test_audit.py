@@ -1,4 +1,4 @@
-"""training/audit"""
+"""The self-audit prints every fact, and refuses to train once a fact is broken."""
 
 from dataclasses import replace
 from pathlib import Path

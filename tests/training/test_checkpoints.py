@@ -1,4 +1,4 @@
-"""training/checkpoints"""
+"""Checkpoints: damage of any kind is found, and the one before is used."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def two_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file=st.sampled_from(["policy.safetensors", "optimizer.safetensors", "state.json"]),
     where=st.floats(0, 1, exclude_max=True), how=st.sampled_from(["cut", "flip", "insert"]), bit=st.integers(0, 7),
 )  # fmt: skip
-def test_any_damage_to_a_state_is_found(file: str, where: float, how: str, bit: int, two_states: Path) -> None:
+def test_any_damage_to_a_checkpoint_is_found(file: str, where: float, how: str, bit: int, two_states: Path) -> None:
     path = two_states / "step_000002" / file
     whole = path.read_bytes()
     at = int(where * len(whole))
@@ -68,11 +68,8 @@ def exact(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("file", ["policy.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "empty"])
-def test_a_damaged_state_is_named_and_the_one_before_it_used(
-    file: str,
-    harm: str,
-    flags: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    file: str, harm: str, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(flags, "--total_steps", "4")
     expected = exact(folder)
@@ -94,7 +91,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert find_corruption(folder / "state" / "step_000004") is None
 
 
-def test_states_are_renamed_into_place_and_the_old_go_last(tmp_path: Path) -> None:
+def test_checkpoints_are_renamed_into_place_and_old_ones_removed_last(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3)).sum().backward()

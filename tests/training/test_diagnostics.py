@@ -1,4 +1,4 @@
-"""training/diagnostics"""
+"""Warnings: none for a healthy run, one for each thing that looks wrong."""
 
 from config import TrainConfig
 

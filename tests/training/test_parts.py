@@ -1,4 +1,4 @@
-"""training/parts"""
+"""Loading: revisions, and any sequence classifier."""
 
 import json
 import shutil

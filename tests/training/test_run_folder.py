@@ -36,9 +36,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resume_of_a_finished_run_can_only_make_it_longer(
-    flags: dict[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = run({**flags, "ckpt_dir": str(tmp_path / "long")}, "--total_steps", "5", "--lr_schedule", "constant",
                "--eval_every", "0", "--sample_every", "5")  # fmt: skip
@@ -53,7 +51,7 @@ def test_resume_of_a_finished_run_can_only_make_it_longer(
     assert {name: exact(short)[name] for name in same} == {name: exact(long)[name] for name in same}
 
 
-def test_resume_can_name_a_run_or_a_state(flags: dict[str, str], tmp_path: Path) -> None:
+def test_resume_can_name_a_run_or_a_checkpoint(flags: dict[str, str], tmp_path: Path) -> None:
     folder = run(flags, "--total_steps", "6", "--keep_last", "9")
     expected = exact(folder)
     for name in (folder, folder / "state" / "step_000002", folder / "state" / "step_000004"):
@@ -69,11 +67,8 @@ def test_resume_can_name_a_run_or_a_state(flags: dict[str, str], tmp_path: Path)
     [("--batch_size=4", False), ("--lr=0.5", False), ("--seed=3", False), ("--max_new_tokens=7", False),
      ("--save_every=5", True), ("--keep_last=1", True), ("--total_steps=9", True)],
 )  # fmt: skip
-def test_changed_settings_are_named_and_refused_where_they_break_the_promise(
-    change: str,
-    fine: bool,
-    flags: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+def test_changed_settings_are_named_and_refused_where_they_change_the_result(
+    change: str, fine: bool, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(flags)
     name = change.partition("=")[0].removeprefix("--")
@@ -91,9 +86,7 @@ def test_changed_settings_are_named_and_refused_where_they_break_the_promise(
     assert f"{name} from" in capsys.readouterr().out
 
 
-def test_a_setting_that_the_run_never_knew_is_named_too(
-    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_newer_than_the_run_is_named(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A run of an earlier version, resumed by one with a new setting."""
     folder = run(flags)
     saved = json.loads((folder / "config.json").read_text())
@@ -105,7 +98,7 @@ def test_a_setting_that_the_run_never_knew_is_named_too(
     assert "reward_every from None to 1" in capsys.readouterr().err
 
 
-def test_a_run_without_a_good_state_is_not_thrown_away(
+def test_resume_without_an_intact_checkpoint_changes_nothing(
     flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(flags)
@@ -122,7 +115,7 @@ def test_a_run_without_a_good_state_is_not_thrown_away(
         assert exact(folder) == before
 
 
-def test_a_kill_between_the_last_state_and_its_policy_is_made_good(
+def test_resume_after_a_kill_between_checkpoint_and_policy(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
@@ -156,7 +149,7 @@ def test_a_folder_that_another_run_used_while_this_one_was_loading_is_refused(fl
     assert exact(Path(flags["ckpt_dir"])) == before
 
 
-def test_what_was_told_before_is_not_told_again(
+def test_a_warning_is_not_repeated_after_a_resume(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_folder.Diagnostics, "_all_warnings", lambda self, row: {"odd": "this is odd"})
@@ -168,7 +161,7 @@ def test_what_was_told_before_is_not_told_again(
     assert "this is odd" not in out
 
 
-def test_best_is_never_of_a_future_that_is_taken_back(flags: dict[str, str]) -> None:
+def test_best_of_a_later_step_is_removed_on_resume(flags: dict[str, str]) -> None:
     folder = run(flags, "--eval_every", "1", "--keep_last", "9")
     best = json.loads((folder / "best" / "eval.json").read_text())
     assert best["sentiment_mean"] == pd.read_csv(folder / "eval.csv").query("step > 0").sentiment_mean.max()
@@ -177,7 +170,7 @@ def test_best_is_never_of_a_future_that_is_taken_back(flags: dict[str, str]) -> 
     assert not (folder / "best").exists()
 
 
-def test_a_restart_is_told_from_another_job_by_its_name(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_by_torchrun_is_recognised_by_its_job(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seven")
     folder = run(flags)
     assert run_folder.was_begun_by("seven", folder)
@@ -201,7 +194,7 @@ def test_tables_are_never_padded(flags: dict[str, str], capsys: pytest.CaptureFi
     assert b"\x00" not in metrics.read_bytes()
 
 
-def test_allowing_changes_once_does_not_allow_them_for_ever(flags: dict[str, str]) -> None:
+def test_allow_changes_holds_for_one_start_only(flags: dict[str, str]) -> None:
     run(flags)
     run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--lr", "1e-4", "--allow_changes", "--total_steps", "4")
     with pytest.raises(SystemExit) as stop:
@@ -275,7 +268,7 @@ def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
     assert closed == [True, True]
 
 
-def test_train_refuses_a_folder_with_a_run_unless_told_to_overwrite(
+def test_a_folder_with_a_run_is_refused_without_overwrite(
     flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(flags)
@@ -293,7 +286,9 @@ def test_train_refuses_a_folder_with_a_run_unless_told_to_overwrite(
     assert after["notes.txt"] == b"mine"
 
 
-def test_train_leaves_alone_what_is_not_a_run(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_from_a_run_are_left_alone(
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(flags["ckpt_dir"])
     folder.mkdir()
     (folder / "metrics.csv").write_text("mine")
@@ -305,7 +300,7 @@ def test_train_leaves_alone_what_is_not_a_run(flags: dict[str, str], capsys: pyt
     assert (folder / "metrics.csv").read_text() == "mine"
 
 
-def test_train_does_not_overwrite_the_policy_that_it_starts_from(
+def test_overwrite_spares_the_policy_that_the_run_starts_from(
     flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run({**flags, "total_steps": "1"})
@@ -317,7 +312,7 @@ def test_train_does_not_overwrite_the_policy_that_it_starts_from(
     assert files_in(folder) == before
 
 
-def test_names_from_the_hub_are_no_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_name_is_not_taken_for_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     inspect_run_folder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
@@ -332,7 +327,7 @@ def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPat
     assert json.loads((folder / "config.json").read_text())["git_commit"] is None
 
 
-def test_a_hub_name_that_means_another_commit_by_now_is_refused_on_resume(
+def test_a_hub_name_with_another_commit_is_refused_on_resume(
     flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""training/session"""
+"""Steps, signals, full disks and resume: nothing is lost, and N steps are k steps and a resume."""
 
 import os
 import signal
@@ -143,11 +143,8 @@ def test_a_slow_update_is_undone(flags: dict[str, str], tmp_path: Path, monkeypa
     assert exact(folder) == whole
 
 
-def test_a_full_disk_ends_in_one_line_and_the_last_good_state(
-    flags: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+def test_a_full_disk_is_one_line_and_the_run_resumes(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
@@ -198,11 +195,7 @@ def test_a_real_full_disk(flags: dict[str, str], tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])  # SIGINT: tests/test_train.py
-def test_a_signal_stops_soon_saves_and_says_how_to_resume(
-    number: signal.Signals,
-    flags: dict[str, str],
-    tmp_path: Path,
-) -> None:
+def test_a_signal_saves_and_prints_how_to_resume(number: signal.Signals, flags: dict[str, str], tmp_path: Path) -> None:
     flags |= {"save_every": "10", "sample_every": "10", "eval_every": "15"}
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "30"))
     words = [f"--{name}={value}" for name, value in flags.items() if name != "total_steps"] + ["--total_steps=30"]
@@ -260,7 +253,7 @@ def test_a_second_signal_stops_at_once(flags: dict[str, str], monkeypatch: pytes
     assert pd.read_csv(Path(flags["ckpt_dir"]) / "metrics.csv").step.tolist() == [1], "the second step is lost"
 
 
-def test_train_gives_up_when_no_step_is_finite_and_keeps_the_last_good_policy(
+def test_a_run_without_finite_steps_gives_up_and_saves_the_last_good_policy(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SentimentReward, "__call__", lambda self, texts: torch.full((len(texts),), float("nan")))
