@@ -26,7 +26,7 @@ PAIRED = {
     "win_rate": ("win-rate, % (a tie is half)", PERCENT),
     "judge_gain": ("gain, second judge", SIGNED),
     "judge_gain_expected": ("  expected at such scores", SIGNED),
-    "judge_gap_rate": ("gain in positives it denies, %", PERCENT),
+    "judge_gap_rate": ("gain in positives not confirmed, %", PERCENT),
     "response_len_expected": ("length expected at such scores", PLAIN),
     "kl_seq": ("KL to base, nats per response", PLAIN),
     "kl_seq_exact": ("  the same, exact per token", PLAIN),

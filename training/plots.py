@@ -5,8 +5,7 @@ from pathlib import Path
 
 from runtime.files import read_table
 
-VALUE_FIT = "value fit (explained variance)"
-LIMITS = {VALUE_FIT: (-1.05, 1.05)}  # where returns hardly differ it falls without bound, which says nothing
+VALUE_FIT = "value fit (explained variance, cut at −1)"  # where returns hardly differ it falls without bound
 PANELS = {  # title -> columns drawn together
     "sentiment (score −1 … 1)": ["sentiment_mean"],
     "positive responses": ["positive_rate"],
@@ -22,14 +21,15 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
     table = read_table(metrics_csv, "step", *itertools.chain(*PANELS.values())).set_index("step")
+    table["explained_var"] = table["explained_var"].clip(lower=-1)
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
         for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
             axis.plot(table[column], color=colour, alpha=0.35, linewidth=1)
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()
             axis.plot(smooth, color=colour, linewidth=2, label=column)
-        if title in LIMITS:
-            axis.set_ylim(*LIMITS[title])
+        if title == VALUE_FIT:
+            axis.set_ylim(-1.05, 1.05)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if len(columns) > 1:
