@@ -105,12 +105,8 @@ def _load_classifier(setting: str, name: str, revision: str | None) -> torch.nn.
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=revision or DEFAULT_REVISION,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
+            name, revision=revision or DEFAULT_REVISION, config=config, dtype=torch.float32, trust_remote_code=False,
             output_loading_info=True,
-        )
+        )  # fmt: skip
     refuse_missing_weights(setting, name, info, "sequence classifier")
     return model

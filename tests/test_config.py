@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -303,3 +305,23 @@ def test_importing_config_does_not_load_torch() -> None:
     root = str(Path(__file__).parent.parent)
     code = "import config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def documented_commands() -> list[str]:
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", root / "results" / "README.md", *sorted((root / "docs").glob("*.md"))]
+    lines = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
+    found = re.findall(r"(?:python|torchrun|srun)[^`\n]*?\b(?:train|eval)\.py[^`\n#&]*", lines)
+    return sorted({re.sub(r"\$\(.*?\)", "X", command).split("|")[0].strip() for command in found})
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_are_understood(command: str) -> None:
+    script, _, flags = re.search(r"(train|eval)\.py( (.*))?$", command).groups()
+    words = [word for word in shlex.split(flags or "") if word not in ("…", "--help")]
+    if "--resume" not in words:  # which looks for the run
+        parse_config({"train": TrainConfig, "eval": EvalConfig}[script], words)
+
+
+def test_there_are_documented_commands() -> None:
+    assert len(documented_commands()) > 8
