@@ -92,7 +92,7 @@ class TrainConfig:
     ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
-        None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its states."
+        None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints."
     )
     allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
@@ -137,8 +137,8 @@ class TrainConfig:
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
     # What is saved and reported
-    save_every: int = opt(50, "Steps between checkpoints, from which --resume goes on.")
-    keep_last: int = opt(2, "States kept for --resume; more than one guards against a damaged disk.")
+    save_every: int = opt(50, "Steps between checkpoints, from which --resume continues.")
+    keep_last: int = opt(2, "Checkpoints kept for --resume; more than one guards against a damaged disk.")
     sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
     eval_every: int = opt(20, "Steps between evaluations on held-out prompts (0: none).")
     eval_prompts: int = opt(64, "Held-out prompts for these evaluations.")
@@ -304,7 +304,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
         path = resume_folder(values["resume"], values["ckpt_dir"]) / "config.json"
         saved = saved_settings(path)
         if not saved and values["resume"] != NEWEST:
-            raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its states")
+            raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its checkpoints")
         if saved:
             _check_saved(cls, saved, path)
             once = ("resume", "allow_changes", "overwrite", "check")  # these belong to one start, not to the run
@@ -317,7 +317,7 @@ NEWEST = "newest"
 
 
 def resume_folder(resume: str, ckpt_dir: str) -> Path:
-    """The run folder that --resume means: ckpt_dir, the folder named, or the one that the state named belongs to."""
+    """The run folder that --resume means: ckpt_dir, the folder named, or the run of the checkpoint named."""
     if resume == NEWEST:
         return Path(ckpt_dir)
     path = Path(resume)

@@ -256,7 +256,9 @@ def ppo_update(
             epoch_stats = UpdateStats()
             order = permutation(cfg.seed, step, epoch, len(batch)).to(rollout.mask.device)
             for rows in order.split(cfg.minibatch_size):
+                # loss and backward
                 minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer)
+                # clip and step
                 grad_norm = float(clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
                 if math.isfinite(grad_norm) and minibatch_stats.is_finite():
                     optimizer.step()
@@ -283,8 +285,8 @@ def accumulate_gradients(
     """Set the policy's gradient to that of the PPO loss on a minibatch; returns its statistics.
 
     Each rank takes its share of the rows, in micro-batches of a size that memory suffices for. A micro-batch is one
-    pass through the transformer. The loss above its hidden states is a sum over tokens, so it is taken back to them
-    chunk by chunk: the logits of all tokens, GPT-2 has 50,257 per token, never exist at once.
+    pass through the transformer. The loss above its hidden states is a sum over tokens, so it is backpropagated to
+    them chunk by chunk. The logits of all tokens, 50,257 each for GPT-2, never exist at once.
     """
     token_count = minibatch.sequences.response_mask.sum()
     own = minibatch.select(rank_slice(len(minibatch)))

@@ -115,7 +115,9 @@ def truncate(path: Path, length: int) -> None:
     if length == 0:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.stat().st_size < length:
-        raise UserError(f"{path} is shorter than when the state was saved: put it back, or resume from an older state")
+        raise UserError(
+            f"{path} is shorter than when the checkpoint was saved: put it back, or resume from an older one"
+        )
     else:
         os.truncate(path, length)
 

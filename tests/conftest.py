@@ -21,7 +21,6 @@ from typing import TypeVar
 
 from config import EvalConfig, TrainConfig, parse_config
 
-import datasets
 import pandas as pd
 import pytest
 import torch
@@ -44,6 +43,7 @@ from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
 from tools.make_models import main as make_models_main
+from tools.torture import remains
 from training.run_folder import describe
 from utils import uniforms
 
@@ -321,9 +321,22 @@ def run(flags: dict[str, str], *extra: str) -> Path:
     return Path(flags["ckpt_dir"])
 
 
+def exact(folder: Path) -> dict[str, bytes]:
+    """What a run must leave behind bit for bit, without its checkpoints: another save_every keeps others."""
+    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves take nearly a second each and are no part of what must be the same."""
+    monkeypatch.setattr("training.run_folder.plot_curves", lambda *_: None)
+
+
 @pytest.fixture
 def split_reviews(tmp_path: Path) -> Path:
     """A saved data set with splits; three reviews of the test split also occur in the training split."""
+    import datasets
+
     train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
     test = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])] + train[:3]
     sets = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in (("train", train), ("test", test))}

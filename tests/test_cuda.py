@@ -13,7 +13,6 @@ from utils import uniforms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
 
 
 def sampled(dtype: torch.dtype) -> tuple:

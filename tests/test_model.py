@@ -414,7 +414,7 @@ def test_loaded_model_computes_what_the_library_computes(gpt2_dir: Path) -> None
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
-def test_score_responses_equals_enumeration(sampling: dict[str, float]) -> None:
+def test_evaluate_both_equals_enumeration(sampling: dict[str, float]) -> None:
     """Policy and reference are both renormalised over what the sampler could have chosen."""
     policy, reference = make_policy(critic=True), make_policy(seed=1, critic=True)
     seqs = sample(policy, **sampling)
@@ -444,7 +444,7 @@ def test_score_responses_equals_enumeration(sampling: dict[str, float]) -> None:
             assert (got[name][row, n:] == 0).all(), name
 
 
-def test_score_responses_of_a_model_against_itself_is_zero() -> None:
+def test_evaluate_both_of_a_model_against_itself_is_zero() -> None:
     policy, reference = make_policy(), make_policy()
     logprobs, ref_logprobs, _, _, kl = evaluate_both(policy, reference, sample(policy))
     assert torch.equal(logprobs, ref_logprobs)

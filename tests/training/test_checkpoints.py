@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import exact, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools.torture import remains
 from training.checkpoints import find_corruption, list_checkpoints, newest_intact, save_checkpoint
 
 CASES = int(os.environ.get("FAULT_CASES", "200"))
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 MANY = settings(
@@ -23,8 +24,8 @@ MANY = settings(
 
 
 @pytest.fixture(scope="module")
-def two_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("states")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (1, 2):
@@ -39,8 +40,10 @@ def two_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file=st.sampled_from(["policy.safetensors", "optimizer.safetensors", "state.json"]),
     where=st.floats(0, 1, exclude_max=True), how=st.sampled_from(["cut", "flip", "insert"]), bit=st.integers(0, 7),
 )  # fmt: skip
-def test_any_damage_to_a_checkpoint_is_found(file: str, where: float, how: str, bit: int, two_states: Path) -> None:
-    path = two_states / "step_000002" / file
+def test_any_damage_is_found(
+    file: str, where: float, how: str, bit: int, two_checkpoints: Path
+) -> None:
+    path = two_checkpoints / "step_000002" / file
     whole = path.read_bytes()
     at = int(where * len(whole))
     changed = bytearray(whole)
@@ -48,22 +51,17 @@ def test_any_damage_to_a_checkpoint_is_found(file: str, where: float, how: str, 
         changed[at] ^= 1 << bit
     path.write_bytes({"cut": whole[:at], "flip": bytes(changed), "insert": whole[:at] + b"\x00" + whole[at:]}[how])
     try:
-        good, wrong = newest_intact(two_states)
-        if good == two_states / "step_000002":  # another kind of white space, say
+        good, wrong = newest_intact(two_checkpoints)
+        if good == two_checkpoints / "step_000002":  # another kind of white space, say
             assert file == "state.json"
             assert json.loads(path.read_bytes()) == json.loads(whole)
         else:
-            assert good == two_states / "step_000001"
+            assert good == two_checkpoints / "step_000001"
             assert len(wrong) == 1
             assert "step_000002" in wrong[0]
     finally:
         path.write_bytes(whole)
-    assert newest_intact(two_states) == (two_states / "step_000002", [])
-
-
-def exact(folder: Path) -> dict[str, bytes]:
-    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
-    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
+    assert newest_intact(two_checkpoints) == (two_checkpoints / "step_000002", [])
 
 
 @pytest.mark.parametrize("file", ["policy.safetensors", "optimizer.safetensors", "state.json"])

@@ -13,7 +13,7 @@ from config import TrainConfig, UserError, parse_config
 import pandas as pd
 import pytest
 import torch
-from conftest import run, run_script
+from conftest import exact, run, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,16 +23,7 @@ from training import run_folder
 from training.checkpoints import list_checkpoints
 from training.run_folder import RunFolder, inspect_run_folder, open_run_folder
 
-
-def exact(folder: Path) -> dict[str, bytes]:
-    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
-    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly a second each, and no part of what must be the same."""
-    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_resume_of_a_finished_run_can_only_make_it_longer(

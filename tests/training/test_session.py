@@ -11,18 +11,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import run
+from conftest import exact, run
 from transformers import AutoModelForCausalLM
 
 import ppo
 import train
 from model import GPT2WithValueHead
 from reward import SentimentReward
-from tools.torture import remains
 from training import run_folder, session
 from training.checkpoints import find_corruption, list_checkpoints, newest_intact
 
 CASES = int(os.environ.get("FAULT_CASES", "200"))
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 STEPS = 120 if CASES <= 200 else 500
@@ -42,17 +43,6 @@ def test_memory_does_not_grow(flags: dict[str, str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run_folder.RunFolder, "append_metrics", note)
     run({**flags, "save_every": "60", "sample_every": "60", "total_steps": str(STEPS), "eval_every": "0"})
     assert seen[1] < 1.05 * seen[0]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take nearly a second each and are no part of what must be the same."""
-    monkeypatch.setattr(run_folder, "plot_curves", lambda *_: None)
-
-
-def exact(folder: Path) -> dict[str, bytes]:
-    """Everything that must be the same: `remains` without the states, of which another save_every keeps others."""
-    return {name: data for name, data in remains(folder).items() if not name.startswith("state")}
 
 
 def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch, *extra: str) -> Path:
