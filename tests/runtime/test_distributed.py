@@ -108,10 +108,8 @@ def test_a_killed_process_is_one_line_and_torchrun_resumes(flags: dict[str, str]
     steps = {**STEPS, "total_steps": "36", "save_every": "6", "eval_every": "0", "sample_every": "36"}
     folder = tmp_path / "run"
     job = torchrun(2, "train.py", *words_of({**flags, **steps, "ckpt_dir": str(folder)}), restarts=1)
-    begun = time.monotonic()
     while not list_checkpoints(folder / "state"):
         assert job.poll() is None, job.communicate()
-        assert time.monotonic() - begun < 100
         time.sleep(0.1)
     os.kill(processes_of(folder)[1], signal.SIGKILL)
     out, err = job.communicate(timeout=200)
@@ -150,20 +148,20 @@ def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
     assert "joy" in errors[0]
 
 
-def cramped(folder: Path) -> None:
-    """One process of some: an update in which the last of them is short of memory."""
+def cramped(folder: Path, weight: str, calls_per_micro_batch: int) -> None:
+    """One rank: an update in which the last rank is short of memory at a weight's last gradient."""
     rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     calls = []
 
     def fail(grad: torch.Tensor) -> None:
         calls.append(1)
-        if len(calls) == 4 // count and rank == count - 1:
+        if len(calls) == calls_per_micro_batch * 4 // count and rank == count - 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     ppo.GradientReducer.BUCKET = 500
     with process_group("cpu"):
         policy, rollout = make_policy(), one_rollout()
-        policy.lm.transformer.h[0].ln_1.weight.register_hook(fail)
+        dict(policy.lm.named_parameters())[weight].register_hook(fail)
         row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, ONE_STEP, 1)
     torch.save([p.detach() for p in policy.parameters()], folder / f"weights_{rank}.pt")
     (folder / f"row_{rank}.txt").write_text(f"{row['micro_batch_size']} {row['updates']} {row['skipped']}")
@@ -179,17 +177,21 @@ ONE_STEP = TrainConfig(  # no gradient is scaled down, which would hide a wrong 
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path: Path) -> None:
-    """Of one minibatch, to 1e-6; and the last process runs out of memory in the last micro-batch of its share, when
-    some gradients are already on their way: it halves its own micro-batch and nothing else changes.
+@pytest.mark.parametrize(
+    ("count", "weight", "calls"), [(2, "transformer.h.0.ln_1.weight", 1), (4, "transformer.wte.weight", 2)]
+)  # the output embedding is the input's: its gradient comes in two parts
+def test_gradients_do_not_depend_on_the_number_of_processes(
+    count: int, weight: str, calls: int, tmp_path: Path
+) -> None:
+    """Of one minibatch, to 1e-6. The last rank runs out of memory in the last micro-batch of its share, when some
+    gradients are already being sent: it halves its own micro-batch, and nothing else changes.
     """
     policy = make_policy()
     ppo.ppo_update(
         policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
     )
     printed = tmp_path / "printed.txt"
-    assert as_processes(count, partial(cramped, tmp_path), printed) == [0] * count, printed.read_text()
+    assert as_processes(count, partial(cramped, tmp_path, weight, calls), printed) == [0] * count, printed.read_text()
     for rank in range(count):
         assert (tmp_path / f"row_{rank}.txt").read_text() == "1 1 0"
         for ours, theirs in zip(torch.load(tmp_path / f"weights_{rank}.pt"), policy.parameters(), strict=True):

@@ -10,7 +10,7 @@ from config import UserError
 import pytest
 
 import train
-from runtime.files import lock, new_folder, spreadsheet_safe
+from runtime.files import append_row, lock, new_folder, spreadsheet_safe
 
 
 def test_texts_never_become_formulas() -> None:
@@ -45,3 +45,29 @@ def test_new_folder_removes_what_killed_processes_left_a_day_ago(tmp_path: Path)
     with new_folder(tmp_path / "world"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".world.11111111", "world"]
+
+
+def test_a_row_goes_under_the_columns_that_a_table_has(tmp_path: Path) -> None:
+    """Whatever the order of its names; a resumed run of another version may have other columns, and is refused."""
+    table = tmp_path / "metrics.csv"
+    append_row(table, {"step": 1, "lr": 0.5})
+    append_row(table, {"lr": 0.25, "step": 2})
+    assert table.read_text() == "step,lr\n1,0.5\n2,0.25\n"
+    for row in ({"step": 3}, {"step": 3, "lr": 0.1, "loss": 1.0}):
+        with pytest.raises(UserError, match="other columns"):
+            append_row(table, row)
+    assert table.read_text().count("\n") == 3
+
+
+def test_append_row_leaves_no_half_row_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "metrics.csv"
+    append_row(table, {"step": 1})
+    before = table.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        append_row(table, {"step": 2})
+    assert table.read_bytes() == before

@@ -40,9 +40,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file=st.sampled_from(["policy.safetensors", "optimizer.safetensors", "state.json"]),
     where=st.floats(0, 1, exclude_max=True), how=st.sampled_from(["cut", "flip", "insert"]), bit=st.integers(0, 7),
 )  # fmt: skip
-def test_any_damage_is_found(
-    file: str, where: float, how: str, bit: int, two_checkpoints: Path
-) -> None:
+def test_any_damage_is_found(file: str, where: float, how: str, bit: int, two_checkpoints: Path) -> None:
     path = two_checkpoints / "step_000002" / file
     whole = path.read_bytes()
     at = int(where * len(whole))
