@@ -71,12 +71,20 @@ class TrainConfig:
     # What is trained, against what, on what
     policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.")
     ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
-    rm_name: str = opt("lvwerra/distilbert-imdb", "Reward: any sequence classifier, a hub name or a folder.")
+    rm_name: str = opt(
+        "lvwerra/distilbert-imdb",
+        "Reward: a sequence classifier (hub name or folder), or Python, file.py:function (docs/rewards.md).",
+    )
     policy_revision: str | None = opt(None, "Commit, branch or tag of policy_name on the hub.")
     rm_revision: str | None = opt(None, "Commit, branch or tag of rm_name on the hub.")
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
+    standardize_scores: bool | None = opt(
+        None,
+        "Pay (score - mean) / deviation, as measured on the base's own responses (default: true unless the score is a "
+        "label's probability, which is between -1 and 1 already).",
+    )
     # Scoring the unfinished response shows which tokens earned the score. Scored after every token, and with lambda
     # 0.5, a batch's gradient has 13 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
@@ -143,7 +151,7 @@ class TrainConfig:
     eval_every: int = opt(20, "Steps between evaluations on held-out prompts (0: none).")
     eval_prompts: int = opt(64, "Held-out prompts for these evaluations.")
     kl_budget: float | None = opt(
-        None, "best/ holds the policy with the highest sentiment within this KL, nats per response."
+        None, "best/ holds the policy with the highest mean score within this KL, nats per response."
     )
     report_to: Literal["none", "tensorboard"] = opt("none", "Where to send the columns of metrics.csv as well.")
 
@@ -182,7 +190,7 @@ class EvalConfig:
     preset: str = opt("default", "Named set of values to start from: default or tiny.")
     policy_path: str = opt("ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.")
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
-    rm_name: str | None = opt(None, "Reward model (default: the run's).")
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
     dataset: str | None = opt(None, "Prompts (default: the run's).")
@@ -213,6 +221,13 @@ class EvalConfig:
             raise UserError("frontier=1 draws nothing to choose from: take 0, or 2 and more")
         if self.min_prompt_len is not None and self.max_prompt_len is not None:
             check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
+
+
+def python_reward(name: str) -> tuple[str, str] | None:
+    """Place and function of a Python reward, `rewards.py:brevity` or `package.module:brevity`; None for other names."""
+    place, _, function = name.rpartition(":")
+    is_place = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+    return (place, function) if is_place and function.isidentifier() and not name.startswith("tiny:") else None
 
 
 def check_prompt_lengths(min_prompt_len: int, max_prompt_len: int) -> None:
@@ -275,6 +290,11 @@ PRESETS[TrainConfig] = {
 PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
 
 
+# A Python reward judges finished texts: scores of unfinished ones would be 63 more calls a step and mean little. It is
+# paid on the last token, with settings that are good for that, unless --reward_every is given
+PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
+
+
 class OneLineParser(HfArgumentParser):
     """A parser of command lines whose errors are UserErrors."""
 
@@ -300,17 +320,33 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
         if action.dest == "resume":
             action.nargs, action.const = "?", NEWEST
     values = vars(parser.parse_args(argv))
+    if cls is TrainConfig and values["reward_every"] and python_reward(values["rm_name"]):
+        parser.set_defaults(**PAID_AT_END)
+        at_end = vars(parser.parse_args(argv))
+        values = values if at_end["reward_every"] else at_end
     if values.get("resume"):
-        path = resume_folder(values["resume"], values["ckpt_dir"]) / "config.json"
-        saved = saved_settings(path)
-        if not saved and values["resume"] != NEWEST:
-            raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its checkpoints")
-        if saved:
-            _check_saved(cls, saved, path)
-            once = ("resume", "allow_changes", "overwrite", "check")  # these belong to one start, not to the run
-            parser.set_defaults(**{name: value for name, value in saved.items() if name not in once})
-            values = {**vars(parser.parse_args(argv)), "ckpt_dir": str(path.parent)}
+        values = _with_saved_settings(cls, parser, argv, values)
     return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+def _with_saved_settings(
+    cls: type[Config], parser: ArgumentParser, argv: Sequence[str], values: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings of the run to resume, with every flag given in their place (raises UserError)."""
+    path = resume_folder(values["resume"], values["ckpt_dir"]) / "config.json"
+    saved = saved_settings(path)
+    if not saved and values["resume"] != NEWEST:
+        raise UserError(f"resume={values['resume']} is neither the folder of a run nor one of its checkpoints")
+    if not saved:
+        return values
+    _check_saved(cls, saved, path)
+    left_out = ["resume", "allow_changes", "overwrite", "check"]  # these belong to one start, not to the run
+    if python_reward(saved.get("rm_name", "")):
+        if values["rm_name"] == PRESETS[cls][values["preset"]].rm_name and not python_reward(values["rm_name"]):
+            raise UserError(refuse_code(path, saved["rm_name"]))
+        left_out.append("rm_name")
+    parser.set_defaults(**{name: value for name, value in saved.items() if name not in left_out})
+    return {**vars(parser.parse_args(argv)), "ckpt_dir": str(path.parent)}
 
 
 NEWEST = "newest"
@@ -331,6 +367,12 @@ def saved_settings(path: Path) -> dict[str, Any]:
         return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): mend it, or leave out what refers to it") from None
+
+
+def refuse_code(config_json: Path, rm_name: str) -> str:
+    """Why a Python reward that a run folder names is not run: such a folder may be from anyone."""
+    return (f"rm_name={rm_name} is Python code, which is never run because {config_json} says so: read it, then name "
+            f"it on the command line, --rm_name {rm_name}")  # fmt: skip
 
 
 def is_run(folder: Path) -> bool:

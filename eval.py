@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError, is_run, parse_config, saved_settings
+from config import EvalConfig, TrainConfig, UserError, is_run, parse_config, python_reward, refuse_code, saved_settings
 
 import numpy as np
 import pandas as pd
@@ -67,11 +67,11 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         with raise_on_all_ranks():
             check_target(out_csv)
             run_cfg = settings_of_run(cfg)
-        results = evaluate(cfg, run_cfg)
+        results, label = evaluate(cfg, run_cfg)
         if not is_main_process():
             return {}
         settings = {**asdict(cfg), **{name: getattr(run_cfg, name) for name in sorted(RUN_SETTINGS)}}
-        summary = {**summarise(results), "seed": cfg.seed, "settings": settings}
+        summary = summarise(results, label, run_cfg.target_label) | {"seed": cfg.seed, "settings": settings}
         write(results, summary, out_csv)
         print(table(summary))
         page = beside(out_csv, "report.html")
@@ -91,6 +91,8 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
         raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         print(f"note: {cfg.policy_path} is not part of a run, so train.py's defaults apply where no flag is given")
+    if home and python_reward(run.rm_name) and cfg.rm_name is None:
+        raise UserError(refuse_code(home / "config.json", run.rm_name))
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None
     }
@@ -134,13 +136,15 @@ class Comparison:
         scores = torch.stack(
             [models.score(self.respond(models.reference, rows, 1 + draw), self.run).cpu() for draw in range(draws)], 1
         )
-        return [" ".join(f"{x:.4f}" for x in row) for row in scores.tolist()]
+        form = ".4f" if models.reward.label is not None else ".6g"
+        return [" ".join(f"{x:{form}}" for x in row) for row in scores.tolist()]
 
 
-def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> pd.DataFrame:
+def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.DataFrame, str | None]:
     """Let policy and base answer held-out prompts; one row per prompt with texts, scores, lengths, KL and so on.
 
-    Each rank takes some of the batches; only the main process returns rows.
+    Also returns the label whose probability the scores are, None where they are any numbers. Each rank takes some of
+    the batches; only the main process returns rows.
     """
     settings = run_cfg or settings_of_run(cfg)
     to_lower = "batch_size or max_new_tokens"
@@ -159,12 +163,14 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> pd.DataFram
                 for rows_table, rows in zip(tables, bar, strict=True):
                     rows_table["base_draws"] = comparison.base_scores(rows, cfg.frontier)
     tables = gather_to_main(tables)
+    label = models.reward.label
     if not is_main_process():
-        return pd.DataFrame()
+        return pd.DataFrame(), label
     results = pd.concat(tables).sort_index()
     for names, culprit in (
         (["kl_seq", "policy_nll_base", "base_nll_base"], f"policy_path={cfg.policy_path}"),
-        (["policy_log_odds", "base_log_odds"], f"rm_name={settings.rm_name}"),
+        ([f"{name}_{'score' if label is None else 'log_odds'}" for name in ("policy", "base")],
+         f"rm_name={settings.rm_name}"),
     ):
         if not np.isfinite(results[names].to_numpy()).all():
             raise UserError(f"{culprit} computes numbers that are not finite: try --dtype float32")
@@ -173,7 +179,7 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> pd.DataFram
     if judge is not None:
         for name in ("policy", "base"):
             results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
-    return results
+    return results, label
 
 
 def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
@@ -248,10 +254,8 @@ def compare(comparison: Comparison, rows: slice) -> pd.DataFrame:
     logprobs, ref_logprobs, _, _, exact_kl = evaluate_both(policy, base, ours)
     columns: dict[str, Any] = {"prompt": ours.prompt_texts(tokenizer)}
     for name, seqs in {"policy": ours, "base": comparison.respond(base, rows, 0)}.items():
-        log_odds = models.reward.log_odds(seqs.texts(tokenizer, run_cfg.reward_on_prompt))
         columns[f"{name}_text"] = seqs.texts(tokenizer)
-        columns[f"{name}_score"] = (log_odds / 2).tanh().tolist()
-        columns[f"{name}_log_odds"] = log_odds.tolist()
+        columns |= score_columns(comparison, name, seqs)
         columns[f"{name}_len"] = seqs.response_mask.sum(1).tolist()
         last = seqs.response_mask.sum(1, keepdim=True) - 1
         ended = seqs.responses.gather(1, last).squeeze(1) == tokenizer.eos_token_id
@@ -266,6 +270,15 @@ def compare(comparison: Comparison, rows: slice) -> pd.DataFrame:
     prompts = comparison.prompts
     human = human_continuations(prompts[rows], run_cfg.max_prompt_len, run_cfg.max_new_tokens, run_cfg.device)
     return pd.DataFrame(columns | compare_on_human(human, policy, base), index=np.arange(len(prompts))[rows])
+
+
+def score_columns(comparison: Comparison, name: str, seqs: Sequences) -> dict[str, list[float]]:
+    """The scores of a model's responses and, where they are those of a label, its log-odds."""
+    models, run_cfg = comparison.models, comparison.run
+    if not isinstance(models.reward, SentimentReward):
+        return {f"{name}_score": models.score(seqs, run_cfg).tolist()}
+    log_odds = models.reward.log_odds(seqs.texts(models.tokenizer, run_cfg.reward_on_prompt))
+    return {f"{name}_score": (log_odds / 2).tanh().tolist(), f"{name}_log_odds": log_odds.tolist()}
 
 
 def _real(x: torch.Tensor, seqs: Sequences) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
-from reward import SentimentReward, score_texts
+from reward import UNSCALED, Reward, ScoreScale, score_responses
 from runtime.device import FittingSize, Stopwatch
 from runtime.distributed import (
     GradientReducer,
@@ -44,12 +44,16 @@ from utils import (
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The models behind a rollout: the policy, its frozen reference and the reward, with the policy's tokenizer."""
+    """The models behind a rollout: the policy, its frozen reference and the reward, with the policy's tokenizer.
+
+    score_scale says in which units scores are paid.
+    """
 
     policy: GPT2WithValueHead
     reference: GPT2WithValueHead
-    reward: SentimentReward
+    reward: Reward
     tokenizer: PreTrainedTokenizerBase
+    score_scale: ScoreScale = UNSCALED
 
     def respond(
         self, model: GPT2WithValueHead, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig
@@ -62,7 +66,8 @@ class Models:
 
     def score(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
         """Scores (B,) of the responses (raises UserError where the reward fails)."""
-        return score_texts(self.reward, seqs.texts(self.tokenizer, cfg.reward_on_prompt), cfg.rm_name)
+        responses = seqs.texts(self.tokenizer, cfg.reward_on_prompt)
+        return score_responses(self.reward, responses, seqs.prompt_texts(self.tokenizer), cfg.rm_name)
 
     def partial_scores(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
         """Scores (B, R) of each unfinished response after every reward_every tokens, NaN elsewhere (raises UserError).
@@ -70,16 +75,19 @@ class Models:
         With reward_every 0 nothing is scored.
         """
         lengths, width = seqs.response_mask.sum(1), seqs.response_mask.shape[1]
+        all_prompts = seqs.prompt_texts(self.tokenizer) if cfg.reward_every else []
         texts: list[str] = []
+        prompts: list[str] = []
         places: list[tuple[Tensor, int]] = []
         for n in range(cfg.reward_every, width, cfg.reward_every) if cfg.reward_every else ():
             rows = (lengths > n).nonzero().squeeze(1)
             texts += seqs.select(rows).first(n).texts(self.tokenizer, cfg.reward_on_prompt)
+            prompts += [all_prompts[row] for row in rows.tolist()]
             places.append((rows, n))
         found = torch.full(seqs.response_mask.shape, math.nan, device=lengths.device)
         if not texts:
             return found
-        scores = score_texts(self.reward, texts, cfg.rm_name).split([len(rows) for rows, _ in places])
+        scores = score_responses(self.reward, texts, prompts, cfg.rm_name).split([len(rows) for rows, _ in places])
         for (rows, n), some in zip(places, scores, strict=True):
             found[rows, n - 1] = some
         return found
@@ -90,7 +98,8 @@ class Rollout:
     """What was observed when each prompt was answered once; advantages and returns are derived from it.
 
     logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; partial_scores (B, R) are scores of the
-    unfinished responses, NaN where there is none; scores (B,) in [-1, 1]; seconds says how long each phase took.
+    unfinished responses, NaN where there is none; scores (B,) are in the reward's own units, and score_scale turns them
+    into what is paid. has_label says whether they are 2 P(label) - 1. seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -102,6 +111,8 @@ class Rollout:
     partial_scores: Tensor
     scores: Tensor
     kl_coef: float
+    score_scale: ScoreScale = UNSCALED
+    has_label: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,9 +139,8 @@ class Rollout:
 
     def rewards(self) -> Tensor:
         """The rewards per token (B, R), shaped over the whole batch."""
-        return shape_rewards(
-            self.scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, self.partial_scores
-        )[0]
+        scores, partial_scores = (self.score_scale.standardize(x) for x in (self.scores, self.partial_scores))
+        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, partial_scores)[0]
 
     @property
     def kl(self) -> Tensor:
@@ -145,12 +155,12 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Averages over responses or, for kl_token and entropy, over real tokens; distinct_rate is a share of them."""
         means = {
-            "sentiment_mean": self.scores.mean(),
-            "positive_rate": (self.scores > 0).float().mean(),
+            "score_mean": self.scores.mean(),
+            **({"positive_rate": (self.scores > 0).float().mean()} if self.has_label else {}),
             "kl_seq": self.kl.sum(1).mean(),
             "kl_seq_exact": self.exact_kl.sum(1).mean(),
             "kl_token": masked_mean(self.kl, self.mask),
-            "reward_mean": (self.scores - self.kl_coef * self.kl.sum(1)).mean(),
+            "reward_mean": (self.score_scale.standardize(self.scores) - self.kl_coef * self.kl.sum(1)).mean(),
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
@@ -174,7 +184,10 @@ def collect_rollout(
         seconds_generate = watch.lap()
         scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
         logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(models.policy, models.reference, seqs)
-    own_rollout = Rollout(seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef)
+    own_rollout = Rollout(
+        seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef, models.score_scale,
+        has_label=models.reward.label is not None,
+    )  # fmt: skip
     rollout = own_rollout.gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
 

@@ -1,4 +1,4 @@
-"""Fine-tune GPT-2 by PPO towards a sentiment reward, anchored to frozen GPT-2: act, score, learn, report, keep.
+"""Fine-tune GPT-2 by PPO towards a reward, anchored to frozen GPT-2: act, score, learn, report, keep.
 
     python train.py                  GPT-2 on IMDB
     python train.py --preset tiny    a small world made on the spot: no network, a few minutes
@@ -33,6 +33,7 @@ from runtime.hub import quiet_libraries
 from training.audit import audit
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import inspect_run_folder, was_begun_by
+from training.score_scale import with_score_scale
 from training.session import Session, open_session
 from utils import uniforms
 
@@ -55,6 +56,7 @@ def main(cfg: TrainConfig) -> Path:
             audit(parts.models, parts.prompts.batch(1), cfg)
         check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
         if not cfg.check:
+            parts = with_score_scale(parts, cfg, found.score_scale)
             with open_session(cfg, parts, found) as session:
                 train(cfg, parts, session)
     return Path(cfg.ckpt_dir)

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reward import score_title
 from runtime.files import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
 
-PATH = ("kl_seq_exact", "sentiment_mean")  # of eval.csv
+PATH = ("kl_seq_exact", "score_mean")  # of eval.csv
 CURVES = {  # of metrics.csv
-    "sentiment_mean": "sentiment", "kl_seq_exact": "KL, nats per response", "entropy": "entropy, nats per token",
+    "score_mean": "", "kl_seq_exact": "KL, nats per response", "entropy": "entropy, nats per token",
 }  # fmt: skip
 
 
@@ -34,14 +35,15 @@ def write_report(
 
     run_dir is the folder of the run that made the policy, if known.
     """
-    figures = [("Scores", scores_figure(results))]
+    title = score_title(summary["label"])
+    figures = [("Scores", scores_figure(results, summary["label"]))]
     if "optimal_curve" in summary:
         figures.append(
             ("How far from the best possible", frontier_figure(summary, read_columns(run_dir, "eval.csv", PATH)))
         )
     metrics = read_columns(run_dir, "metrics.csv", ("step", *CURVES))
     if metrics is not None and len(metrics) > 1:
-        figures.append(("The run", run_figure(metrics)))
+        figures.append(("The run", run_figure(metrics, title)))
     settings = {k: v for k, v in summary["settings"].items() if v is not None and k != "preset"}
     fields = {
         "n": str(summary["n"]),
@@ -49,6 +51,9 @@ def write_report(
         "table": pd.DataFrame(table, columns=["", "policy", "base"]).to_html(index=False, border=0),
         "figures": "\n".join(f"<h2>{title}</h2>\n{picture}" for title, picture in figures),
         "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
+        "scale": json.dumps(score_range(results, summary)),
+        "label": summary["label"] or "above base's mean",
+        "other": "others" if summary["label"] is None else f"not {summary['label']}",
         "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("<", "\\u003c"),
     }
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -59,8 +64,22 @@ def sample(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row that the page shows."""
     return {
         "prompt": row["prompt"], "b": row["base_text"], "t": row["policy_text"], "p": json.loads(row["policy_tokens"]),
-        "bs": round(row["base_score"], 4), "ps": round(row["policy_score"], 4), "kl": round(row["kl_seq_exact"], 3),
+        "bs": rounded(row["base_score"]), "ps": rounded(row["policy_score"]), "kl": round(row["kl_seq_exact"], 3),
     }  # fmt: skip
+
+
+def rounded(score: float) -> float:
+    """Four digits behind the point, and six in all."""
+    return round(score, 4) if abs(score) <= 1 else float(f"{score:.6g}")
+
+
+def score_range(results: pd.DataFrame, summary: dict[str, Any]) -> dict[str, float | bool]:
+    """The ends of all scores, and the middle that divides good from bad."""
+    if summary["label"] is not None:
+        return {"low": -1, "high": 1, "middle": 0, "any": False}
+    scores = results[["policy_score", "base_score"]].to_numpy()
+    return {"low": rounded(scores.min()), "high": rounded(scores.max()), "middle": summary["base"]["score_mean"],
+            "any": True}  # fmt: skip
 
 
 def read_columns(folder: Path | None, name: str, columns: Iterable[str]) -> pd.DataFrame | None:
@@ -71,13 +90,15 @@ def read_columns(folder: Path | None, name: str, columns: Iterable[str]) -> pd.D
         return None
 
 
-def scores_figure(results: pd.DataFrame) -> str:
+def scores_figure(results: pd.DataFrame, label: str | None) -> str:
     """Histograms of the scores, policy over base."""
     figure, (axis,) = _figure(1)
-    bins = np.linspace(-1, 1, 41).tolist()
+    scores = results[["policy_score", "base_score"]].to_numpy()
+    low, high = (-1, 1) if label is not None else (scores.min(), scores.max())
+    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
     axis.hist(results["base_score"], bins, color=BASE, alpha=0.6, label="base")
     axis.hist(results["policy_score"], bins, color=POLICY, alpha=0.6, label="policy")
-    axis.set_xlabel("score, -1 to 1")
+    axis.set_xlabel("score" if label is None else "score, -1 to 1")
     axis.set_ylabel("responses")
     return _picture(figure, "Histogram of scores")
 
@@ -85,31 +106,31 @@ def scores_figure(results: pd.DataFrame) -> str:
 def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
     """The optimal reward at each KL, best-of-n, the policy, and its path during training."""
     figure, (axis,) = _figure(1)
-    kl, reward = (np.array(summary["optimal_curve"][name]) for name in ("kl", "sentiment_mean"))
+    kl, reward = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
     sure = kl <= summary["kl_certain"]
     axis.plot(kl[sure], reward[sure], color=BEST, label="best possible")
     if not sure.all():
         axis.plot(kl[~sure], reward[~sure], color=BEST, linestyle=":", label="the same, less certain")
     best = pd.DataFrame(summary["best_of_n"])
-    axis.plot(best["kl"], best["sentiment_mean"], "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
+    axis.plot(best["kl"], best["score_mean"], "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
     for n, x, y in best.itertuples(index=False):
         axis.annotate(f"{n:.0f}", (x, y), xytext=(3, -11), textcoords="offset points", color=GREY, fontsize=8)
     if path is not None:
-        axis.plot(path["kl_seq_exact"], path["sentiment_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
+        axis.plot(path["kl_seq_exact"], path["score_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
     axis.plot(
-        summary["kl_seq_exact"], summary["policy"]["sentiment_mean"], "*", color=POLICY, markersize=14, label="policy"
+        summary["kl_seq_exact"], summary["policy"]["score_mean"], "*", color=POLICY, markersize=14, label="policy"
     )
     axis.set_xlabel("KL to base, nats per response")
     axis.set_ylabel("mean score")
     return _picture(figure, "Reward against KL")
 
 
-def run_figure(metrics: pd.DataFrame) -> str:
-    """Sentiment, KL and entropy over the steps of the run."""
+def run_figure(metrics: pd.DataFrame, score: str) -> str:
+    """Scores, under their title, KL and entropy over the steps of the run."""
     figure, axes = _figure(len(CURVES))
     for axis, (name, title) in zip(axes, CURVES.items(), strict=True):
         axis.plot(metrics["step"], metrics[name], color=POLICY)
-        axis.set_title(title, color=GREY, fontsize=10)
+        axis.set_title(title or score, color=GREY, fontsize=10)
         axis.set_xlabel("step")
     return _picture(figure, "Curves of the run")
 

@@ -14,23 +14,30 @@ import pandas as pd
 from evaluation.diversity import distinct, distinct_responses, equally_long, repeated_trigrams
 from evaluation.frontier import best_of_n_kl, exponential_tilt, frontier
 from evaluation.intervals import bootstrap_ci, jackknife_ci, resample_counts, wilson_ci
-from evaluation.table import INTERVALS, verdict
+from evaluation.table import INTERVALS, SAME_THING, verdict
+from reward import full_label, score_title
 
 NAMES = ("policy", "base")
 
 
-def summarise(results: pd.DataFrame) -> dict[str, Any]:
-    """All estimates with 95 % intervals, from the results alone; rates are shares between 0 and 1."""
+def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "positive") -> dict[str, Any]:
+    """All estimates with 95 % intervals, from the results alone; rates are shares between 0 and 1.
+
+    label is the one whose probability the scores are, None where they are any numbers; judge_label is the second
+    judge's. score_unit is 1 for a label and the deviation of base's scores elsewhere.
+    """
     column = {name: results[name].to_numpy(dtype=float) for name in results.select_dtypes("number")}
-    summary: dict[str, Any] = {"n": len(results)}
+    unit = 1.0 if label is not None else float(column["base_score"].std()) or 1.0
+    summary: dict[str, Any] = {
+        "n": len(results), "label": label, "judge_label": full_label(judge_label), "score_unit": unit,
+    }  # fmt: skip
     even = dict(zip(NAMES, equally_long(*(results[f"{name}_text"].tolist() for name in NAMES)), strict=True))
     for name in NAMES:
         texts, length = results[f"{name}_text"].tolist(), column[f"{name}_len"]
         repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
         summary[name] = {
-            **_estimate("sentiment_mean", column[f"{name}_score"]),
-            **_share("positive_rate", column[f"{name}_score"] > 0),
-            **_estimate("log_odds", column[f"{name}_log_odds"]),
+            **_estimate("score_mean", column[f"{name}_score"]),
+            **(_label_estimates(name, column) if label is not None else {}),
             **_estimate("response_len", length),
             **_share("eos_rate", column[f"{name}_eos"] > 0),
             **_estimate("repetition_rate", repeated, triples),
@@ -43,22 +50,30 @@ def summarise(results: pd.DataFrame) -> dict[str, Any]:
         if "human_len" in column:
             written = np.nan_to_num(column["human_len"])
             summary[name] |= _exponential("human_perplexity", np.nan_to_num(column[f"human_nll_{name}"]), written)
+        if score_title(label) == "sentiment":  # the names that others read
+            summary[name] |= {f"sentiment_{key}": summary[name][f"score_{key}"] for key in ("mean", "ci")}
         if f"{name}_judge" in column:
             summary[name] |= _estimate("judge_mean", column[f"{name}_judge"])
             summary[name] |= _share("judge_positive_rate", column[f"{name}_judge"] > 0)
     gain = column["policy_score"] - column["base_score"]
-    summary |= _estimate("sentiment_gain", gain)
+    summary |= _estimate("score_gain", gain)
     wins = (np.sign(gain) + 1) / 2  # a tie is half a win
     summary |= (_share if gain.all() else _estimate)("win_rate", wins)
     for key in ("kl_seq", "kl_seq_exact"):
         summary |= _estimate(key, column[key])
         summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
-    summary |= _expected(column)
+    summary |= _expected(column, unit)
     if "policy_judge" in column:
-        summary |= _judge_summary(column)
+        summary |= _judge_summary(column, 0.0 if label is not None else float(column["base_score"].mean()))
     if "base_draws" in results:
-        summary |= _frontier_summary(results)
+        summary |= _frontier_summary(results, unit)
     return summary | {"verdict": verdict(summary)}
+
+
+def _label_estimates(name: str, column: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What is only defined where scores are 2 P(label) - 1: how often the label is likelier than not, its log-odds."""
+    share = _share("positive_rate", column[f"{name}_score"] > 0)
+    return share | _estimate("log_odds", column[f"{name}_log_odds"])
 
 
 def _estimate(key: str, values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
@@ -83,13 +98,14 @@ def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -
     return {} if np.isnan(value) else {key: value, f"{key}_ci": jackknife_ci(measure, texts)}
 
 
-def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The gain according to the second judge, and whether the reward was gamed.
+def _judge_summary(column: dict[str, np.ndarray], middle: float) -> dict[str, Any]:
+    """The gain according to the second judge, and whether the reward was gamed; scores above `middle` are positive.
 
     judge_slope says how much more often the judge calls base responses positive where the reward does. The reward
     counts as gamed if the judge confirms less than half of what that slope predicts.
     """
-    positive = {name: column[name] > 0 for name in ("policy_score", "base_score", "policy_judge", "base_judge")}
+    middles = {"policy_score": middle, "base_score": middle, "policy_judge": 0.0, "base_judge": 0.0}
+    positive = {name: column[name] > least for name, least in middles.items()}
     more = positive["policy_score"].astype(float) - positive["base_score"]
     more_by_judge = positive["policy_judge"].astype(float) - positive["base_judge"]
     liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
@@ -99,13 +115,13 @@ def _judge_summary(column: dict[str, np.ndarray]) -> dict[str, Any]:
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
         **_estimate("judge_gap_rate", more - more_by_judge),
         "judge_slope": slope,
-        "gamed": bool(slope > 0.2 and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
+        "gamed": bool(slope > SAME_THING and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
     }
 
 
-def _expected(column: dict[str, np.ndarray]) -> dict[str, Any]:
+def _expected(column: dict[str, np.ndarray], unit: float) -> dict[str, Any]:
     """Averages over base's answers, weighted until their mean score is the policy's: what such scores entail."""
-    ours, base = column["policy_score"], column["base_score"]
+    ours, base = column["policy_score"] / unit, column["base_score"] / unit
     if np.ptp(base) < 1e-6:
         return {}
     counts = np.vstack([np.ones(len(base)), resample_counts(len(base), 0)])
@@ -118,21 +134,21 @@ def _expected(column: dict[str, np.ndarray]) -> dict[str, Any]:
             ((key, float(first)), (f"{key}_ci", np.quantile(rest, [0.025, 0.975]).tolist()))}  # fmt: skip
 
 
-def _frontier_summary(results: pd.DataFrame) -> dict[str, Any]:
+def _frontier_summary(results: pd.DataFrame, unit: float) -> dict[str, Any]:
     """Best-of-n, the optimal curve, and the policy's share of the gain that is possible at its KL."""
-    scores = np.array([row.split() for row in results["base_draws"]], dtype=float)
+    scores = np.array([row.split() for row in results["base_draws"]], dtype=float) / unit
     best = frontier(scores)
-    ours, kl = results["policy_score"].to_numpy(), results["kl_seq_exact"].to_numpy()
+    ours, kl = results["policy_score"].to_numpy() / unit, results["kl_seq_exact"].to_numpy()
     sizes = [2**i for i in range(best.best_of.shape[1])]
     grid = np.unique([*best.kl.mean(0), *map(best_of_n_kl, sizes)])
     found: dict[str, Any] = {
         "best_of_n": [
-            {"n": n, "kl": best_of_n_kl(n), "sentiment_mean": float(mean)}
+            {"n": n, "kl": best_of_n_kl(n), "score_mean": unit * float(mean)}
             for n, mean in zip(sizes, best.best_of.mean(0), strict=True)
         ],
-        "optimal_curve": {"kl": grid.tolist(), "sentiment_mean": best.optimal_reward(grid).tolist()},
+        "optimal_curve": {"kl": grid.tolist(), "score_mean": (unit * best.optimal_reward(grid)).tolist()},
         "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
-        "base_draws_mean": float(best.best_of[:, 0].mean()),
+        "base_draws_mean": unit * float(best.best_of[:, 0].mean()),
     }  # fmt: skip
 
     def gains(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

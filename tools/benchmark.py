@@ -38,6 +38,7 @@ from transformers import (
 
 from model import GPT2WithValueHead
 from ppo import Models, build_optimizer, collect_rollout, ppo_update
+from reward import Classifier
 from runtime.cli import parse_flags, run, words
 from runtime.device import Stopwatch, keep_freed_memory, peak_memory_mb
 from runtime.distributed import is_main_process, process_group, world_size
@@ -234,6 +235,7 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
         layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
         return cfg.batch_size * (layers + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
 
+    assert isinstance(models.reward, Classifier)
     reward = models.reward.model
     judged = sum(p.numel() for name, p in reward.named_parameters() if "embeddings" not in name)
     unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()

@@ -7,6 +7,7 @@ from config import UserError
 
 from runtime.cli import run
 from training.plots import plot_curves
+from training.run_folder import saved_label
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "ckpts")
     if not (folder / "metrics.csv").is_file():
         raise UserError(f"{folder}/metrics.csv does not exist: name the folder of a run")
-    plot_curves(folder / "metrics.csv", folder / "curves.png")
+    plot_curves(folder / "metrics.csv", folder / "curves.png", saved_label(folder / "config.json"))
     print(folder / "curves.png")
 
 

@@ -34,7 +34,7 @@ from runtime.files import check_table_path, read_table, write_atomic
 
 ROOT = Path(__file__).parent.parent
 KEY = ("setting", "seed")  # of a row
-STEP_COLUMNS = ("step", "episodes", "sentiment_mean", "positive_rate", "kl_seq", "kl_seq_exact", "response_len")
+STEP_COLUMNS = ("step", "episodes", "score_mean", "positive_rate", "kl_seq", "kl_seq_exact", "response_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,13 @@ def add_optimal_share(cfg: StudyConfig) -> None:
             draws, drawn = draws + more, drawn + more
         if draws:
             found["base_draws"] = max(draws, key=count_draws).base_draws
-        store_row(cfg, {**row, **figures(summarise(found), folder / "metrics.csv")})
+        store_row(cfg, {**row, **figures(summarise(found, *labels_of(folder)), folder / "metrics.csv")})
+
+
+def labels_of(folder: Path) -> tuple[str | None, str]:
+    """The labels of the reward and of the second judge, as an evaluation recorded them."""
+    summary = json.loads((folder / "eval_summary.json").read_text(encoding="utf-8"))
+    return summary["label"], summary["judge_label"]
 
 
 def count_draws(results: pd.DataFrame) -> int:
@@ -202,13 +208,13 @@ def command_line(words: list[str]) -> list[str]:
 def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     """The columns of the study's table: figures of the evaluation, and of the run's metrics.csv if there is one."""
     ours, base = summary["policy"], summary["base"]
-    intervals = {"positive": ours.get("positive_ci"), "sentiment": ours.get("sentiment_ci"),
+    intervals = {"positive": ours.get("positive_ci"), "score": ours.get("score_ci"),
                  "win_rate": summary.get("win_rate_ci"), "kl": summary.get("kl_seq_exact_ci"),
                  "judge_positive": ours.get("judge_positive_rate_ci")}  # fmt: skip
     found = {
-        "n": summary["n"], "sentiment": ours["sentiment_mean"], "base_sentiment": base["sentiment_mean"],
-        "positive": ours["positive_rate"], "base_positive": base["positive_rate"], "win_rate": summary["win_rate"],
-        "gain": summary["sentiment_gain"], "kl": summary["kl_seq_exact"],
+        "n": summary["n"], "score": ours["score_mean"], "base_score": base["score_mean"],
+        "positive": ours.get("positive_rate"), "base_positive": base.get("positive_rate"),
+        "win_rate": summary["win_rate"], "gain": summary["score_gain"], "kl": summary["kl_seq_exact"],
         "judge_positive": ours.get("judge_positive_rate"), "base_judge_positive": base.get("judge_positive_rate"),
         "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
         "distinct_rate": ours["distinct_rate"], "commonest": ours.get("commonest"),
@@ -220,7 +226,7 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     }  # fmt: skip
     if (table := read_steps(metrics)) is not None:
         found |= {"episodes": int(table.episodes.iloc[-1]), "kl_max": table.kl_seq.max(), "kl_min": table.kl_seq.min(),
-                  "first_sentiment": table.sentiment_mean.iloc[0],
+                  "first_score": table.score_mean.iloc[0],
                   "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
     return found
 
@@ -240,7 +246,7 @@ def to_json(value: Any) -> str:
 
 def one_line(row: dict[str, Any]) -> str:
     """A row in a few words."""
-    return f"sentiment {row['sentiment']:+.3f}, {row['positive']:.1%} positive, KL {row['kl']:.2f}"
+    return f"score {row['score']:+.4g}, win-rate {row['win_rate']:.1%}, KL {row['kl']:.2f}"
 
 
 def store_row(cfg: StudyConfig, row: dict[str, Any]) -> None:
@@ -249,9 +255,9 @@ def store_row(cfg: StudyConfig, row: dict[str, Any]) -> None:
     A failed run never replaces a successful one, whose models may no longer exist.
     """
     path = Path(cfg.csv)
-    if "sentiment" not in row and path.exists():
+    if "score" not in row and path.exists():
         old = read_table(path, *KEY)
-        if "sentiment" in old and old[is_same_run(old, row)].sentiment.notna().any():
+        if "score" in old and old[is_same_run(old, row)].score.notna().any():
             return
     replace_rows(path, pd.DataFrame([row]))
     steps = read_steps(folder_of(cfg, row["setting"], row["seed"]) / "metrics.csv")
@@ -292,7 +298,7 @@ def is_same_run(table: pd.DataFrame, run: Mapping[str, Any] | pd.Series) -> pd.S
 
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
     "positive": ("positive, %", 100, "{:.1f}"),
-    "sentiment": ("mean score", 1, "{:+.2f}"),
+    "score": ("mean score", 1, "{:+.2f}"),
     "win_rate": ("win-rate, %", 100, "{:.1f}"),
     "kl": ("KL, nats", 1, "{:.2f}"),
     "optimal_share": ("of the best gain, %", 100, "{:.0f}"),
@@ -303,7 +309,7 @@ SHOWN = {  # column of the table -> its name, its factor, and how it is written
 
 def markdown(table: pd.DataFrame) -> str:
     """A row for each base and setting: means over seeds (lowest to highest), or one run's figures [95 % interval]."""
-    known = table.dropna(subset="sentiment") if "sentiment" in table else table[:0]
+    known = table.dropna(subset="score") if "score" in table else table[:0]
     lines = [_line("setting", "seeds", "episodes", *(name for name, _, _ in SHOWN.values()), "sd of score")]
     lines.append(_line(*["---"] * (4 + len(SHOWN))))
     bases = known.filter(regex="^base_").drop_duplicates().rename(columns=lambda name: name.removeprefix("base_"))
@@ -311,7 +317,7 @@ def markdown(table: pd.DataFrame) -> str:
         lines.append(_line("base", "", "", *(_cell(bases[i : i + 1], column) for column in SHOWN), ""))
     for name, runs in known.groupby("setting", sort=False):
         episodes = [f"{n:,.0f}" for n in runs.get("episodes", pd.Series(dtype=float)).dropna().unique()]
-        spread = "" if len(runs) == 1 else f"{runs.sentiment.std():.3f}"
+        spread = "" if len(runs) == 1 else f"{runs.score.std():.3f}"
         cells = (_cell(runs, column) for column in SHOWN)
         lines.append(_line(f"`{name}`", str(len(runs)), ", ".join(episodes), *cells, spread))
     return "\n".join(lines)
@@ -335,32 +341,32 @@ def _cell(runs: pd.DataFrame, column: str) -> str:
 
 
 def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None:
-    """Sentiment against KL for every run, with the best possible where it is known, and during training."""
+    """Score against KL for every run, with the best possible where it is known, and during training."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    if not len(done := table.dropna(subset="sentiment") if "sentiment" in table else table[:0]):
+    if not len(done := table.dropna(subset="score") if "score" in table else table[:0]):
         return
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     axis, while_training = axes
     colours = dict(zip(done.setting.unique(), itertools.cycle(map(colormaps["tab20"], range(20))), strict=False))
     for setting, runs in done.groupby("setting", sort=False):
-        axis.plot(runs.kl, runs.sentiment, "o", color=colours[setting], label=str(setting))
+        axis.plot(runs.kl, runs.score, "o", color=colours[setting], label=str(setting))
     known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
     if len(known):
         curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
-        kl, reward = (np.array(curve[name]) for name in ("kl", "sentiment_mean"))
+        kl, reward = (np.array(curve[name]) for name in ("kl", "score_mean"))
         certain = kl <= known.kl_certain.iloc[0] if "kl_certain" in known else kl >= 0
         axis.plot(kl[certain], reward[certain], color="black", label="best possible")
         axis.plot(kl, reward, ":", color="black", label="at least possible")
-        axis.plot([b["kl"] for b in best], [b["sentiment_mean"] for b in best], ".", color="black", label="best of n")
+        axis.plot([b["kl"] for b in best], [b["score_mean"] for b in best], ".", color="black", label="best of n")
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
     axis.set_xlim(left=0, right=max(1.15 * done.kl.max(), 0.1))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     if steps is not None:
         for setting, runs in steps.groupby("setting", sort=False):
-            by_step = runs.groupby("episodes").sentiment_mean
+            by_step = runs.groupby("episodes").score_mean
             smooth = {name: by_step.agg(name).rolling(5, 1).mean() for name in ("mean", "min", "max")}
             while_training.plot(smooth["mean"], color=colours.get(setting))
             if runs.seed.nunique() > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Models
-from reward import SentimentReward
+from reward import Reward, score_responses
 from utils import shape_rewards, uniforms
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats; a misplaced token or position costs whole nats
@@ -74,7 +74,10 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
-    yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _scores(reward)
+    if reward.label is None:
+        yield "the reward gives every response a number, the empty one too", lambda: _scores(reward, cfg)
+    else:
+        yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _label_scores(reward, tolerance, cfg)
 
 
 def _library_logprobs(policy: GPT2WithValueHead, seqs: Sequences) -> Tensor:
@@ -122,13 +125,22 @@ def _reward_place() -> Finding:
     return placed and bool((rewards[1:, 0] != 0).all()), "at the end and along the response"
 
 
-def _frozen(reference: GPT2WithValueHead, reward: SentimentReward) -> Finding:
-    free = sum(p.requires_grad for model in (reference, reward.model) for p in model.parameters())
+def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:
+    models = [reference, *filter(None, [getattr(reward, "model", None)])]
+    free = sum(p.requires_grad for model in models for p in model.parameters())
     return not free, f"{free} of their weights would be trained"
 
 
-def _scores(reward: SentimentReward) -> Finding:
-    scores = reward(["I loved it, a wonderful film.", "I hated it, a terrible film.", ""])
-    alone = reward(["I hated it, a terrible film."])
-    steady = bool((scores.abs() <= 1).all()) and float((scores[1] - alone[0]).abs()) <= TOLERANCE[reward.dtype]
+def _scores(reward: Reward, cfg: TrainConfig) -> Finding:
+    texts = [" I loved it, a wonderful film.", " I hated it, a terrible film.", ""]
+    scores = score_responses(reward, texts, ["I saw it yesterday."] * 3, cfg.rm_name)
+    shown = ", ".join(f"{score:.4g}" for score in scores.tolist())
+    return bool(scores.isfinite().all()), f"praise, blame and nothing score {shown}"
+
+
+def _label_scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
+    texts = ["I loved it, a wonderful film.", "I hated it, a terrible film.", ""]
+    scores = score_responses(reward, texts, [""] * 3, cfg.rm_name)
+    alone = score_responses(reward, texts[1:2], [""], cfg.rm_name)
+    steady = bool((scores.abs() <= 1).all()) and float((scores[1] - alone[0]).abs()) <= tolerance
     return steady, f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}"

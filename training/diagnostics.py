@@ -32,7 +32,7 @@ class Diagnostics:
         self.lengths.append(row["response_len"])
         self.large_ratios.append(row["ratio_max"] > LARGE_RATIO)
         # where all returns are alike there is nothing to explain
-        if row["positive_rate"] < 0.9 and math.isfinite(row["explained_var"]):
+        if row.get("positive_rate", 0) < 0.9 and math.isfinite(row["explained_var"]):
             self.critic.append(row["explained_var"])
         new = {name: text for name, text in self._all_warnings(row).items() if name not in self.given}
         self.given |= new.keys()

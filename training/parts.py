@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig
+from config import TrainConfig, UserError, python_reward
 
 import torch
 
@@ -12,7 +12,7 @@ from data import PromptStream, load_examples, load_prompts, split_held_out
 from model import GPT2WithValueHead, check_fit, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import SentimentReward
+from reward import load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.hub import load_tokenizer, require_hub
 
@@ -31,12 +31,19 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     device = resolve_device(cfg.device)
     names = {"policy_name": cfg.policy_name, "ref_name": cfg.ref_name or cfg.policy_name, "rm_name": cfg.rm_name,
              "dataset": cfg.dataset}  # fmt: skip
-    for setting, name in names.items():
-        if not name.startswith("tiny:"):
-            require_hub(setting, name)
     paths: dict[str, Any] = {
         setting: str(Path(name).resolve()) if Path(name).exists() else name for setting, name in names.items()
     }
+    if python := python_reward(names.pop("rm_name")):
+        place, function = python
+        paths["rm_name"] = f"{Path(place).resolve() if place.endswith('.py') else place}:{function}"
+    elif cfg.rm_name.endswith(".py"):
+        raise UserError(f"rm_name={cfg.rm_name} names a file: say which function in it, {cfg.rm_name}:NAME")
+    else:
+        names["rm_name"] = cfg.rm_name
+    for setting, name in names.items():
+        if not name.startswith("tiny:"):
+            require_hub(setting, name)
     return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **paths)
 
 
@@ -60,7 +67,7 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
     ref_name = resolve_name(cfg.ref_name or cfg.policy_name)
     reference = load_reference(ref_name, dtype=dtype, revision=cfg.ref_revision).to(cfg.device)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
-    reward = SentimentReward(
+    reward = load_reward(
         resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision,
         cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )  # fmt: skip

@@ -3,27 +3,35 @@
 import itertools
 from pathlib import Path
 
+from reward import score_title
 from runtime.files import read_table
 
 VALUE_FIT = "value fit (explained variance, cut at −1)"  # where returns hardly differ it falls without bound
-PANELS = {  # title -> columns drawn together
-    "sentiment (score −1 … 1)": ["sentiment_mean"],
-    "positive responses": ["positive_rate"],
-    "KL to the reference, nats per response": ["kl_seq", "kl_seq_exact"],
-    "entropy, nats per token": ["entropy"],
-    VALUE_FIT: ["explained_var"],
-    "response length, tokens": ["response_len"],
-}
 
 
-def plot_curves(metrics_csv: Path, picture: Path) -> None:
+def panels(label: str | None) -> dict[str, list[str]]:
+    """Title and columns of each panel; label is the one whose probability is scored, None where scores are any."""
+    rate = ("reward: score less the price of KL", "reward_mean") if label is None else (
+        f"{label} responses", "positive_rate")  # fmt: skip
+    return {
+        score_title(label) + ("" if label is None else " (score −1 … 1)"): ["score_mean"],
+        rate[0]: [rate[1]],
+        "KL to the reference, nats per response": ["kl_seq", "kl_seq_exact"],
+        "entropy, nats per token": ["entropy"],
+        VALUE_FIT: ["explained_var"],
+        "response length, tokens": ["response_len"],
+    }
+
+
+def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     """Draw the columns of metrics.csv over steps: thin as measured, thick as a running mean."""
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    table = read_table(metrics_csv, "step", *itertools.chain(*PANELS.values())).set_index("step")
+    drawn = panels(label)
+    table = read_table(metrics_csv, "step", *itertools.chain(*drawn.values())).set_index("step")
     table["explained_var"] = table["explained_var"].clip(lower=-1)
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+    for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, drawn.items(), strict=True):
         for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
             axis.plot(table[column], color=colour, alpha=0.35, linewidth=1)
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()

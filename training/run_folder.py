@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, is_run, saved_settings
+from config import TrainConfig, UserError, is_run, python_reward, saved_settings
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ppo import Models
+from reward import ScoreScale, score_title
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
 from runtime.hub import resolved_commit
@@ -51,10 +52,11 @@ HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"} 
 
 @dataclass(frozen=True)
 class Found:
-    """What an earlier run left in the folder: its files, the checkpoint to resume from, and whether it is finished."""
+    """What an earlier run left in the folder: its files, and, to resume, a checkpoint and the scale of its scores."""
 
     contents: list[str] = field(default_factory=list)
     checkpoint: Path | None = None
+    score_scale: ScoreScale | None = None
     finished: bool = False
 
 
@@ -86,7 +88,7 @@ def inspect_run_folder(cfg: TrainConfig) -> Found:
         return Found(present)
     checkpoint = find_checkpoint(cfg)
     check_same_settings(cfg)
-    return Found(present, checkpoint, is_finished(cfg, checkpoint))
+    return Found(present, checkpoint, saved_scale(checkpoint), is_finished(cfg, checkpoint))
 
 
 def contents(path: Path) -> list[str]:
@@ -138,6 +140,22 @@ def is_finished(cfg: TrainConfig, checkpoint: Path | None) -> bool:
     return finished
 
 
+def saved_label(config_json: Path) -> str | None:
+    """The label whose probability a run's scores are, as its config.json says; None where they are any numbers."""
+    try:
+        label = json.loads(config_json.read_text(encoding="utf-8"))["reward"]["label"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{config_json} is not that of a run ({type(error).__name__})"
+        raise UserError(f"{reason}: name the folder of a run") from None
+    return None if label is None else str(label)
+
+
+def saved_scale(checkpoint: Path | None) -> ScoreScale | None:
+    """The scale in which a run's scores are paid, as its checkpoint has it."""
+    counters = {} if checkpoint is None else json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return ScoreScale(**counters["score_scale"]) if "score_scale" in counters else None
+
+
 def was_begun_by(job: str | None, path: Path) -> bool:
     """Whether this very call of torchrun began the run in a folder."""
     if job is None:
@@ -162,7 +180,7 @@ def open_run_folder(cfg: TrainConfig, models: Models, optimizer: Optimizer, foun
             raise UserError(f"ckpt_dir={path} cannot be written ({error.strerror}): choose another folder") from None
         if contents(path) != found.contents:
             raise UserError(f"ckpt_dir={path} was used by another run meanwhile: choose another folder")
-        about = describe(cfg)
+        about = describe(cfg) | {"reward": describe_reward(models)}
         for leftover in (".partial", ".best.old", ".policy_lm.old", ".value_head.safetensors.old"):
             remove(path / leftover)
         if found.checkpoint is None:
@@ -191,6 +209,12 @@ def restore(
                 f"{name}={about[name]} has changed on the hub since the run began (commit {commit}): name that "
                 "commit as its revision, or say --allow_changes"
             )
+    changed = saved.get("reward", {}).get("sha256", "") != about["reward"]["sha256"]
+    if changed and not cfg.allow_changes and saved["rm_name"] == cfg.rm_name:
+        raise UserError(
+            f"rm_name={cfg.rm_name} has changed since the run began, which would give another result: restore "
+            f"{about['reward']['file']}, or say --allow_changes"
+        )
     counters = load_checkpoint(checkpoint, models.policy, optimizer)
     for other in list_checkpoints(path / "state"):
         if int(other.name.removeprefix("step_")) > counters["step"]:  # damaged, or of steps that are taken anew
@@ -232,8 +256,8 @@ class RunFolder:
         append_row(self.path / "eval.csv", {"step": step, **row})
         self.evaluated = True
         within = self.cfg.kl_budget is None or row["kl_seq_exact"] <= self.cfg.kl_budget
-        if step and within and row["sentiment_mean"] > self.best:
-            self.best = row["sentiment_mean"]
+        if step and within and row["score_mean"] > self.best:
+            self.best = row["score_mean"]
             fresh = self._save_policy()
             write_atomic(fresh / "eval.json", json.dumps({"step": step, **row}, indent=2) + "\n")
             move_into_place(fresh, self.path / "best")
@@ -246,7 +270,7 @@ class RunFolder:
     def plot(self) -> None:
         """Draw the curves so far."""
         if (self.path / "metrics.csv").exists():
-            plot_curves(self.path / "metrics.csv", self.path / "curves.png")
+            plot_curves(self.path / "metrics.csv", self.path / "curves.png", self.models.reward.label)
 
     def save(self, counters: dict[str, Any]) -> None:
         """Write a checkpoint, then replace the exported policy, critic and tokenizer, and the picture."""
@@ -280,11 +304,11 @@ class RunFolder:
 
 
 def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
-    """The sentiment of best/, which is removed if it is from a later step or over the KL budget."""
+    """The mean score of best/, which is removed if it is from a later step or over the KL budget."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         row = json.loads((best / "eval.json").read_text(encoding="utf-8"))
         if row["step"] <= step and (kl_budget is None or row["kl_seq_exact"] <= kl_budget):
-            return float(row["sentiment_mean"])
+            return float(row["score_mean"])
     remove(best)
     return -math.inf
 
@@ -311,9 +335,19 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
         "hub_commits": {
             setting: resolved_commit(setting, str(getattr(cfg, setting)), revision)
             for setting, revision in revisions.items()
+            if not python_reward(str(getattr(cfg, setting)))
         },
         "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
     }
+
+
+def describe_reward(models: Models) -> dict[str, Any]:
+    """The part of config.json on the reward: what its scores are, in which scale they are paid, and a user's code."""
+    reward, scale = models.reward, models.score_scale
+    return {
+        "scores": score_title(reward.label), "label": reward.label, "mean": scale.mean, "std": scale.std,
+        "file": getattr(reward, "file", ""), "sha256": getattr(reward, "sha256", ""),
+    }  # fmt: skip
 
 
 def git_commit() -> str | None:

@@ -11,16 +11,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, python_reward
 
 import pandas as pd
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ppo import KLController, Rollout, build_optimizer
+from reward import UNSCALED, score_title, show_score
 from runtime.cli import Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
@@ -87,6 +89,7 @@ class Session:
     ) -> None:  # fmt: skip
         """Start after the step that counters name."""
         self.cfg, self.parts, self.folder, self.optimizer, self.stop = cfg, parts, folder, optimizer, stop
+        self.label = parts.models.reward.label
         self.step: int = counters["step"]
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
@@ -125,7 +128,8 @@ class Session:
         self.seconds_update = row["seconds_update"]
         if self.folder is not None:
             self.folder.append_metrics(row)
-        postfix = f"sentiment {row['sentiment_mean']:+.2f}, KL {row['kl_seq']:.2f}, beta {self.kl.coef:.3g}"
+        score = f"{score_title(self.label)} {show_score(row['score_mean'], self.label)}"
+        postfix = f"{score}, KL {row['kl_seq']:.2f}, beta {self.kl.coef:.3g}"
         self.bar.set_postfix_str(postfix, refresh=False)
         self.kl.update(row["kl_seq"])
 
@@ -139,8 +143,9 @@ class Session:
             return
         rows = make_rows()
         self.folder.append_samples(rows)
-        scored = {f"{name:6} {rows[0][f'{name}_score']:+.2f}": rows[0][name] for name in ("base", "policy")}
-        lines = {"prompt": rows[0]["prompt"], **scored}
+        lines = {"prompt": rows[0]["prompt"]}
+        for name in ("base", "policy"):
+            lines[f"{name:6} {show_score(rows[0][f'{name}_score'], self.label)}"] = rows[0][name]
         tqdm.write("\n".join([f"step {self.step}", *(f"  {name:12} {one_line(x)}" for name, x in lines.items())]))
         if self.step < self.cfg.total_steps:  # the last picture is drawn when saving
             self.folder.plot()
@@ -155,7 +160,10 @@ class Session:
         """Save a checkpoint and the policy as they are after the last step taken."""
         self.saved_step = self.step
         if self.folder is not None:
-            self.folder.save({"step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps})
+            self.folder.save({
+                "step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps,
+                "score_scale": asdict(self.parts.models.score_scale),
+            })  # fmt: skip
 
     # --- interruption and end ---
 
@@ -193,7 +201,7 @@ class Session:
         if self.folder is None:
             return
         if cfg.eval_every:
-            print(before_after(self.folder.path / "eval.csv"))
+            print(before_after(self.folder.path / "eval.csv", self.label))
         share = self.folder.seconds_saving / (time.perf_counter() - self.folder.started)
         print(f"saving took {self.folder.seconds_saving:.1f} s, {share:.1%} of the time")
         flags = " --preset tiny" if cfg.preset == "tiny" else ""
@@ -206,6 +214,12 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     size = sum(p.numel() for p in parts.models.policy.parameters())
     print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
+    if python_reward(cfg.rm_name) and not cfg.reward_every:
+        print(f"a Python reward judges finished responses: it is paid on their last token, with gae_lambda "
+              f"{cfg.gae_lambda:g} and lr {cfg.lr:g}")  # fmt: skip
+    scale = parts.models.score_scale
+    if scale != UNSCALED:
+        print(f"scores are paid as (score - {scale.mean:.4g}) / {scale.std:.4g}: mean and deviation of the base's own")
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
 
@@ -215,13 +229,16 @@ def how_to_resume(cfg: TrainConfig) -> str:
     return "python train.py --resume" + ("" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" {cfg.ckpt_dir}")
 
 
-def before_after(eval_csv: Path) -> str:
-    """The first and the last evaluation, side by side."""
+def before_after(eval_csv: Path, label: str | None) -> str:
+    """The first and the last evaluation, side by side; label is the one whose probability is scored, if any."""
     table = pd.read_csv(eval_csv)
-    names = {"sentiment_mean": "sentiment mean", "positive_rate": "share positive", "kl_seq_exact": "KL, nats",
+    names = {"score_mean": f"{score_title(label)} mean", "positive_rate": f"share {label}", "kl_seq_exact": "KL, nats",
              "entropy": "entropy, nats per token", "response_len": "response length"}  # fmt: skip
     lines = [f"{'held-out prompts':24}{'before':>9}{'after':>9}"]
-    lines += [f"{title:24}{table[name].iloc[0]:9.2f}{table[name].iloc[-1]:9.2f}" for name, title in names.items()]
+    for column, name in names.items():
+        if column in table:
+            form = "9.4g" if column == "score_mean" and label is None else "9.2f"
+            lines.append(f"{name:24}{table[column].iloc[0]:{form}}{table[column].iloc[-1]:{form}}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,56 @@
+"""The scale of a reward: mean and deviation of the scores of the base's own responses, measured before the first step.
+
+beta, step size and clip range then mean the same for every reward, whatever its unit.
+"""
+
+from dataclasses import replace
+
+from config import TrainConfig
+
+import torch
+from tqdm import tqdm
+
+from reward import ScoreScale
+from runtime.distributed import gather_rows, raise_on_all_ranks, rank_slice
+from training.parts import Parts
+from utils import uniforms
+
+PROMPTS = 256  # enough to know a deviation to within 5 %
+
+
+def with_score_scale(parts: Parts, cfg: TrainConfig, known: ScoreScale | None) -> Parts:
+    """The parts with the scale in which scores are paid: as known from a checkpoint, else measured (raises UserError).
+
+    Scores that are a label's probability stay as they are, unless standardize_scores says otherwise.
+    """
+    wanted = cfg.standardize_scores
+    if not (parts.models.reward.label is None if wanted is None else wanted):
+        return parts
+    scale = known or measure(parts, cfg)
+    return replace(parts, models=replace(parts.models, score_scale=scale))
+
+
+@torch.no_grad()
+def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
+    """Mean and standard deviation of the scores of the reference's responses to the first prompts of the run.
+
+    Every rank answers its share, and all get the same scale (raises UserError on all where the reward fails on one).
+    """
+    models, found = parts.models, []
+    steps = range(1, 1 + -(-PROMPTS // cfg.batch_size))
+    noise = uniforms(cfg.seed, 0, len(steps) * cfg.batch_size, cfg.max_new_tokens).split(cfg.batch_size)
+    bar = tqdm(steps, "measuring the scores of the base", unit="batch", dynamic_ncols=True, leave=False)
+    for step, batch_noise in zip(bar, noise, strict=True):
+        ids, mask = parts.prompts.batch(step)
+        own = rank_slice(len(ids))
+        with raise_on_all_ranks():
+            seqs = models.respond(models.reference, (ids[own], mask[own]), batch_noise[own], cfg)
+            scores = models.score(seqs, cfg)
+        found.append(gather_rows(scores, len(ids)).double())
+    scores = torch.cat(found)
+    mean, std = scores.mean().item(), scores.std(unbiased=False).item()
+    if std <= 1e-6 * max(1.0, abs(mean)):
+        print(f"note: all {len(scores)} responses of the base score {mean:.4g}; PPO learns from differences, so it may "
+              "learn nothing")  # fmt: skip
+        std = 1.0
+    return ScoreScale(mean, std)
