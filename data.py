@@ -5,7 +5,7 @@ Owns what is read from disk and the order of prompts. It knows nothing of models
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import UserError
 
@@ -44,6 +44,35 @@ def load_examples(
         raise UserError(f"dataset {dataset} holds no text in column {text_column!r}: choose another with --dataset")
     texts = table[text_column].str.replace("<br />", " ", regex=False).tolist()
     return texts, None if label_column is None else [_label(x) for x in table[label_column]]
+
+
+class Pair(NamedTuple):
+    """Two responses to one prompt, which may be empty, of which the first was preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def load_pairs(dataset: str, split: str, revision: str | None = None) -> list[Pair]:
+    """Read preferences: columns chosen and rejected, and prompt if there is one (raises UserError).
+
+    Pairs of the same two texts say nothing and are left out.
+    """
+    table = _read_file(dataset, "prompt") if is_file(dataset) else _read_dataset(dataset, split, revision)
+    if missing := {"chosen", "rejected"} - set(table):
+        raise UserError(
+            f"dataset {dataset} has no column {' and '.join(sorted(missing))}: its columns are "
+            f"{', '.join(map(str, table))}; to make pairs from labelled texts name a label, --chosen_label"
+        )
+    columns = [name for name in Pair._fields if name in table]
+    rows = [row for row in table[columns].to_dict("records") if row["chosen"] != row["rejected"]]
+    for row in rows:
+        for name, text in row.items():
+            if not isinstance(text, str):
+                raise UserError(f"column {name} of dataset {dataset} holds {type(text).__name__}, not text: save it as "
+                                "text, the turns of a conversation joined")  # fmt: skip
+    return [Pair(row.get("prompt", ""), row["chosen"], row["rejected"]) for row in rows]
 
 
 def label_names(labels: Sequence[str | int | None]) -> list[str | None]:

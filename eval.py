@@ -169,8 +169,10 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
     results = pd.concat(tables).sort_index()
     for names, culprit in (
         (["kl_seq", "policy_nll_base", "base_nll_base"], f"policy_path={cfg.policy_path}"),
-        ([f"{name}_{'score' if label is None else 'log_odds'}" for name in ("policy", "base")],
-         f"rm_name={settings.rm_name}"),
+        (
+            [f"{name}_{'score' if label is None else 'log_odds'}" for name in ("policy", "base")],
+            f"rm_name={settings.rm_name}",
+        ),
     ):
         if not np.isfinite(results[names].to_numpy()).all():
             raise UserError(f"{culprit} computes numbers that are not finite: try --dtype float32")

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pretrain.recipes import Net
-
 ModelInputs = dict[str, Tensor]
 
 
@@ -28,14 +26,16 @@ def length_batches(lengths: Sequence[int], batch_tokens: int, rng: random.Random
     return batches
 
 
-def fit(model: nn.Module, batches: Iterator[ModelInputs], net: Net, device: torch.device, title: str) -> None:
+def fit(
+    model: nn.Module, batches: Iterator[ModelInputs], steps: int, lr: float, device: torch.device, title: str
+) -> None:
     """Minimise the model's loss with AdamW; the step size rises for a twentieth of the steps, then falls linearly."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=net.lr, betas=(0.9, 0.99), fused=True)
-    warmup = max(1, net.steps // 20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    warmup = max(1, steps // 20)
     model.to(device).train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, net.steps), title, net.steps, mininterval=1)):
+    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), title, steps, mininterval=1)):
         for group in optimizer.param_groups:
-            group["lr"] = net.lr * min((step + 1) / warmup, (net.steps - step) / net.steps)
+            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / steps)
         loss: Tensor = forward(model, batch, device).loss
         if not loss.isfinite():
             raise UserError(f"the loss of the {title} is {loss.item()} at step {step}: lower its step size")

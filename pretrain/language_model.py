@@ -67,7 +67,7 @@ def train_policy(
         for texts in (corpus.lm_texts, corpus.held_texts)
     )
     batches = lm_batches(rows, recipe.lm.batch_tokens, random.Random(seed))
-    fit(model, batches, recipe.lm, device, "language model")
+    fit(model, batches, recipe.lm.steps, recipe.lm.lr, device, "language model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {

@@ -82,7 +82,7 @@ def train_reward(
     model, tokenizer = _load_reward(init, corpus.names) if init else _new_reward(bpe, recipe, corpus.names)
     rows = encode(tokenizer, corpus.texts)
     batches = rm_batches(rows, corpus.labels, recipe, tokenizer, random.Random(seed))
-    fit(model, batches, recipe.rm, device, "classifier")
+    fit(model, batches, recipe.rm.steps, recipe.rm.lr, device, "classifier")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     held = [response_part(row, recipe) for row in encode(tokenizer, corpus.held_texts)]

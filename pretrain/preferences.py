@@ -1,0 +1,150 @@
+"""A reward model trained on preferences: of two responses to a prompt, the chosen one should score higher."""
+
+import itertools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from config import UserError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from data import Pair
+from pretrain.fitting import ModelInputs, fit, forward, length_batches
+from runtime.hub import load_tokenizer, loading
+
+SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text
+MOST_HELD_OUT = 2000
+
+
+@dataclass(frozen=True)
+class PairTexts:
+    """The texts that are scored, as tokens: chosen[i] was preferred to rejected[i]."""
+
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each pair, both rows padded to the longer one."""
+        return [2 * max(map(len, pair)) for pair in zip(self.chosen, self.rejected, strict=True)]
+
+
+class BradleyTerry(nn.Module):
+    """The loss -log sigmoid(score(chosen) - score(rejected)) of a reward model (Bradley and Terry 1952).
+
+    A batch holds the chosen texts and then, in the same order, the rejected ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        """The mean loss of a batch and the margins (pairs,) score(chosen) - score(rejected)."""
+        chosen, rejected = self.model(**inputs).logits.float().squeeze(-1).chunk(2)
+        return SimpleNamespace(loss=-F.logsigmoid(chosen - rejected).mean(), margins=chosen - rejected)
+
+
+def pairs_from_labels(labelled: Sequence[tuple[str, str]], chosen_label: str, seed: int = 0) -> list[Pair]:
+    """Pieces of texts with one label, each chosen over a piece of a random text with another (raises UserError).
+
+    Both pieces have lengths of one distribution, so that length says nothing.
+    """
+    rng = random.Random(seed)
+    liked = [text for text, label in labelled if label == chosen_label]
+    others = [text for text, label in labelled if label != chosen_label]
+    if not liked or not others:
+        known = ", ".join(sorted({label for _, label in labelled})[:5])
+        raise UserError(f"chosen_label={chosen_label!r} must be the label of some texts and not of all: choose {known}")
+    rng.shuffle(liked)
+    return [Pair("", _piece(text, rng), _piece(rng.choice(others), rng)) for text in liked]
+
+
+def _piece(text: str, rng: random.Random) -> str:
+    """Some consecutive words of a text, as they are written."""
+    places = [match.span() for match in re.finditer(r"\S+", text)]
+    first = rng.randrange(max(1, len(places) - SHORTEST + 1))
+    last = min(len(places), first + rng.randint(SHORTEST, LONGEST)) - 1
+    return text[places[first][0] : places[last][1]]
+
+
+def split_pairs(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and about a tenth of them to measure on, with no prompt (or chosen text) in both."""
+    keys = list(dict.fromkeys(pair.prompt or pair.chosen for pair in pairs))
+    random.Random(seed).shuffle(keys)
+    held_keys = set(keys[: min(MOST_HELD_OUT, len(keys) // 10)])
+    held = [pair for pair in pairs if (pair.prompt or pair.chosen) in held_keys]
+    return [pair for pair in pairs if (pair.prompt or pair.chosen) not in held_keys], held
+
+
+def join(prompt: str, response: str) -> str:
+    """A response after its prompt, with white space between them."""
+    apart = not prompt or prompt[-1].isspace() or response[:1].isspace()
+    return prompt + response if apart else f"{prompt} {response}"
+
+
+class PreferenceTrainer:
+    """An encoder with one output, on its way to become a reward model."""
+
+    def __init__(self, init: str, with_prompt: bool, device: torch.device) -> None:
+        """Load any encoder, classifier or language model; its head is new (raises UserError)."""
+        self.with_prompt, self.device = with_prompt, device
+        self.tokenizer = load_tokenizer("init", init)
+        with loading("init", init, "encoder"):
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                init, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        if self.tokenizer.pad_token_id is None:  # a language model: its last real token is scored
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.truncation_side = "left" if with_prompt else "right"  # as train.py cuts
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.problem_type = None
+        self.model.config.reward_on_prompt = with_prompt  # which train.py compares with its setting
+        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    def train(self, pairs: Sequence[Pair], epochs: float, lr: float, batch_tokens: int, seed: int) -> None:
+        """Fit the model to some epochs of the pairs, in batches of about batch_tokens tokens."""
+        torch.manual_seed(seed)
+        texts = self.encode(pairs)
+        per_epoch = len(length_batches(texts.lengths(), batch_tokens, random.Random(seed)))
+        batches = (self.batch(texts, rows) for rows in _epochs(texts, batch_tokens, seed))
+        fit(BradleyTerry(self.model), batches, max(1, round(epochs * per_epoch)), lr, self.device, "reward model")
+
+    @torch.no_grad()
+    def margins(self, pairs: Sequence[Pair], batch_tokens: int) -> Tensor:
+        """score(chosen) - score(rejected) of each pair (n,): above 0 where the model agrees."""
+        texts, found = self.encode(pairs), torch.empty(len(pairs))
+        for rows in length_batches(texts.lengths(), batch_tokens, random.Random(0)):
+            found[rows] = forward(BradleyTerry(self.model).eval(), self.batch(texts, rows), self.device).margins.cpu()
+        return found
+
+    def encode(self, pairs: Sequence[Pair]) -> PairTexts:
+        """The tokens of both texts of each pair, with special tokens, and the prompt where it is scored too."""
+
+        def ids(texts: list[str]) -> list[list[int]]:
+            rows = self.tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+            return [row or [self.tokenizer.pad_token_id] for row in rows]
+
+        prompts = [pair.prompt if self.with_prompt else "" for pair in pairs]
+        return PairTexts(
+            ids([join(prompt, pair.chosen) for prompt, pair in zip(prompts, pairs, strict=True)]),
+            ids([join(prompt, pair.rejected) for prompt, pair in zip(prompts, pairs, strict=True)]),
+        )
+
+    def batch(self, texts: PairTexts, rows: Sequence[int]) -> ModelInputs:
+        """The chosen texts of some pairs and then the rejected ones, padded: input_ids and attention_mask (2n, T)."""
+        ids = [texts.chosen[i] for i in rows] + [texts.rejected[i] for i in rows]
+        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+
+
+def _epochs(texts: PairTexts, batch_tokens: int, seed: int) -> Iterator[list[int]]:
+    """The rows of each batch, epoch after epoch in new random order."""
+    for epoch in itertools.count():
+        yield from length_batches(texts.lengths(), batch_tokens, random.Random(f"{seed} {epoch}"))

@@ -1,0 +1,111 @@
+"""Makes a reward model from preferences: pairs of responses of which one was chosen.
+
+    python -m tools.make_reward --dataset pairs.jsonl --init distilbert/distilbert-base-uncased --out models/rm
+    python train.py --rm_name models/rm
+
+The data set has columns chosen and rejected, and prompt if it likes. It is any text file of train.py's kinds, a folder
+or a hub name. --chosen_label makes pairs from labelled texts: a piece of a text with that label is chosen over a piece
+of another.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from config import UserError, opt
+
+import torch
+
+from data import Pair, label_names, load_examples, load_pairs
+from evaluation.intervals import wilson_ci
+from pretrain.models import quiet_saving
+from pretrain.preferences import PreferenceTrainer, pairs_from_labels, split_pairs
+from pretrain.tiny_world import resolve_name
+from reward import full_label
+from runtime.cli import parse_flags, run
+from runtime.device import resolve_device
+from runtime.files import new_folder
+from runtime.hub import quiet_libraries
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeRewardConfig:
+    """Settings of `python -m tools.make_reward`."""
+
+    dataset: str = field(metadata={"help": "Pairs, or labelled texts: a hub name, a folder or a file."})
+    out: str = field(metadata={"help": "Folder to make."})
+    init: str = opt("distilbert/distilbert-base-uncased", "Encoder to start from, or a classifier or language model.")
+    split: str = opt("train", "Split of the data set; a tenth of it is held out to measure on.")
+    with_prompt: bool | None = opt(
+        None, "true or false: score prompt + response (default: if there are prompts); train.py must do the same."
+    )
+    chosen_label: str | None = opt(None, "Make pairs from labelled texts: this label is chosen over the others.")
+    text_column: str = opt("text", "Column of the labelled texts.")
+    label_column: str = opt("label", "Column of their labels.")
+    epochs: float = opt(1.0, "Passes over the pairs.")
+    lr: float = opt(5e-5, "Largest step size; small models want more, 1e-3 for the tiny ones.")
+    batch_tokens: int = opt(8192, "Tokens per optimiser step.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    seed: int = opt(0, "Fixes the new head, the held-out pairs and the order of batches.")
+
+
+def read_settings(argv: Sequence[str] | None = None) -> MakeRewardConfig:
+    """Command line -> settings (raises UserError)."""
+    cfg = parse_flags(MakeRewardConfig, argv, __doc__)
+    for name in ("epochs", "lr", "batch_tokens"):
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise UserError(f"{name}={getattr(cfg, name)} must be more than 0")
+    if Path(cfg.out).exists():
+        raise UserError(f"out={cfg.out} exists: remove it or choose another folder")
+    return cfg
+
+
+def read_pairs(cfg: MakeRewardConfig) -> list[Pair]:
+    """The pairs of the data set, or those made from its labels (raises UserError where there are too few)."""
+    name = resolve_name(cfg.dataset, cfg.split)
+    if cfg.chosen_label is None:
+        pairs = load_pairs(name, cfg.split)
+    else:
+        texts, labels = load_examples(name, cfg.split, cfg.text_column, cfg.label_column)
+        named = zip(texts, label_names(labels or []), strict=True)
+        known = [(text, full_label(label)) for text, label in named if label is not None]
+        pairs = pairs_from_labels(known, full_label(cfg.chosen_label), cfg.seed)
+    if len(pairs) < 20:
+        raise UserError(f"dataset {cfg.dataset} has {len(pairs)} pairs of different texts, and 20 are needed")
+    return pairs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a reward model as the command line says, and print how often it agrees with pairs it has not seen."""
+    cfg = read_settings(argv)
+    quiet_libraries()
+    pairs = read_pairs(cfg)
+    with_prompt = any(pair.prompt for pair in pairs) if cfg.with_prompt is None else cfg.with_prompt
+    kept, held = split_pairs(pairs, cfg.seed)
+    device = torch.device(resolve_device(cfg.device))
+    try:
+        with quiet_saving(), new_folder(Path(cfg.out)) as folder:
+            trainer = PreferenceTrainer(resolve_name(cfg.init), with_prompt, device)
+            trainer.train(kept, cfg.epochs, cfg.lr, cfg.batch_tokens, cfg.seed)
+            agrees = (trainer.margins(held, cfg.batch_tokens) > 0).numpy()
+            low, high = wilson_ci(agrees)
+            trainer.model.save_pretrained(folder)
+            trainer.tokenizer.save_pretrained(folder)
+            report: dict[str, Any] = {
+                "held_out_accuracy": float(agrees.mean()), "held_out_accuracy_ci": [low, high],
+                "held_out_pairs": len(held), "pairs": len(kept), "settings": asdict(cfg),
+            }  # fmt: skip
+            (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
+    print(
+        f"trained on {len(kept):,} pairs; agrees with {share} of {len(held):,} others"
+    )
+    print(f"next: python train.py --rm_name {cfg.out}{' --reward_on_prompt' if with_prompt else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
