@@ -101,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
-    print(
-        f"trained on {len(kept):,} pairs; agrees with {share} of {len(held):,} others"
-    )
+    share = f"{agrees.mean():.1%} [{low:.1%}, {high:.1%}]"
+    print(f"trained on {len(kept):,} pairs; agrees with {share} of {len(held):,} others")
     print(f"next: python train.py --rm_name {cfg.out}{' --reward_on_prompt' if with_prompt else ''}")
 
 
