@@ -107,11 +107,11 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
               "judge_label": summary["judge_label"]}  # fmt: skip
     forms = {"score_mean": ANY_UNIT, "score_gain": ANY_UNIT} if label is None else {}
 
-    def rows(names: dict[str, tuple[str, str]], known: dict[str, Any]) -> list[tuple[str, str, str]]:
+    def rows(names: dict[str, tuple[str, str]], *known: dict[str, Any]) -> list[tuple[str, str, str]]:
         return [(key, title.format(**blanks), forms.get(key, form)) for key, (title, form) in names.items()
-                if key in known]  # fmt: skip
+                if all(key in estimates for estimates in known)]  # fmt: skip
 
-    both, paired = rows(TABLE, ours), rows(PAIRED, summary)
+    both, paired = rows(TABLE, ours, base), rows(PAIRED, summary)
     return [
         *((title, _shown(key, form, ours), _shown(key, form, base)) for key, title, form in both),
         *((title, _shown(key, form, summary), "") for key, title, form in paired),

@@ -25,16 +25,16 @@ def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_cs
     results, summary = run_eval(finished_run, tmp_path)
     assert summary["n"] == len(results) == 20
     for name in ("policy", "base"):
-        assert summary[name]["sentiment_mean"] == pytest.approx(results[f"{name}_score"].mean())
+        assert summary[name]["score_mean"] == pytest.approx(results[f"{name}_score"].mean())
         assert summary[name]["positive_rate"] == pytest.approx((results[f"{name}_score"] > 0).mean())
-        low, high = summary[name]["sentiment_ci"]
-        assert low < summary[name]["sentiment_mean"] < high
+        low, high = summary[name]["score_ci"]
+        assert low < summary[name]["score_mean"] < high
     wins = (results.policy_score > results.base_score) + 0.5 * (results.policy_score == results.base_score)
     assert summary["win_rate"] == pytest.approx(wins.mean())
     assert summary["kl_seq"] == pytest.approx(results.kl_seq.mean())
     assert results.policy_len.between(1, 8).all()
     assert "win-rate" in capsys.readouterr().out
-    again = json.loads(json.dumps(summarise(results)))
+    again = json.loads(json.dumps(summarise(results, "positive")))
     assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed")}
 
 
@@ -49,7 +49,7 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
         pairs = [p for words, n in zip(texts, shorter, strict=True) for p in itertools.pairwise(words[:n])]
         triples = [list(zip(words, words[1:], words[2:], strict=False)) for words in texts]
         expected = {
-            "sentiment_mean": t[f"{name}_score"].mean(),
+            "score_mean": t[f"{name}_score"].mean(),
             "positive_rate": (t[f"{name}_score"] > 0).mean(),
             "log_odds": t[f"{name}_log_odds"].mean(),
             "perplexity": math.exp(t[f"{name}_nll_base"].sum() / t[f"{name}_len"].sum()),
@@ -63,7 +63,7 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
         assert summary[name]["commonest"] == t[f"{name}_text"].value_counts().iloc[0]
         for key, value in expected.items():
             assert summary[name][key] == pytest.approx(value), (name, key)
-            low, high = summary[name][{"sentiment_mean": "sentiment_ci", "positive_rate": "positive_ci",
+            low, high = summary[name][{"score_mean": "score_ci", "positive_rate": "positive_ci",
                                        "eos_rate": "eos_ci"}.get(key, f"{key}_ci")]  # fmt: skip
             assert low <= summary[name][key] <= high
         # Wilson's interval holds the shares p for which the observed one is no further than 1.96 standard errors away
@@ -75,8 +75,8 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
         # score and log-odds are one quantity
         assert np.allclose(t[f"{name}_score"], 2 / (1 + np.exp(-t[f"{name}_log_odds"])) - 1, atol=1e-6)
     assert summary["kl_token_exact"] == pytest.approx(t.kl_seq_exact.sum() / t.policy_len.sum())
-    assert summary["best_of_n"][2]["sentiment_mean"] == pytest.approx(draws.max(1).mean())
-    assert summary["best_of_n"][0]["sentiment_mean"] == pytest.approx(draws.mean())
+    assert summary["best_of_n"][2]["score_mean"] == pytest.approx(draws.max(1).mean())
+    assert summary["best_of_n"][0]["score_mean"] == pytest.approx(draws.mean())
     per_token = [json.loads(row) for row in t.policy_tokens]
     assert [sum(kl for _, kl in row) for row in per_token] == pytest.approx(t.kl_seq_exact.tolist(), abs=5e-3)
     assert [len(row) for row in per_token] == t.policy_len.tolist()
@@ -132,18 +132,19 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     assert "judge_gain" not in summary
     named, summary = run_eval(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
     assert np.allclose(named.policy_judge, named.policy_score, atol=1e-5), "the same classifier as the reward"
-    assert summary["judge_gain"] == pytest.approx(summary["sentiment_gain"], abs=1e-5)
-    assert summary["judge_gain_expected"] == pytest.approx(summary["sentiment_gain"], abs=1e-5), "one scale"
-    other = summarise(named.assign(base_judge=0.1 + 0.3 * named.base_score))
-    assert other["judge_gain_expected"] == pytest.approx(0.3 * summary["sentiment_gain"], abs=1e-6), "a cooler judge"
-    exact = np.array(summary["sentiment_gain_ci"]) * 0.3
+    assert summary["judge_gain"] == pytest.approx(summary["score_gain"], abs=1e-5)
+    assert summary["judge_gain_expected"] == pytest.approx(summary["score_gain"], abs=1e-5), "one scale"
+    other = summarise(named.assign(base_judge=0.1 + 0.3 * named.base_score), "positive")
+    assert other["judge_gain_expected"] == pytest.approx(0.3 * summary["score_gain"], abs=1e-6), "a cooler judge"
+    exact = np.array(summary["score_gain_ci"]) * 0.3
     assert other["judge_gain_expected_ci"] == pytest.approx(exact, abs=0.01), "a slope without noise adds no doubt"
     noisy = summarise(
-        named.assign(base_judge=0.3 * named.base_score + np.random.default_rng(0).normal(0, 0.5, len(named)))
+        named.assign(base_judge=0.3 * named.base_score + np.random.default_rng(0).normal(0, 0.5, len(named))),
+        "positive",
     )
     widths = [np.ptp(found["judge_gain_expected_ci"]) for found in (other, noisy)]
     assert widths[1] > widths[0] + 0.01, "one with noise does"
-    assert "judge_gain_expected" not in summarise(named.assign(base_score=0.5))
+    assert "judge_gain_expected" not in summarise(named.assign(base_score=0.5), "positive")
     labelled = tmp_path / "labelled"
     train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
     rows = {"text": train, "label": [("pos", "neg")[i % 4 == 1] for i in range(len(train))]}
@@ -222,7 +223,7 @@ def test_eval_of_the_base_against_itself_is_a_tie_everywhere(
     )  # fmt: skip
     assert results.policy_text.tolist() == results.base_text.tolist()
     assert summary["win_rate"] == 0.5
-    assert summary["sentiment_gain"] == 0
+    assert summary["score_gain"] == 0
     assert summary["kl_seq"] == pytest.approx(0, abs=1e-5)
 
 

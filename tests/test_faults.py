@@ -50,7 +50,7 @@ def test_a_reward_that_fails_is_named_as_such(
     returned: Any, words: list[str], flags: dict[str, str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def fail(self: Any, texts: list[str]) -> Any:
+    def fail(self: Any, texts: list[str], prompts: list[str]) -> Any:
         if isinstance(returned, str):
             raise RuntimeError("no GPU today")
         return returned

@@ -351,7 +351,7 @@ def test_rollout_metrics_equal_their_definitions() -> None:
     scores = rollout.scores.double().numpy()
     kl_seq, n = (logprobs - ref).sum(1), mask.sum()
     expected = {
-        "sentiment_mean": scores.mean(),
+        "score_mean": scores.mean(),
         "positive_rate": (scores > 0).mean(),
         "kl_seq": kl_seq.mean(),
         "kl_seq_exact": exact.sum(1).mean(),
@@ -843,12 +843,12 @@ def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, s
                 assert found[t].isnan()
             else:
                 text = models.tokenizer.decode(tokens[: t + 1])
-                assert float(found[t]) == pytest.approx(float(models.reward([text])), abs=1e-5), (t, text)
+                assert float(found[t]) == pytest.approx(float(models.reward([text], [])), abs=1e-5), (t, text)
     for every in (0, 99):
         assert models.partial_scores(seqs, replace(cfg, reward_every=every)).isnan().all()
     rollout = collect_rollout(models, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg, 0.1)
     assert torch.equal(rollout.sequences.tokens, seqs.tokens)
     assert torch.equal(rollout.partial_scores.nan_to_num(7), partial.nan_to_num(7))
     metrics = pd.read_csv(run(flags, "--reward_every", "3") / "metrics.csv")
-    expected = metrics.sentiment_mean - metrics.kl_coef * metrics.kl_seq
+    expected = metrics.score_mean - metrics.kl_coef * metrics.kl_seq
     assert metrics.reward_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -16,7 +16,7 @@ from model import GPT2WithValueHead
 from reward import SentimentReward
 from training.parts import Parts
 
-CONTRACT = """step episodes sentiment_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
+CONTRACT = """step episodes score_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
 policy_loss value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score
 seconds_update tokens_per_second peak_memory_mb"""
 
@@ -77,7 +77,7 @@ def test_train_is_a_function_of_the_seed(flags: dict[str, str], tmp_path: Path) 
             (("a", "1"), ("b", "1"), ("c", "2"))]  # fmt: skip
     tables = [pd.read_csv(folder / "metrics.csv").drop(columns=TIMINGS) for folder in runs]
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
-    assert not tables[0].sentiment_mean.equals(tables[2].sentiment_mean)
+    assert not tables[0].score_mean.equals(tables[2].score_mean)
     assert (runs[0] / "samples.csv").read_bytes() == (runs[1] / "samples.csv").read_bytes()
     weights = [load_file(folder / "policy_lm" / "model.safetensors") for folder in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -110,8 +110,9 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
     else:
         command = ["python", "train.py", *words("train", cfg.train), *setting, f"--seed={seed}",
                    f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
-    judged = ["python", "eval.py", *words("evaluate", cfg.evaluate), f"--policy_path={folder / 'policy_lm'}",
-              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+    reward = [flag for flag in setting if flag.startswith("--rm_name=")]  # a Python reward must be named each time
+    judged = ["python", "eval.py", *words("evaluate", cfg.evaluate), *reward,
+              f"--policy_path={folder / 'policy_lm'}", f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
     row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
         "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
     }  # fmt: skip
-    honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}))
-    gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}))
+    honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}), "positive")
+    gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}), "positive")
     assert not honest["gamed"]
     assert "confirms" in honest["verdict"]
     assert gamed["gamed"]
@@ -40,13 +40,13 @@ def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() 
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in names},
         "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
     }  # fmt: skip
-    summary = summarise(pd.DataFrame(frame))
+    summary = summarise(pd.DataFrame(frame), "positive")
     assert summary["response_len_expected"] == pytest.approx(0.9 * 10 + 0.1 * 30), "90 % liked"
     low, high = summary["response_len_expected_ci"]
     assert low < 12 < high
     assert high - low == pytest.approx(2 * 1.96 * 20 * math.sqrt(0.09 / n), rel=0.3), "the policy's own doubt"
     assert "shorter (5 against 20 tokens; 12 expected at such scores)" in summary["verdict"]
-    unlike = summarise(pd.DataFrame({**frame, "base_len": np.where(liked, 30.0, 10)}))
+    unlike = summarise(pd.DataFrame({**frame, "base_len": np.where(liked, 30.0, 10)}), "positive")
     assert "shorter (5 against 20 tokens)" in unlike["verdict"], "scores would have led one to expect longer ones"
 
 
@@ -63,7 +63,7 @@ def test_the_best_possible_is_certain_where_the_curve_is_flat() -> None:
     doubtful = []
     for draws in (easy, hard):
         rows = pd.DataFrame({**frame, "base_draws": [" ".join(map(str, row)) for row in draws]})
-        summary = summarise(rows)
+        summary = summarise(rows, "positive")
         assert summary["kl_certain"] < 3.9, "too few draws stand behind the curve at the policy's own KL"
         doubtful.append("more draws would be needed" in summary["verdict"])
     assert doubtful == [False, True]
@@ -81,4 +81,4 @@ def test_an_uninformed_judge_flags_no_gaming() -> None:
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
         "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
     }  # fmt: skip
-    assert not summarise(pd.DataFrame(frame))["gamed"]
+    assert not summarise(pd.DataFrame(frame), "positive")["gamed"]

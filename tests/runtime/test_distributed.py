@@ -67,7 +67,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     for name in ("metrics.csv", "eval.csv"):
         ours, theirs = table(tmp_path / "many" / name), table(alone / name)
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
-    rollout = ["sentiment_mean", "positive_rate", "kl_seq", "kl_seq_exact", "reward_mean", "entropy", "response_len",
+    rollout = ["score_mean", "positive_rate", "kl_seq", "kl_seq_exact", "reward_mean", "entropy", "response_len",
                "distinct_rate"]  # fmt: skip
     first, expected = (table(folder / "metrics.csv")[rollout].iloc[0] for folder in (tmp_path / "many", alone))
     assert (first - expected).abs().max() <= 1e-6

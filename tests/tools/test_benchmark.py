@@ -31,7 +31,7 @@ def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monk
     )  # fmt: skip
     texts: list[int] = []
     score = SentimentReward.score
-    monkeypatch.setattr(SentimentReward, "__call__", lambda self, some: texts.append(len(some)) or score(self, some))
+    monkeypatch.setattr(SentimentReward, "__call__", lambda self, some, _: texts.append(len(some)) or score(self, some))
     measure(replace(cfg, reward_every=2), steps=1)
     assert len(texts) == 4, "a step to warm up and one more, whole responses and unfinished ones"
     assert texts[0] == texts[2] == 4

@@ -19,17 +19,18 @@ from tools import study
 from tools.study import StudyConfig, figures, main, markdown, settings
 
 SUMMARY = {
-    "n": 20, "win_rate": 0.7, "sentiment_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
-    "policy": {"sentiment_mean": 0.6, "positive_rate": 0.8, "perplexity": 110.0, "distinct_2": 0.7,
+    "n": 20, "label": "positive", "judge_label": "positive", "win_rate": 0.7,
+    "score_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
+    "policy": {"score_mean": 0.6, "positive_rate": 0.8, "perplexity": 110.0, "distinct_2": 0.7,
                "distinct_rate": 1.0, "response_len": 40.0},
-    "base": {"sentiment_mean": 0.1, "positive_rate": 0.5, "perplexity": 100.0, "distinct_2": 0.8,
+    "base": {"score_mean": 0.1, "positive_rate": 0.5, "perplexity": 100.0, "distinct_2": 0.8,
              "distinct_rate": 1.0, "response_len": 50.0},
-    "best_of_n": [{"n": 1, "kl": 0, "sentiment_mean": 0.1}, {"n": 2, "kl": 0.2, "sentiment_mean": 0.4}],
-    "optimal_curve": {"kl": [0, 1], "sentiment_mean": [0.1, 0.9]},
+    "best_of_n": [{"n": 1, "kl": 0, "score_mean": 0.1}, {"n": 2, "kl": 0.2, "score_mean": 0.4}],
+    "optimal_curve": {"kl": [0, 1], "score_mean": [0.1, 0.9]},
 }  # fmt: skip
 
 
-METRICS = "step,episodes,sentiment_mean,kl_seq,seconds_update,lr\n1,64,0.1,0.0,2.0,1e-5\n2,128,0.2,0.5,2.0,1e-5\n"
+METRICS = "step,episodes,score_mean,kl_seq,seconds_update,lr\n1,64,0.1,0.0,2.0,1e-5\n2,128,0.2,0.5,2.0,1e-5\n"
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -75,7 +76,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     steps = pd.read_csv(tmp_path / "a_steps.csv")
     assert steps[steps.setting == "lr=1"].seed.tolist() == [0, 0, 1, 1]
-    assert steps.sentiment_mean.tolist()[:2] == [0.1, 0.2]
+    assert steps.score_mean.tolist()[:2] == [0.1, 0.2]
     assert "seconds_update" not in steps, "the machine's, not the method's"
     rows = markdown(table).splitlines()
     assert [row.split(" | ")[:2] for row in rows[2:]] == [["| base", ""], ["| `lr=1`", "2"]], "not what failed"
@@ -96,7 +97,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     one = figures(SUMMARY | {"win_rate_ci": [0.65, 0.75], "optimal_share_rate_ci": [0.5, 0.7]}, Path("none.csv"))
     runs = [{**one, "setting": "x", "seed": 0, "episodes": 2560.0}, {**one, "setting": "y", "seed": 0},
-            {**one, "setting": "y", "seed": 1, "sentiment": 0.8}]  # fmt: skip
+            {**one, "setting": "y", "seed": 1, "score": 0.8}]  # fmt: skip
     base, x, y = (row.split(" | ") for row in markdown(pd.DataFrame(runs)).splitlines()[2:])
     assert base[:5] == ["| base", "", "", "50.0", "+0.10"]
     assert x[:6] == ["| `x`", "1", "2,560", "80.0", "+0.60", "70.0 [65.0, 75.0]"]
@@ -132,7 +133,7 @@ def test_docs_and_readme_say_what_the_tables_say() -> None:
         low, high = (100 * end for end in json.loads(preset["positive_ci"]))
         for quoted in (
             f"{100 * preset['base_positive']:.1f} → {100 * preset['positive']:.1f} [{low:.1f}, {high:.1f}]",
-            f"{preset['base_sentiment']:+.2f} → {preset['sentiment']:+.2f} [",
+            f"{preset['base_score']:+.2f} → {preset['score']:+.2f} [",
             f"at {preset['kl']:.2f} nats",
         ):
             assert quoted in line, preset["setting"]
@@ -157,7 +158,7 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
                 return subprocess.CompletedProcess(words, 1)
             table = results[seed] if with_draws else results[seed].drop(columns="base_draws")
             table.to_csv(out, index=False)
-            found = summarise(table)
+            found = summarise(table, "positive")
             out.with_name("eval_summary.json").write_text(json.dumps({**SUMMARY, "optimal_share_rate": None, **found}))
         return subprocess.CompletedProcess(words, 2 if seed == 1 else 0)
 
@@ -179,7 +180,7 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "once for each base"
     share = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
     for seed in (0, 4, 3):
-        assert share[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
+        assert share[seed] == pytest.approx(summarise(results[seed], "positive")["optimal_share_rate"], rel=1e-4)
     assert share.nunique() == 3
     assert share[[1, 2]].isna().all(), "one run failed, another could not be drawn for"
     run("1,0,4,2,3", "1 of 5 runs failed")
@@ -191,7 +192,7 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.parent.name[-1] for path in drawn] == ["0", "2", "3"], "but more are"
     more = pd.read_csv(tmp_path / "a.csv").set_index("seed").optimal_share
     for seed in (0, 4, 3):
-        assert more[seed] == pytest.approx(summarise(results[seed])["optimal_share_rate"], rel=1e-4)
+        assert more[seed] == pytest.approx(summarise(results[seed], "positive")["optimal_share_rate"], rel=1e-4)
 
 
 def made_results(seed: int) -> pd.DataFrame:
@@ -231,7 +232,7 @@ def test_a_program_with_tables_of_its_own_is_evaluated_alike(tmp_path: Path, mon
     tables = iter(["step,reward\n1,0.5\n", ""])
     monkeypatch.setattr(subprocess, "run", pretend)
     main(["--peer=other --out {folder}", f"--folder={tmp_path / 'runs'}", f"--csv={tmp_path / 'a.csv'}"])
-    assert pd.read_csv(tmp_path / "a.csv").sentiment.tolist() == [0.6]
+    assert pd.read_csv(tmp_path / "a.csv").score.tolist() == [0.6]
     assert not (tmp_path / "a_steps.csv").exists()
 
 

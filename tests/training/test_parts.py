@@ -20,7 +20,7 @@ def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Pa
                         label2id={v: k for k, v in labels.items()})  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     folder = run({**flags, "rm_name": str(tmp_path / "bert"), "target_label": "great", "total_steps": "1"})
-    assert pd.read_csv(folder / "metrics.csv").sentiment_mean.between(-1, 1).all()
+    assert pd.read_csv(folder / "metrics.csv").score_mean.between(-1, 1).all()
 
 
 def test_a_revision_chooses_among_commits_and_is_recorded(

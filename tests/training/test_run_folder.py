@@ -155,8 +155,8 @@ def test_a_warning_is_not_repeated_after_a_resume(
 def test_best_of_a_later_step_is_removed_on_resume(flags: dict[str, str]) -> None:
     folder = run(flags, "--eval_every", "1", "--keep_last", "9")
     best = json.loads((folder / "best" / "eval.json").read_text())
-    assert best["sentiment_mean"] == pd.read_csv(folder / "eval.csv").query("step > 0").sentiment_mean.max()
-    assert run_folder.best_so_far(folder / "best", 3, None) == best["sentiment_mean"]
+    assert best["score_mean"] == pd.read_csv(folder / "eval.csv").query("step > 0").score_mean.max()
+    assert run_folder.best_so_far(folder / "best", 3, None) == best["score_mean"]
     assert run_folder.best_so_far(folder / "best", best["step"] - 1, None) == -math.inf
     assert not (folder / "best").exists()
 
@@ -213,7 +213,7 @@ def test_best_is_the_highest_sentiment_within_the_kl_budget(
     scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr(
         train, "evaluate_held_out",
-        lambda *args: {**evaluate(*args), "sentiment_mean": next(scores), "kl_seq_exact": next(kls)},
+        lambda *args: {**evaluate(*args), "score_mean": next(scores), "kl_seq_exact": next(kls)},
     )  # fmt: skip
     folder = run(flags, "--eval_every", "1", "--kl_budget", "2.5")
     best = load_file(folder / "best" / "policy_lm" / "model.safetensors")
@@ -251,11 +251,11 @@ def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
     folder = run(flags, "--report_to", "tensorboard")
     metrics = pd.read_csv(folder / "metrics.csv")
     assert {name for name, _, _ in rows} == set(metrics.columns)
-    found = [value for name, value, _ in rows if name == "sentiment_mean"]
-    assert found == pytest.approx(metrics.sentiment_mean.tolist())
+    found = [value for name, value, _ in rows if name == "score_mean"]
+    assert found == pytest.approx(metrics.score_mean.tolist())
     shutil.rmtree(folder / "state" / "step_000003")  # so that the last step is taken again
     run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
-    assert [step for name, _, step in rows if name == "sentiment_mean"] == [1, 2, 3]
+    assert [step for name, _, step in rows if name == "score_mean"] == [1, 2, 3]
     assert closed == [True, True]
 
 
