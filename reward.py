@@ -117,6 +117,9 @@ class Classifier:
         if cut_left:
             self.tokenizer.truncation_side = "left"
         self.batch_size, self.dtype = batch_size, dtype
+        self.on_prompt: bool | None = getattr(
+            self.model.config, "reward_on_prompt", None
+        )  # as it was trained, if known
         longest = getattr(self.model.config, "max_position_embeddings", 512)
         self.max_length = min(self.tokenizer.model_max_length, longest)
 
@@ -346,4 +349,4 @@ def _as_tensor(found: Any) -> Tensor | None:
         array = np.asarray(found)
     except ValueError:  # rows of different lengths
         return None
-    return torch.from_numpy(array.astype(np.float32)) if array.dtype.kind in "biuf" else None
+    return torch.from_numpy(array.astype(np.float64)).float() if array.dtype.kind in "biuf" else None

@@ -12,7 +12,7 @@ from data import PromptStream, load_examples, load_prompts, split_held_out
 from model import GPT2WithValueHead, check_fit, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import load_reward
+from reward import Classifier, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.hub import load_tokenizer, require_hub
 
@@ -71,4 +71,7 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
         resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision,
         cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )  # fmt: skip
+    if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
+        trained_on = "prompt + response" if reward.on_prompt else "responses alone"
+        print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
     return Models(policy, reference, reward, tokenizer)

@@ -1,0 +1,263 @@
+"""A run paid by a Python reward or a single output: units, resume, failures, and whose code runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from config import PAID_AT_END, TrainConfig, UserError, parse_config
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TIMINGS, as_processes, exact, run, run_eval, save_classifier
+
+from training.parts import load_parts, resolve
+from training.score_scale import PROMPTS, measure
+
+BREVITY = (
+    "def brevity(responses, prompts):\n    return [1000 - 7.0 * len(r) + len(p) for r, p in zip(responses, prompts)]\n"
+)
+STEPS = {"total_steps": "6", "eval_every": "3", "eval_prompts": "4", "save_every": "3", "lr": "3e-3"}
+
+
+@pytest.fixture
+def python(flags: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Flags of a run that is paid by a function in a file."""
+    (tmp_path / "my_rewards.py").write_text(BREVITY)
+    return {**flags, **STEPS, "rm_name": f"{tmp_path / 'my_rewards.py'}:brevity"}
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], work: Callable[[], object]) -> str:
+    """The one line on stderr of a run that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        work()
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    return error[0]
+
+
+def test_a_python_reward_trains_in_its_own_units(python: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(python)
+    printed = capsys.readouterr()
+    metrics, config = pd.read_csv(folder / "metrics.csv"), config_of(folder)
+    assert "positive_rate" not in metrics
+    assert metrics.score_mean.between(200, 1100).all(), "the reward's own units"
+    about = config["reward"]
+    assert (about["label"], about["scores"]) == (None, "score")
+    assert about["file"] == python["rm_name"].removesuffix(":brevity")
+    assert len(about["sha256"]) == 64
+    scale = f"(score - {about['mean']:.4g}) / {about['std']:.4g}"
+    assert scale in printed.out
+    assert "paid on their last token, with gae_lambda 1" in printed.out
+    assert "score mean" in printed.out
+    assert "sentiment" not in printed.out + printed.err
+    assert "positive" not in printed.out + printed.err
+    paid = (metrics.score_mean - about["mean"]) / about["std"]
+    expected = paid - metrics.kl_coef * metrics.kl_seq
+    assert metrics.reward_mean.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    state = json.loads((folder / "state" / "step_000003" / "state.json").read_text())
+    assert state["score_scale"] == {"mean": about["mean"], "std": about["std"]}
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_scale_is_that_of_the_base_on_the_first_prompts(python: dict[str, str]) -> None:
+    """Against plain arithmetic over responses sampled batch by batch; the policy's weights play no part."""
+    parts = load_parts(resolve(parse_config(TrainConfig, [f"--{name}={value}" for name, value in python.items()])))
+    cfg = parse_config(TrainConfig, [f"--{name}={value}" for name, value in python.items()])
+    seen: list[float] = []
+    function = parts.models.reward.function
+
+    def noted(responses: list[str], prompts: list[str]) -> list[float]:
+        seen.extend(found := function(responses, prompts))
+        return found
+
+    parts.models.reward.function = noted
+    scale = measure(parts, cfg)
+    assert len(seen) == PROMPTS == 256
+    mean = sum(seen) / 256
+    assert scale.mean == pytest.approx(mean, rel=1e-6)
+    assert scale.std == pytest.approx((sum((x - mean) ** 2 for x in seen) / 256) ** 0.5, rel=1e-6)
+    with torch.no_grad():
+        for weight in parts.models.policy.parameters():
+            weight.mul_(1.5)
+    assert measure(parts, cfg) == scale
+
+
+def test_a_base_whose_scores_are_all_alike_is_noted(python: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path(python["rm_name"].removesuffix(":brevity")).write_text("def brevity(responses): return [5.0] * len(responses)")
+    folder = run({**python, "total_steps": "1"})
+    assert "score 5; PPO learns from differences" in capsys.readouterr().out
+    assert config_of(folder)["reward"]["std"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "label", "scaled"), [("", 2, False), ("true", 2, True), ("", 1, True), ("false", 1, False)]
+)
+def test_only_scores_of_any_size_are_scaled_unless_asked(
+    setting: str, label: int, scaled: bool, flags: dict[str, str], tmp_path: Path
+) -> None:
+    names = {0: "negative", 1: "positive"} if label == 2 else {0: "LABEL_0"}
+    asked = {"standardize_scores": setting} if setting else {}
+    folder = run({**flags, **asked, "rm_name": str(save_classifier(tmp_path / "rm", names)), "total_steps": "1"})
+    about = config_of(folder)["reward"]
+    assert ((about["mean"], about["std"]) != (0, 1)) == scaled
+    assert ("positive_rate" in pd.read_csv(folder / "metrics.csv")) == (label == 2)
+
+
+def test_resume_needs_the_function_again_and_ends_alike(
+    python: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], no_pictures: None
+) -> None:
+    whole = run({**python, "ckpt_dir": str(tmp_path / "whole")})
+    half = run({**python, "total_steps": "6"})
+    shutil.rmtree(half / "state" / "step_000006")
+    again = {"ckpt_dir": str(half)}
+    error = refused(capsys, lambda: run(again, "--resume"))
+    assert "is never run because" in error
+    assert f"--rm_name {python['rm_name']}" in error
+    run({**again, "rm_name": python["rm_name"]}, "--resume")
+    assert exact(half) == exact(whole)
+    assert config_of(half)["reward"] == config_of(whole)["reward"]
+
+
+def test_a_changed_function_is_named_on_resume(python: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run({**python, "total_steps": "3"})
+    file = Path(python["rm_name"].removesuffix(":brevity"))
+    file.write_text(BREVITY.replace("7.0", "8.0"))
+    more = {"ckpt_dir": str(folder), "rm_name": python["rm_name"], "total_steps": "4"}
+    error = refused(capsys, lambda: run(more, "--resume"))
+    assert f"rm_name={python['rm_name']} has changed since the run began" in error
+    assert str(file) in error
+    scale = config_of(folder)["reward"]["mean"]
+    run(more, "--resume", "--allow_changes")
+    assert config_of(folder)["reward"]["mean"] == scale, "it is paid in the units it began with"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise OSError('disk\\nof the reward')", "OSError: disk of the reward"),
+        ("return [float('nan')] * len(responses)", "returned nan for response 1 of 8"),
+        ("return [1.0]", "list of shape (1,)"),
+        ("return 'abc'", "returned str"),
+    ],
+)
+def test_a_function_that_fails_later_loses_nothing(
+    fault: str, words: str, python: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its 37th call, which is that of the fourth step; the steps before are saved and resumed from."""
+    file = Path(python["rm_name"].removesuffix(":brevity"))
+    file.write_text(
+        "calls = []\n\ndef brevity(responses):\n    calls.append(1)\n"
+        f"    if len(calls) == 37:\n        {fault}\n    return [-float(len(r)) for r in responses]\n"
+    )
+    python |= {"eval_every": "0", "sample_every": "9", "save_every": "9"}
+    error = refused(capsys, lambda: run(python))
+    assert words in error
+    line = 6 if "raise" in fault else 3
+    assert f"in brevity, {file}:{line}" in error
+    folder = Path(python["ckpt_dir"])
+    steps = len(pd.read_csv(folder / "metrics.csv"))
+    assert 2 <= steps < 6
+    assert (folder / "state" / f"step_{steps:06d}").is_dir()
+    assert (folder / "policy_lm").is_dir()
+    run({"ckpt_dir": str(folder), "rm_name": python["rm_name"]}, "--resume")
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("where", ["file", "module"])
+def test_no_run_folder_can_run_code(
+    where: str, flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A folder from elsewhere, whose config.json names code: neither eval.py nor --resume touch it."""
+    ran = tmp_path / "it_ran"
+    (tmp_path / "evil_module.py").write_text(
+        f"open({str(ran)!r}, 'w')\ndef f(responses): return [0.0] * len(responses)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run({**flags, "total_steps": "2", "save_every": "1"})
+    evil = f"{tmp_path / 'evil_module.py'}:f" if where == "file" else "evil_module:f"
+    (folder / "config.json").write_text(json.dumps({**config_of(folder), "rm_name": evil}))
+    shutil.rmtree(folder / "state" / "step_000002")
+    for work in (
+        lambda: run({"ckpt_dir": str(folder)}, "--resume"),
+        lambda: run({}, "--resume", str(folder)),
+        lambda: run({}, "--resume", str(folder / "state" / "step_000001")),
+        lambda: run({"ckpt_dir": str(folder)}, "--resume", "--allow_changes", "--check"),
+        lambda: run_eval(folder, tmp_path),
+    ):
+        error = refused(capsys, work)
+        assert evil in error
+        assert "config.json" in error
+    assert not ran.exists()
+    run_eval(folder, tmp_path, "--rm_name", flags["rm_name"])  # a reward of one's own choice is fine
+    assert not ran.exists()
+
+
+def test_settings_for_rewards_that_are_paid_at_the_end() -> None:
+    ours = parse_config(TrainConfig, ["--rm_name", "rewards.py:f"])
+    assert {name: getattr(ours, name) for name in PAID_AT_END} == PAID_AT_END
+    assert ours.gae_lambda == 1
+    asked = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--gae_lambda", "0.9"])
+    assert (asked.reward_every, asked.gae_lambda) == (0, 0.9)
+    partial_scores = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--reward_every", "4"])
+    assert (partial_scores.reward_every, partial_scores.gae_lambda) == (4, TrainConfig.gae_lambda)
+    classifier = parse_config(TrainConfig, ["--rm_name", "some/classifier"])
+    assert classifier.reward_every == TrainConfig.reward_every
+    tiny = parse_config(TrainConfig, ["--preset", "tiny", "--rm_name", "rewards.py:f"])
+    assert tiny.lr == parse_config(TrainConfig, ["--preset", "tiny"]).lr
+
+
+def test_it_is_called_once_a_batch_with_the_rows_of_each_process(python: dict[str, str], tmp_path: Path) -> None:
+    """As many processes as you like learn what one learns."""
+    file = Path(python["rm_name"].removesuffix(":brevity"))
+    file.write_text(
+        f"{BREVITY}    # {{}}\n".replace("    return", "    print('called with', len(responses))\n    return")
+    )
+    python |= {"eval_every": "0", "sample_every": "99", "total_steps": "3"}
+    printed = {count: tmp_path / f"{count}.txt" for count in (1, 2)}
+    for count, said in printed.items():
+        folder = {**python, "ckpt_dir": str(tmp_path / str(count))}
+        assert as_processes(count, partial(run, folder), said) == [0] * count, said.read_text()
+    calls = {count: said.read_text().count("called with") for count, said in printed.items()}
+    audit, measured = 1, PROMPTS // 8
+    assert calls[1] == audit + measured + 3 + 1, "a sample of the base at the end"
+    one, two = (pd.read_csv(tmp_path / str(count) / "metrics.csv").drop(columns=TIMINGS) for count in (1, 2))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-4)
+    assert config_of(tmp_path / "1")["reward"] == config_of(tmp_path / "2")["reward"]
+
+
+@pytest.mark.parametrize("name", ["rewards.py", "nowhere.py:f", "nowhere:f"])
+def test_a_reward_that_is_not_there_is_refused_before_anything_is_written(
+    name: str, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, lambda: run({**flags, "rm_name": name}))
+    assert name in error
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+def test_the_check_calls_a_function_with_an_empty_response(
+    python: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(python["rm_name"].removesuffix(":brevity")).write_text("def brevity(r): return [1 / len(x) for x in r]")
+    assert "ZeroDivisionError" in refused(capsys, lambda: run(python))
+    with pytest.raises(UserError):
+        load_parts(resolve(TrainConfig(rm_name="nowhere.py:f", policy_name=python["policy_name"],
+                                       dataset=python["dataset"], device="cpu")))  # fmt: skip
+
+
+def test_a_function_may_judge_prompt_and_response(python: dict[str, str]) -> None:
+    Path(python["rm_name"].removesuffix(":brevity")).write_text(
+        "def brevity(r, prompts):\n    assert all(x.startswith(p) for x, p in zip(r, prompts) if len(x) > 50)\n"
+        "    return [float(len(x)) for x in r]"
+    )
+    on_prompt = run({**python, "total_steps": "1"}, "--reward_on_prompt", "true")
+    assert pd.read_csv(on_prompt / "metrics.csv").score_mean[0] > 20
