@@ -35,7 +35,7 @@ from evaluation.table import table, table_rows
 from model import GPT2WithValueHead, Sequences, evaluate_both
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import SentimentReward, full_label
+from reward import PythonReward, Reward, SentimentReward, full_label
 from runtime import cli
 from runtime.device import keep_freed_memory, resolve_device, resolve_dtype
 from runtime.distributed import (
@@ -150,6 +150,7 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
     to_lower = "batch_size or max_new_tokens"
     with raise_on_all_ranks(to_lower):
         models = main_process_first(lambda: load_models(settings, cfg.policy_path))
+        note_changed_code(models.reward, find_run(cfg.policy_path))
         comparison = Comparison(cfg.seed, settings, models, held_out_prompts(cfg, settings, models.tokenizer))
         judge = second_judge(cfg, settings) if is_main_process() else None
     keep_freed_memory()
@@ -182,6 +183,14 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
         for name in ("policy", "base"):
             results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
     return results, label
+
+
+def note_changed_code(reward: Reward, home: Path | None) -> None:
+    """Say so where a Python reward is not the one that the run was paid by."""
+    if home is not None and isinstance(reward, PythonReward):
+        about = json.loads((home / "config.json").read_text(encoding="utf-8")).get("reward") or {}
+        if about.get("sha256") != reward.sha256:
+            print(f"note: {reward.name} is not the reward, or not the version of it, that this policy was trained with")
 
 
 def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:

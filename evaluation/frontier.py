@@ -71,7 +71,8 @@ def exponential_tilt(scores: np.ndarray, means: np.ndarray, counts: np.ndarray) 
     low, high = np.full(len(counts), -50.0), np.full(len(counts), 50.0)
     for _ in range(45):
         middle = (low + high) / 2
-        weights = counts * np.exp(middle[:, None] * scores)
+        exponents = middle[:, None] * scores
+        weights = counts * np.exp(exponents - exponents.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
         short = weights @ scores < means
         low, high = np.where(short, middle, low), np.where(short, high, middle)

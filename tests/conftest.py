@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from config import EvalConfig, TrainConfig, parse_config
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -38,6 +39,7 @@ from transformers import (
 
 import eval as eval_script
 import train
+from data import Pair
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
@@ -277,6 +279,19 @@ def write_labelled_csv(path: Path, names: list[str] | list[int]) -> Path:
     texts, labels = generate_reviews(80, seed=0)
     lines = [f'"{text}",{names[1 - label]}' for text, label in zip(texts, labels, strict=True)]
     path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path
+
+
+def made_pairs(n: int, prompt: str = "") -> list[Pair]:
+    """Preferences that hang on one word, with prompts of their own if wanted."""
+    rng = np.random.default_rng(0)
+    good, bad = ["lovely", "superb", "a joy"], ["dull", "awful", "a bore"]
+    texts = [[f"it was {rng.choice(words)} and {i}" for words in (good, bad)] for i in range(n)]
+    return [Pair(f"{prompt}{i}" if prompt else "", *pair) for i, pair in enumerate(texts)]
+
+
+def write_pairs(path: Path, pairs: list[Pair]) -> Path:
+    path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs))
     return path
 
 

@@ -7,6 +7,8 @@ is beta log Z.
 
 import copy
 import itertools
+from pathlib import Path
+from typing import cast
 
 from config import TrainConfig
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from conftest import EOS, make_policy, make_rollout, same_weights, weights_of
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from model import GPT2WithValueHead, sample_responses
-from ppo import ppo_update
+from ppo import Models, collect_rollout, ppo_update
+from reward import PythonReward, ScoreScale
 from utils import uniforms
 
 VOCAB, LONGEST, PROMPT = 5, 3, 2
@@ -109,3 +113,54 @@ def test_ppo_reaches_the_known_optimum() -> None:
     log_z = torch.logsumexp(start + rewards / BETA, 0).item()
     assert objective(best) == pytest.approx(BETA * log_z, abs=1e-6)
     assert same_weights(reference, frozen)
+
+
+def test_a_python_reward_reaches_the_known_optimum(tmp_path: Path) -> None:
+    """A function of the texts in a file, in units of its own, through collect_rollout as in training.
+
+    The optimum is reference(y) exp((r(y) - mean) / (std beta)) / Z, with mean and std as they are for the reference.
+    """
+    (tmp_path / "my_rewards.py").write_text(
+        "def letters(responses, prompts):\n"
+        "    assert set(prompts) == {'c'}\n"
+        "    return [250 + 30 * r.count('b') - 20 * r.count('d') + 9 * len(r) for r in responses]\n"
+    )
+    policy, reference = make_policy(VOCAB), make_policy(VOCAB)
+    reward = PythonReward(f"{tmp_path / 'my_rewards.py'}:letters")
+    letters = "_bcde"  # EOS has no letter
+    texts = ["".join(letters[token] for token in y if token != EOS) for y in RESPONSES]
+    tokenizer = cast(PreTrainedTokenizerBase, Letters(letters))
+    rewards = reward(texts, ["c"] * len(texts)).double()
+    start = log_distribution(reference)
+    mean = start.exp() @ rewards
+    std = (start.exp() @ (rewards - mean) ** 2).sqrt()
+    best = torch.log_softmax(start + (rewards - mean) / (BETA * std), 0)
+
+    cfg = TrainConfig(
+        total_steps=110, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA,
+        max_new_tokens=LONGEST, reward_every=0, gae_lambda=1.0,
+    )  # fmt: skip
+    models = Models(policy, reference, reward, tokenizer, ScoreScale(mean.item(), std.item()))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    prompts = torch.full((cfg.batch_size, 1), PROMPT)
+    for step in range(1, cfg.total_steps + 1):
+        noise = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
+        rollout = collect_rollout(models, (prompts, prompts > 0), noise, cfg, cfg.kl_coef)
+        ppo_update(policy, optimizer, rollout, cfg, step)
+    learned = log_distribution(policy)
+    assert is_close(learned, best), (variation(learned, best), divergence(learned, best))
+    assert not is_close(start, best)
+    for wrong in (2, 0.5):
+        assert not is_close(learned, torch.log_softmax(start + (rewards - mean) / (BETA * wrong * std), 0))
+
+
+class Letters:
+    """A tokenizer whose tokens are letters and whose first token is EOS."""
+
+    eos_token_id = EOS
+
+    def __init__(self, letters: str) -> None:
+        self.letters = letters
+
+    def batch_decode(self, rows: list[list[int]], **_: object) -> list[str]:
+        return ["".join(self.letters[token] for token in row if token != EOS) for row in rows]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, run_eval
+from conftest import CORPUS, run_eval, save_classifier
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
@@ -259,3 +259,84 @@ def test_eval_wrong_input_is_one_line_and_exit_code_2(
     assert [line for line in err if line.startswith("error")] == err[-1:]
     assert "Traceback" not in "".join(err)
     assert all(word in err[-1] for word in words), err
+
+
+# --- any reward -----------------------------------------------------------------------------------------------------
+
+
+def words_reward(folder: Path, unit: float) -> str:
+    """A Python reward: minus the words of a response, in some unit, with an offset."""
+    file = folder / f"words_{unit:g}.py"
+    file.write_text(f"def words(responses): return [{unit} * (40 - len(r.split())) for r in responses]\n")
+    return f"{file}:words"
+
+
+def test_eval_compares_on_a_python_reward_in_its_own_units(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A unit 1,000 times smaller multiplies every score by 1,000 and changes nothing else."""
+    found = {}
+    for unit in (1, 1000):
+        (tmp_path / str(unit)).mkdir()
+        flags = ("--rm_name", words_reward(tmp_path, unit), "--frontier", "8", "--judge", "none")
+        found[unit] = (*run_eval(finished_run, tmp_path / str(unit), *flags), capsys.readouterr())
+    (results, summary, said), (_, thousands, _) = found[1], found[1000]
+    for name in ("policy", "base"):
+        expected = [40 - len(text.split()) for text in results[f"{name}_text"]]
+        assert results[f"{name}_score"].tolist() == expected
+        assert thousands[name]["score_mean"] == pytest.approx(1000 * summary[name]["score_mean"])
+        assert not {"positive_rate", "log_odds", "sentiment_mean"} & summary[name].keys()
+    assert (summary["label"], summary["score_unit"]) == (None, pytest.approx(results.base_score.std(ddof=0)))
+    assert "policy_log_odds" not in results
+    for key in ("win_rate", "kl_seq", "optimal_share_rate", "response_len_expected", "kl_certain"):
+        assert (key in summary) == (key in thousands)
+        if key in summary:
+            assert thousands[key] == pytest.approx(summary[key], rel=1e-4), key
+    for name, factor in (("kl", 1), ("score_mean", 1000)):
+        theirs = np.array(summary["optimal_curve"][name])
+        assert thousands["optimal_curve"][name] == pytest.approx((factor * theirs).tolist(), rel=1e-3, abs=1e-6)
+    assert "score mean" in said.out
+    page = (tmp_path / "1" / "eval_report.html").read_text()
+    for words in ("sentiment", "positive"):
+        assert words not in said.out
+        assert words not in page.replace("standardize", "").split("<footer>")[0]
+    assert summary["verdict"] in said.out
+    assert "is not the reward" in said.out, "the run was paid by a classifier"
+    assert f"{summary['policy']['score_mean']:.4g} against {summary['base']['score_mean']:.4g} on average" in said.out
+
+
+@pytest.mark.parametrize(("label", "adverb"), [("positive", "positively"), ("negative", "negatively"), ("joy", None)])
+def test_words_fit_the_label(
+    label: str, adverb: str | None, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {0: "negative", 1: "positive"} if adverb else {0: "joy", 1: "neutral", 2: "anger"}
+    classifier = save_classifier(tmp_path / "rm", names)
+    _, summary = run_eval(finished_run, tmp_path, "--rm_name", str(classifier), "--target_label", label)
+    said = capsys.readouterr().out
+    assert f"{label} responses, %" in said
+    assert f"log-odds of {label}" in said
+    assert ("sentiment" in said) == (label != "joy")
+    assert (f"{adverb} " in summary["verdict"]) == (adverb is not None)
+    assert ("scores" in summary["verdict"]) == (label == "joy")
+    assert f"{summary['base']['positive_rate']:.0%} {label}" in summary["verdict"]
+
+
+def test_a_second_judge_of_something_else_says_nothing_of_the_reward() -> None:
+    """Words are counted, and the judge judges sentiment: what it sees is in the table and not in the verdict."""
+    rng, n = np.random.default_rng(0), 400
+    frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("eos", "nll_base", "len")} | {
+        "policy_score": rng.normal(60, 5, n), "base_score": rng.normal(50, 5, n), "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n), "policy_text": [f"policy {i}" for i in range(n)],
+        "base_text": [f"base {i}" for i in range(n)], "policy_judge": rng.choice([-0.9, 0.9], n),
+        "base_judge": rng.choice([-0.9, 0.9], n),
+    }  # fmt: skip
+    apart = summarise(pd.DataFrame(frame), None)
+    assert abs(apart["judge_slope"]) < 0.2
+    assert "judge" not in apart["verdict"]
+    assert not apart["gamed"]
+    same = {**frame, "base_judge": np.where(frame["base_score"] > 50, 0.9, -0.9)}
+    gamed = summarise(pd.DataFrame({**same, "policy_judge": same["base_judge"]}), None)
+    assert gamed["gamed"]
+    assert "WARNING" in gamed["verdict"]
+    honest = summarise(pd.DataFrame({**same, "policy_judge": np.full(n, 0.9)}), None)
+    assert "confirms it" in honest["verdict"]

@@ -1,6 +1,7 @@
 """A run paid by a Python reward or a single output: units, resume, failures, and whose code runs."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import TIMINGS, as_processes, exact, run, run_eval, save_classifier
 
+from reward import PythonReward, ScalarReward, SentimentReward
 from training.parts import load_parts, resolve
 from training.score_scale import PROMPTS, measure
 
@@ -261,3 +263,37 @@ def test_a_function_may_judge_prompt_and_response(python: dict[str, str]) -> Non
     )
     on_prompt = run({**python, "total_steps": "1"}, "--reward_on_prompt", "true")
     assert pd.read_csv(on_prompt / "metrics.csv").score_mean[0] > 20
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+EXPECTED = {  # what the first four give "a film. good! " + 30 words, by hand
+    "about_20_words": lambda n: -abs(n - 20),
+    "avoid_words": lambda n: -1,
+    "exclaim": lambda n: 0.5,
+}
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: re.search(r"(?:def|class) (\w+)", code)[1])
+def test_the_examples_of_the_docs_train(code: str, flags: dict[str, str], tmp_path: Path) -> None:
+    """Each as it is printed, with models of this test in place of those of the hub."""
+    assert len(code.strip().splitlines()) <= 15
+    name = re.search(r"(?:def|class) (\w+)", code)[1]  # type: ignore[index]
+    preference = save_classifier(tmp_path / "preferences", {0: "LABEL_0"})
+    code = code.replace("lvwerra/distilbert-imdb", flags["rm_name"]).replace("models/preferences", str(preference))
+    (tmp_path / "rewards.py").write_text(code)
+    reward = PythonReward(f"{tmp_path / 'rewards.py'}:{name}")
+    text = "a film. good! " + "word " * 30
+    score = reward([text, ""])[0].item()
+    if name in EXPECTED:
+        assert score == EXPECTED[name](33)
+    else:
+        sentiment = SentimentReward(flags["rm_name"]).score([text]).item()
+        other = -0.05 * (33 - 25) if name == "BriefPraise" else 0.1 * ScalarReward(str(preference))([text]).item()
+        assert score == pytest.approx((1 if name == "BriefPraise" else 0.5) * sentiment + other, abs=1e-5)
+    folder = run({**flags, "rm_name": f"{tmp_path / 'rewards.py'}:{name}", "total_steps": "1", "eval_every": "0"})
+    assert pd.read_csv(folder / "metrics.csv").score_mean.notna().all()
+
+
+def test_the_docs_have_five_examples() -> None:
+    assert len(EXAMPLES) == 5
