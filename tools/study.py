@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from evaluation.studies import markdown, picture
 from evaluation.summary import summarise
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
@@ -211,7 +212,8 @@ def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     ours, base = summary["policy"], summary["base"]
     intervals = {"positive": ours.get("positive_ci"), "score": ours.get("score_ci"),
                  "win_rate": summary.get("win_rate_ci"), "kl": summary.get("kl_seq_exact_ci"),
-                 "judge_positive": ours.get("judge_positive_rate_ci")}  # fmt: skip
+                 "judge_positive": ours.get("judge_positive_rate_ci"),
+                 "base_score": base.get("score_ci"), "gain": summary.get("score_gain_ci")}  # fmt: skip
     found = {
         "n": summary["n"], "score": ours["score_mean"], "base_score": base["score_mean"],
         "positive": ours.get("positive_rate"), "base_positive": base.get("positive_rate"),
@@ -292,92 +294,6 @@ def replace_rows(path: Path, rows: pd.DataFrame) -> None:
 def is_same_run(table: pd.DataFrame, run: Mapping[str, Any] | pd.Series) -> pd.Series:
     """Which rows of a table are of the same setting and seed."""
     return (table.setting == run["setting"]) & (table.seed == run["seed"])
-
-
-# --- table and picture ----------------------------------------------------------------------------------------------
-
-
-SHOWN = {  # column of the table -> its name, its factor, and how it is written
-    "positive": ("positive, %", 100, "{:.1f}"),
-    "score": ("mean score", 1, "{:+.2f}"),
-    "win_rate": ("win-rate, %", 100, "{:.1f}"),
-    "kl": ("KL, nats", 1, "{:.2f}"),
-    "optimal_share": ("of the best gain, %", 100, "{:.0f}"),
-    "judge_positive": ("second judge: positive, %", 100, "{:.1f}"),
-    "length_ratio": ("length / base's", 1, "{:.2f}"),
-}
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A row for each base and setting: means over seeds (lowest to highest), or one run's figures [95 % interval]."""
-    known = table.dropna(subset="score") if "score" in table else table[:0]
-    lines = [_line("setting", "seeds", "episodes", *(name for name, _, _ in SHOWN.values()), "sd of score")]
-    lines.append(_line(*["---"] * (4 + len(SHOWN))))
-    bases = known.filter(regex="^base_").drop_duplicates().rename(columns=lambda name: name.removeprefix("base_"))
-    for i in range(len(bases)):
-        lines.append(_line("base", "", "", *(_cell(bases[i : i + 1], column) for column in SHOWN), ""))
-    for name, runs in known.groupby("setting", sort=False):
-        episodes = [f"{n:,.0f}" for n in runs.get("episodes", pd.Series(dtype=float)).dropna().unique()]
-        spread = "" if len(runs) == 1 else f"{runs.score.std():.3f}"
-        cells = (_cell(runs, column) for column in SHOWN)
-        lines.append(_line(f"`{name}`", str(len(runs)), ", ".join(episodes), *cells, spread))
-    return "\n".join(lines)
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(runs: pd.DataFrame, column: str) -> str:
-    if column not in runs or runs[column].isna().all():
-        return ""
-    _, factor, form = SHOWN[column]
-    values = factor * runs[column]
-    if len(runs) > 1:
-        ends = f" ({form.format(values.min())} to {form.format(values.max())})"
-    else:
-        known = json.loads(str(runs.get(f"{column}_ci", pd.Series("null")).fillna("null").iloc[0]))
-        ends = f" [{', '.join(form.format(factor * x) for x in known)}]" if known else ""
-    return form.format(values.mean()) + ends
-
-
-def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None:
-    """Score against KL for every run, with the best possible where it is known, and during training."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    if not len(done := table.dropna(subset="score") if "score" in table else table[:0]):
-        return
-    figure = Figure(figsize=(13, 5.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    axis, while_training = axes
-    colours = dict(zip(done.setting.unique(), itertools.cycle(map(colormaps["tab20"], range(20))), strict=False))
-    for setting, runs in done.groupby("setting", sort=False):
-        axis.plot(runs.kl, runs.score, "o", color=colours[setting], label=str(setting))
-    known = table[table.optimal_curve.notna() & (table.optimal_curve != "null")]
-    if len(known):
-        curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
-        kl, reward = (np.array(curve[name]) for name in ("kl", "score_mean"))
-        certain = kl <= known.kl_certain.iloc[0] if "kl_certain" in known else kl >= 0
-        axis.plot(kl[certain], reward[certain], color="black", label="best possible")
-        axis.plot(kl, reward, ":", color="black", label="at least possible")
-        axis.plot([b["kl"] for b in best], [b["score_mean"] for b in best], ".", color="black", label="best of n")
-    axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
-    axis.set_xlim(left=0, right=max(1.15 * done.kl.max(), 0.1))
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    if steps is not None:
-        for setting, runs in steps.groupby("setting", sort=False):
-            by_step = runs.groupby("episodes").score_mean
-            smooth = {name: by_step.agg(name).rolling(5, 1).mean() for name in ("mean", "min", "max")}
-            while_training.plot(smooth["mean"], color=colours.get(setting))
-            if runs.seed.nunique() > 1:
-                ends = smooth["mean"].index, smooth["min"], smooth["max"]
-                while_training.fill_between(*ends, color=colours.get(setting), alpha=0.2)
-        while_training.set_xscale("log")
-    while_training.set(xlabel="episodes", title="batches while training (mean of 5; band: lowest to highest seed)")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
