@@ -94,11 +94,12 @@ def panels(done: pd.DataFrame, steps: pd.DataFrame) -> Figure:
         axis.axhline(runs.base_score.mean(), color="black", linestyle=":", label="base, held-out prompts")
         end = by_step.mean().index.max() * 1.04
         axis.plot([end] * len(runs), runs.score, "o", color="tab:orange", label="policy, held-out prompts, each seed")
-        axis.set_title(f"{name}: {runs.kl.mean():.1f} nats, win-rate {runs.win_rate.mean():.0%}", fontsize=10)
+        figures = f"win-rate {runs.win_rate.mean():.0%}, KL {runs.kl.mean():.1f} nats"
+        axis.set_title(f"{name.removeprefix('rm_name=')}\n{figures}", fontsize=10)
+        axis.set_xlabel("episodes")
         axis.grid(alpha=0.3)
     for axis in axes:  # what is left of the last row
         axis.set_visible(False)
-    figure.supxlabel("episodes", fontsize=10)
     figure.supylabel("score, in the reward's own unit", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)

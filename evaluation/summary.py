@@ -64,7 +64,7 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
         summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
     summary |= _expected(column, unit)
     if "policy_judge" in column:
-        summary |= _judge_summary(column, 0.0 if label is not None else float(column["base_score"].mean()))
+        summary |= _judge_summary(column, label is not None)
     if "base_draws" in results:
         summary |= _frontier_summary(results, unit)
     return summary | {"verdict": verdict(summary)}
@@ -98,12 +98,14 @@ def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -
     return {} if np.isnan(value) else {key: value, f"{key}_ci": jackknife_ci(measure, texts)}
 
 
-def _judge_summary(column: dict[str, np.ndarray], middle: float) -> dict[str, Any]:
-    """The gain according to the second judge, and whether the reward was gamed; scores above `middle` are positive.
+def _judge_summary(column: dict[str, np.ndarray], has_label: bool) -> dict[str, Any]:
+    """The gain according to the second judge, and whether the reward was gamed.
 
-    judge_slope says how much more often the judge calls base responses positive where the reward does. The reward
-    counts as gamed if the judge confirms less than half of what that slope predicts.
+    Scores above 0 are positive, or above base's mean where the reward has no label. judge_slope says how much more
+    often the judge calls base responses positive where the reward does. The reward counts as gamed if the judge
+    confirms less than half of what that slope predicts.
     """
+    middle = 0.0 if has_label else float(column["base_score"].mean())
     middles = {"policy_score": middle, "base_score": middle, "policy_judge": 0.0, "base_judge": 0.0}
     positive = {name: column[name] > least for name, least in middles.items()}
     more = positive["policy_score"].astype(float) - positive["base_score"]
@@ -113,7 +115,7 @@ def _judge_summary(column: dict[str, np.ndarray], middle: float) -> dict[str, An
     expected = slope * more.mean()
     return {
         **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
-        **_estimate("judge_gap_rate", more - more_by_judge),
+        **(_estimate("judge_gap_rate", more - more_by_judge) if has_label else {}),
         "judge_slope": slope,
         "gamed": bool(slope > SAME_THING and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
     }

@@ -333,6 +333,7 @@ def test_a_second_judge_of_something_else_says_nothing_of_the_reward() -> None:
     apart = summarise(pd.DataFrame(frame), None)
     assert abs(apart["judge_slope"]) < 0.2
     assert "judge" not in apart["verdict"]
+    assert "judge_gap_rate" not in apart, "an unlabelled reward claims no positives"
     assert not apart["gamed"]
     same = {**frame, "base_judge": np.where(frame["base_score"] > 50, 0.9, -0.9)}
     gamed = summarise(pd.DataFrame({**same, "policy_judge": same["base_judge"]}), None)
