@@ -1,6 +1,7 @@
 """Every setting has help and a range, and what is wrong is refused in one line that names it."""
 
 import dataclasses
+import json
 import math
 import re
 import shlex
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
+from config import PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
 
 import pytest
 
@@ -325,3 +326,13 @@ def test_documented_commands_are_understood(command: str) -> None:
 
 def test_there_are_documented_commands() -> None:
     assert len(documented_commands()) > 8
+
+
+def test_a_python_reward_of_ones_own_config_is_not_replaced_by_that_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"total_steps": 7, "rm_name": "theirs.py:f", "seed": 3}))
+    monkeypatch.setitem(PRESETS[TrainConfig], "default", replace(TrainConfig(), rm_name="mine.py:f"))
+    cfg = parse_config(TrainConfig, ["--resume", str(tmp_path)])
+    assert (cfg.rm_name, cfg.seed, cfg.total_steps) == ("mine.py:f", 3, 7)
+    assert parse_config(TrainConfig, ["--resume", str(tmp_path), "--rm_name", "other.py:f"]).rm_name == "other.py:f"
