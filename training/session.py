@@ -219,9 +219,7 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
               f"{cfg.gae_lambda:g} and lr {cfg.lr:g}")  # fmt: skip
     scale = parts.models.score_scale
     if scale != UNSCALED:
-        sign = "-" if scale.mean >= 0 else "+"
-        print(f"scores are paid as (score {sign} {abs(scale.mean):.4g}) / {scale.std:.4g}, by the mean and deviation of "
-              "the base's own scores")  # fmt: skip
+        print(f"scores are paid as (score {-scale.mean:+.4g}) / {scale.std:.4g}, which standardises those of the base")
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
 

@@ -49,10 +49,7 @@ def test_each_setting_stands_beside_its_own_base() -> None:
 
 def test_rewards_of_different_units_get_a_panel_each(tmp_path: Path) -> None:
     drawn = [axis for axis in panels(runs(), steps()).axes if axis.get_visible()]
-    assert [axis.get_title() for axis in drawn] == [
-        "a\nwin-rate 80%, KL 2.5 nats",
-        "b\nwin-rate 80%, KL 2.5 nats",
-    ]
+    assert [axis.get_title() for axis in drawn] == ["a\nwin-rate 80%, KL 2.5 nats", "b\nwin-rate 80%, KL 2.5 nats"]
     lines = {line.get_label(): line.get_ydata() for line in drawn[0].lines}
     assert list(lines["base, held-out prompts"]) == [50, 50]
     assert list(lines["policy, held-out prompts, each seed"]) == [100, 200]
