@@ -3,11 +3,14 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+
+from reward import score_title
 
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
     "positive": ("positive, %", 100, "{:.1f}"),
@@ -117,11 +120,7 @@ def plane(done: pd.DataFrame, steps: pd.DataFrame | None) -> Figure:
     known = done[done.optimal_curve.notna() & (done.optimal_curve != "null")]
     if len(known):
         curve, best = (json.loads(known[name].iloc[0]) for name in ("optimal_curve", "best_of_n"))
-        kl, reward = (np.array(curve[name]) for name in ("kl", "score_mean"))
-        certain = kl <= known.kl_certain.iloc[0] if "kl_certain" in known else kl >= 0
-        axis.plot(kl[certain], reward[certain], color="black", label="best possible")
-        axis.plot(kl, reward, ":", color="black", label="at least possible")
-        axis.plot([b["kl"] for b in best], [b["score_mean"] for b in best], ".", color="black", label="best of n")
+        best_possible(axis, curve, best, known.kl_certain.iloc[0] if "kl_certain" in known else np.inf)
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", title="held-out prompts, after training")
     axis.set_xlim(left=0, right=max(1.15 * done.kl.max(), 0.1))
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
@@ -138,3 +137,39 @@ def plane(done: pd.DataFrame, steps: pd.DataFrame | None) -> Figure:
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure
+
+
+def best_possible(axis: Any, curve: dict[str, Any], best_of_n: list[dict[str, Any]], certain: float) -> None:
+    """Draw the best possible score at each KL as an evaluation found it; beyond `certain` nats it is a lower bound."""
+    kl, score = (np.array(curve[name]) for name in ("kl", "score_mean"))
+    axis.plot(kl[kl <= certain], score[kl <= certain], color="black", label="best possible")
+    axis.plot(kl, score, ":", color="black", label="at least possible")
+    axis.plot([b["kl"] for b in best_of_n], [b["score_mean"] for b in best_of_n], ".", color="black", label="best of n")
+
+
+def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
+    """Draw score against KL along the line from base through the policy, as tools.interpolate measures it.
+
+    summary is that of one of its points, all of which share base's answers.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    if "optimal_curve" in summary:
+        best_possible(axis, summary["optimal_curve"], summary["best_of_n"], summary["kl_certain"])
+    points = table.sort_values("alpha")
+    x, y = (np.append(start, points[name]) for start, name in ((0, "kl"), (summary["base"]["score_mean"], "score")))
+    axis.plot(x, y, color="tab:blue", label="between base and policy, and beyond")
+    bars = {f"{axis_name}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
+            for axis_name, name in (("x", "kl"), ("y", "score"))}  # fmt: skip
+    axis.errorbar(points.kl, points.score, **bars, fmt=".", color="tab:blue", capsize=2, label="95 % intervals")
+    axis.plot(0, summary["base"]["score_mean"], "s", color="tab:gray", label="base", clip_on=False)
+    policy = points[points.alpha == 1]
+    axis.plot(policy.kl, policy.score, "o", color="tab:orange", markersize=9, label="policy")
+    for alpha, kl, score in zip(points.alpha, points.kl, points.score, strict=True):
+        axis.annotate(f"{alpha:g}", (kl, score), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="KL to base, nats per response", ylabel=f"mean {score_title(summary['label'])}",
+             title=f"{summary['n']} held-out prompts; numbers are alpha")  # fmt: skip
+    axis.set_xlim(left=0, right=max(1.15 * points.kl_high.max(), 0.1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,126 @@
+"""Between base and policy: the weights on the line, the KL asked for, and the curve as eval.py would measure it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from config import UserError
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import run_eval
+from safetensors.torch import load_file, save_file
+
+from tools.interpolate import CLOSE, FARTHEST, Line, find_alpha, main
+from training.parts import GPT2WithValueHead
+
+SAME = ("--n_samples", "20", "--batch_size", "8", "--device", "cpu", "--dtype", "float32", "--seed", "7")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def another_run(run: Path, path: Path, factor: float) -> Path:
+    """A run like the first, with other weights."""
+    shutil.copytree(run, path)
+    moved = {name: weight * factor for name, weight in weights(run / "policy_lm").items()}
+    save_file(moved, path / "policy_lm" / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, 1.7])
+def test_the_line_goes_from_base_through_the_average_of_the_runs(
+    alpha: float, finished_run: Path, gpt2_dir: Path, tmp_path: Path
+) -> None:
+    other = another_run(finished_run, tmp_path / "other", 1.1)
+    folders = [run / "policy_lm" for run in (finished_run, other)]
+    reference, policy = (GPT2WithValueHead.from_pretrained(str(gpt2_dir)) for _ in range(2))
+    Line(reference, policy, folders).move_to(alpha)
+    base, ends = weights(gpt2_dir), [weights(folder) for folder in folders]
+    found = policy.lm.state_dict()
+    for name, start in base.items():
+        average = (ends[0][name] + ends[1][name]) / 2
+        assert torch.allclose(found[name], (1 - alpha) * start + alpha * average, atol=1e-6), name
+    assert found["lm_head.weight"].data_ptr() == found["transformer.wte.weight"].data_ptr(), "still one matrix"
+
+
+@pytest.mark.parametrize(
+    "kl", [lambda a: 3 * a**2, lambda a: 0.01 * a, lambda a: a**6, lambda a: 5 * np.tanh(a) ** 4, lambda a: 9e9 * a**2,
+           lambda a: 0.1 * a**2 if a < 2 else np.inf]
+)  # fmt: skip
+@pytest.mark.parametrize("target", [0.05, 0.3])
+def test_the_kl_asked_for_is_found_on_any_rising_curve(kl: Callable[[float], float], target: float) -> None:
+    if kl(FARTHEST) < target:
+        with pytest.raises(UserError, match=r"kl=0\.3 cannot be reached: alpha 8 is 0\.08"):
+            find_alpha(kl, target)
+    else:
+        asked: list[float] = []
+        alpha = find_alpha(lambda a: asked.append(a) or kl(a), target)  # type: ignore[func-returns-value]
+        assert kl(alpha) == pytest.approx(target, rel=CLOSE)
+        assert len(asked) < 30
+        assert len(set(asked)) == len(asked)
+
+
+def test_a_policy_at_the_kl_asked_for_is_one_that_eval_takes(
+    finished_run: Path, gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = run_eval(finished_run, tmp_path / "full", "--seed", "7")[1]["kl_seq_exact"]
+    out = tmp_path / "half"
+    main([str(finished_run), "--kl", f"{full / 2}", "--out", str(out), *SAME])
+    *_, line, next_line = capsys.readouterr().out.splitlines()
+    summary = run_eval(out, tmp_path / "evaluated", "--seed", "7")[1]
+    assert "is not part of a run" not in capsys.readouterr().out
+    found = json.loads((out / "config.json").read_text())["interpolated"]
+    low, high = found["kl_ci"]
+    assert summary["kl_seq_exact"] == pytest.approx(full / 2, rel=CLOSE + 0.001)
+    assert summary["kl_seq_exact"] == pytest.approx(found["kl_seq_exact"], rel=1e-5)
+    assert f"{found['kl_seq_exact']:.2f} [{low:.2f}, {high:.2f}] nats from base on 20" in line
+    assert next_line == f"next: python eval.py --policy_path {out / 'policy_lm'}"
+    base, end = weights(gpt2_dir), weights(finished_run / "policy_lm")
+    for name, weight in weights(out / "policy_lm").items():
+        assert torch.allclose(weight, base[name] + found["alpha"] * (end[name] - base[name]), atol=1e-6)
+
+
+def test_the_curve_is_what_eval_measures(finished_run: Path, classifier_dir: Path, tmp_path: Path) -> None:
+    csv, judged = tmp_path / "curve.csv", ("--frontier", "4", "--judge", str(classifier_dir))
+    main([str(finished_run), "--curve", "--alphas", "0,1", "--csv", str(csv), *judged, *SAME])
+    results, summary = run_eval(finished_run, tmp_path / "eval", "--seed", "7", *judged)
+    table = pd.read_csv(csv).set_index("alpha")
+    expected = {
+        "kl": summary["kl_seq_exact"], "score": summary["policy"]["score_mean"], "win_rate": summary["win_rate"],
+        "base_score": summary["base"]["score_mean"], "optimal_share": summary["optimal_share_rate"],
+        "judge_gain": summary["judge_gain"],
+        "length_ratio": results.policy_len.mean() / results.base_len.mean(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert table.loc[1, name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert [table.loc[1, f"score_{end}"] for end in ("low", "high")] == pytest.approx(
+        summary["policy"]["score_ci"], rel=1e-3, abs=1e-4
+    )
+    assert table.loc[0, "kl"] == pytest.approx(0, abs=1e-4)
+    assert table.loc[0, "score"] == table.loc[0, "base_score"]
+    assert csv.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "nothing to do"), (["--kl", "1"], "out is missing"), (["--kl", "0", "--out", "x"], "kl=0.0 must"),
+     (["--kl", "1", "--out", "."], "out=. exists"), (["nowhere", "--curve"], "runs: nowhere is not"),
+     (["--curve", "--alphas", "0,x"], "alphas='0,x'"), (["--curve", "--alphas", "0,nan"], "alphas='0,nan'")],
+)  # fmt: skip
+def test_wrong_input_is_one_line(words: list[str], message: str, finished_run: Path) -> None:
+    words = words if words[:1] == ["nowhere"] else [str(finished_run), *words]
+    with pytest.raises(UserError, match=message):
+        main(words)
+
+
+def test_runs_of_another_base_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    other = another_run(finished_run, tmp_path / "other", 1.0)
+    config = json.loads((other / "policy_lm" / "config.json").read_text())
+    (other / "policy_lm" / "config.json").write_text(json.dumps({**config, "n_layer": config["n_layer"] - 1}))
+    with pytest.raises(UserError, match="name runs of one base"):
+        main([str(finished_run), str(other), "--curve", "--csv", str(tmp_path / "x.csv"), *SAME])

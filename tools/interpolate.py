@@ -1,0 +1,264 @@
+"""Moves a trained policy between base and beyond: one run, and any KL or the whole curve of score against KL.
+
+    python -m tools.interpolate ckpts --kl 1 --out ckpts_1_nat        the policy that is 1 nat from base
+    python -m tools.interpolate ckpts --curve --csv curve.csv         every point of the curve, as a table and a picture
+    python -m tools.interpolate ckpts_a ckpts_b --kl 2 --out both     the average of two runs, at 2 nats
+
+The weights are theta_ref + alpha (theta_policy - theta_ref), where theta_policy is the average over the runs named: the
+linear interpolation towards the initial weights and the averaging of WARP (Rame et al. 2024, arXiv 2406.16768).
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from config import EvalConfig, UserError, is_run, opt
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import eval as evaluation_script
+from eval import Comparison
+from evaluation.intervals import bootstrap_ci
+from evaluation.studies import curve_picture
+from evaluation.summary import summarise
+from model import GPT2WithValueHead, evaluate_both, load_gpt2
+from pretrain.models import quiet_saving
+from runtime.cli import numbers, parse_flags, run
+from runtime.device import keep_freed_memory
+from runtime.files import check_table_path, new_folder, write_atomic
+from runtime.hub import quiet_libraries
+from training.parts import load_models
+
+FARTHEST = 8.0  # alpha beyond which no KL is looked for
+CLOSE = 0.02  # of the KL asked for: 256 prompts do not know it better
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig:
+    """Settings of `python -m tools.interpolate`."""
+
+    runs: list[str] = field(
+        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out."}
+    )
+    kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
+    out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.")
+    curve: bool = opt(False, "Compare with base at every alpha of --alphas.")
+    alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
+    csv: str = opt("interpolation.csv", "Table of the curve; a picture of the same name is drawn beside it.")
+    frontier: int = opt(16, "Base responses per prompt, for the best possible score on the curve (0: none).")
+    n_samples: int = opt(256, "Held-out prompts.")
+    batch_size: int = opt(128, "Prompts per forward pass.")
+    judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    seed: int = opt(4321, "Seed of the prompts and of the sampling, another one than that of eval.py.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
+    cfg = read_settings(argv)
+    quiet_libraries()
+    path = Path(cfg.runs[0]) / "policy_lm"
+    evaluation = EvalConfig(
+        policy_path=str(path), rm_name=cfg.rm_name, judge=cfg.judge, n_samples=cfg.n_samples, frontier=cfg.frontier,
+        batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, dtype=cfg.dtype,
+    )  # fmt: skip
+    run_cfg = evaluation_script.settings_of_run(evaluation)
+    models = load_models(run_cfg, str(path))
+    line = Line(models.reference, models.policy, [Path(folder) / "policy_lm" for folder in cfg.runs])
+    prompts = evaluation_script.held_out_prompts(evaluation, run_cfg, models.tokenizer)
+    comparison = Comparison(cfg.seed, run_cfg, models, prompts)
+    keep_freed_memory()
+    if cfg.kl is not None:
+        write_at_kl(cfg, line, comparison)
+    if cfg.curve:
+        write_curve(cfg, evaluation, line, comparison)
+
+
+def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
+    """Command line -> settings; words before the first flag are runs (raises UserError)."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    cfg = parse_flags(InterpolateConfig, ["--runs", *runs, *words[len(runs) :]] if runs else words, __doc__)
+    if cfg.kl is None and not cfg.curve:
+        raise UserError("nothing to do: ask for --kl NATS --out DIR, or for --curve")
+    if cfg.kl is not None and not 0 < cfg.kl < math.inf:
+        raise UserError(f"kl={cfg.kl} must be more than 0")
+    if cfg.kl is not None and cfg.out is None:
+        raise UserError("out is missing: name the folder to make, --out DIR")
+    if cfg.out is not None and Path(cfg.out).exists():
+        raise UserError(f"out={cfg.out} exists: remove it or choose another folder")
+    if not all(map(math.isfinite, numbers("alphas", cfg.alphas, float))):
+        raise UserError(f"alphas={cfg.alphas!r} must be finite")
+    for folder in cfg.runs:
+        if not is_run(Path(folder)):
+            raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
+    if cfg.curve:
+        check_table_path(Path(cfg.csv))
+    return cfg
+
+
+class Line:
+    """The policies theta_ref + alpha (theta_policy - theta_ref); theta_policy is the average over several runs."""
+
+    def __init__(self, reference: GPT2WithValueHead, policy: GPT2WithValueHead, paths: Sequence[Path]) -> None:
+        """Read the runs' weights; `policy` is the model that moves (raises UserError where weights do not fit)."""
+        self.policy, self.start = policy, _weights(reference)
+        ends = [_weights_of(path) for path in paths]
+        for path, end in zip(paths, ends, strict=True):
+            if {k: v.shape for k, v in end.items()} != {k: v.shape for k, v in self.start.items()}:
+                raise UserError(f"runs: {path} is of another size than the base of {paths[0]}: name runs of one base")
+        self.direction = {
+            name: (sum(end[name] for end in ends) / len(ends)).to(start.device) - start  # type: ignore[union-attr]
+            for name, start in self.start.items()
+        }
+
+    @torch.no_grad()
+    def move_to(self, alpha: float) -> None:
+        """Give the policy the weights at alpha."""
+        moved = {name: start + alpha * self.direction[name] for name, start in self.start.items()}
+        self.policy.lm.load_state_dict(moved)
+
+
+def _weights(model: GPT2WithValueHead) -> Weights:
+    return {name: weight.detach().float().clone() for name, weight in model.lm.state_dict().items()}
+
+
+def _weights_of(path: Path) -> Weights:
+    return load_gpt2(str(path), "runs").state_dict()
+
+
+# --- one KL ---------------------------------------------------------------------------------------------------------
+
+
+def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> None:
+    """Find the alpha at which the policy is cfg.kl nats from base, and write that policy and where it came from."""
+    assert cfg.kl is not None
+    assert cfg.out is not None
+    batches = batches_of(cfg, comparison)
+    with tqdm(desc="looking for alpha", unit="point", dynamic_ncols=True, leave=False) as bar:
+
+        def measure(alpha: float) -> float:
+            line.move_to(alpha)
+            kl = float(exact_kl(comparison, batches).mean())
+            bar.set_postfix(alpha=f"{alpha:.3f}", kl=f"{kl:.2f}")
+            bar.update()
+            return kl
+
+        alpha = find_alpha(measure, cfg.kl)
+    line.move_to(alpha)
+    kl = exact_kl(comparison, batches)
+    low, high = bootstrap_ci(kl)
+    home = json.loads((Path(cfg.runs[0]) / "config.json").read_text(encoding="utf-8"))
+    about = {"runs": [str(Path(folder).resolve()) for folder in cfg.runs], "alpha": alpha, "kl_seq_exact": kl.mean(),
+             "kl_ci": [low, high], "settings": asdict(cfg)}  # fmt: skip
+    try:
+        with quiet_saving(), new_folder(Path(cfg.out)) as folder:
+            line.policy.lm.save_pretrained(folder / "policy_lm")
+            comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
+            write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
+    print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
+    print(f"next: python eval.py --policy_path {Path(cfg.out) / 'policy_lm'}")
+
+
+def batches_of(cfg: InterpolateConfig, comparison: Comparison) -> list[slice]:
+    """The prompts in batches."""
+    return [slice(i, i + cfg.batch_size) for i in range(0, len(comparison.prompts), cfg.batch_size)]
+
+
+def exact_kl(comparison: Comparison, batches: Sequence[slice]) -> np.ndarray:
+    """The exact KL (prompts,) of the policy's responses to base, in nats per response."""
+    models = comparison.models
+    found = []
+    for rows in batches:
+        seqs = comparison.respond(models.policy, rows, 0)
+        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).double().cpu())
+    return torch.cat(found).numpy()
+
+
+def find_alpha(measure: Callable[[float], float], target: float) -> float:
+    """The alpha at which measure(alpha) is target, by bisection (raises UserError where none up to FARTHEST is).
+
+    KL grows with the square of a small step, so every other guess is alpha sqrt(target / KL).
+    """
+    low, high, alpha, halve = 0.0, math.inf, 1.0, True
+    while True:
+        kl = measure(alpha)
+        if abs(kl - target) <= CLOSE * target or high - low < 1e-4:
+            return alpha
+        if kl < target:
+            low = alpha
+        else:
+            high = alpha
+        if low >= FARTHEST:
+            raise UserError(
+                f"kl={target} cannot be reached: alpha {low:g} is {kl:.2f} nats from base; train for longer"
+            )
+        guess = alpha * math.sqrt(target / kl) if 0 < kl < math.inf else math.inf
+        halve = not halve or not low < guess <= high
+        alpha = (low + high) / 2 if halve and high < math.inf else min(guess, FARTHEST)
+
+
+# --- the curve ------------------------------------------------------------------------------------------------------
+
+
+def write_curve(cfg: InterpolateConfig, evaluation: EvalConfig, line: Line, comparison: Comparison) -> None:
+    """Compare with base at each alpha; write the table and the picture, and print the table."""
+    run_cfg, models = comparison.run, comparison.models
+    judge = evaluation_script.second_judge(evaluation, run_cfg)
+    batches, draws = batches_of(cfg, comparison), pd.Series(dtype=object)
+    if cfg.frontier:
+        bar = tqdm(batches, "best possible", unit="batch", dynamic_ncols=True, leave=False)
+        drawn = [text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)]
+        draws = pd.Series(drawn)
+    table = pd.DataFrame()
+    with tqdm(numbers("alphas", cfg.alphas, float), unit="alpha", dynamic_ncols=True) as bar:
+        for alpha in bar:
+            line.move_to(alpha)
+            results = pd.concat([evaluation_script.compare(comparison, rows) for rows in batches])
+            if judge is not None:
+                for name in ("policy", "base"):
+                    results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
+            if cfg.frontier:
+                results["base_draws"] = draws
+            summary = summarise(results, models.reward.label, run_cfg.target_label)
+            table = pd.concat([table, pd.DataFrame([row_of(alpha, summary)])], ignore_index=True)
+            tqdm.write(
+                f"alpha {alpha:g}: score {summary['policy']['score_mean']:+.3g} at {summary['kl_seq_exact']:.2f} nats"
+            )
+            write_atomic(Path(cfg.csv), table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+    picture = Path(cfg.csv).with_suffix(".png")
+    curve_picture(table, summary, picture)
+    print(f"written: {cfg.csv}, and to look at: {picture}")
+
+
+def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one point of the curve; length and perplexity are relative to base's."""
+    ours, base = summary["policy"], summary["base"]
+    row: dict[str, Any] = {"alpha": alpha, "n": summary["n"], "kl": summary["kl_seq_exact"]}
+    row["kl_low"], row["kl_high"] = summary["kl_seq_exact_ci"]
+    row["score"] = ours["score_mean"]
+    row["score_low"], row["score_high"] = ours["score_ci"]
+    row |= {"base_score": base["score_mean"], "win_rate": summary["win_rate"]}
+    row |= {"positive": ours.get("positive_rate"), "optimal_share": summary.get("optimal_share_rate")}
+    row |= {"judge_positive": ours.get("judge_positive_rate"), "judge_gain": summary.get("judge_gain")}
+    row |= {f"{short}_ratio": ours[name] / base[name] for short, name in
+            (("length", "response_len"), ("perplexity", "perplexity"))}  # fmt: skip
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
