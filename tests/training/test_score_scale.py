@@ -56,7 +56,7 @@ def test_a_python_reward_trains_in_its_own_units(python: dict[str, str], capsys:
     assert (about["label"], about["scores"]) == (None, "score")
     assert about["file"] == python["rm_name"].removesuffix(":brevity")
     assert len(about["sha256"]) == 64
-    scale = f"(score - {about['mean']:.4g}) / {about['std']:.4g}"
+    scale = f"(score {-about['mean']:+.4g}) / {about['std']:.4g}"
     assert scale in printed.out
     assert "paid on their last token, with gae_lambda 1" in printed.out
     assert "score mean" in printed.out
