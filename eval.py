@@ -257,21 +257,21 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     return prompts[: cfg.n_samples]
 
 
-def compare(comparison: Comparison, rows: slice) -> pd.DataFrame:
-    """One row per prompt: both responses, scores, lengths, base's log-likelihood of them, and KL(policy || base)."""
+def compare(comparison: Comparison, rows: slice, known: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per prompt: both responses, scores, lengths, base's log-likelihood of them, and KL(policy || base).
+
+    known is the same comparison with another policy, if there is one: base answers alike, and need not do so again.
+    """
     models, run_cfg = comparison.models, comparison.run
     policy, base, tokenizer = models.policy, models.reference, models.tokenizer
     ours = comparison.respond(policy, rows, 0)
     logprobs, ref_logprobs, _, _, exact_kl = evaluate_both(policy, base, ours)
     columns: dict[str, Any] = {"prompt": ours.prompt_texts(tokenizer)}
-    for name, seqs in {"policy": ours, "base": comparison.respond(base, rows, 0)}.items():
-        columns[f"{name}_text"] = seqs.texts(tokenizer)
-        columns |= score_columns(comparison, name, seqs)
-        columns[f"{name}_len"] = seqs.response_mask.sum(1).tolist()
-        last = seqs.response_mask.sum(1, keepdim=True) - 1
-        ended = seqs.responses.gather(1, last).squeeze(1) == tokenizer.eos_token_id
-        columns[f"{name}_eos"] = ended.int().tolist()
-        columns[f"{name}_nll_base"] = (-_plain_logprobs(base, seqs).sum(1)).tolist()
+    columns |= answer_columns(comparison, "policy", ours)
+    if known is None:
+        columns |= answer_columns(comparison, "base", comparison.respond(base, rows, 0))
+    else:
+        columns |= known.filter(regex="^base_").to_dict("list")
     columns["kl_seq"] = (logprobs - ref_logprobs).sum(1).tolist()
     columns["kl_seq_exact"] = exact_kl.sum(1).tolist()
     columns["policy_tokens"] = [
@@ -281,6 +281,19 @@ def compare(comparison: Comparison, rows: slice) -> pd.DataFrame:
     prompts = comparison.prompts
     human = human_continuations(prompts[rows], run_cfg.max_prompt_len, run_cfg.max_new_tokens, run_cfg.device)
     return pd.DataFrame(columns | compare_on_human(human, policy, base), index=np.arange(len(prompts))[rows])
+
+
+def answer_columns(comparison: Comparison, name: str, seqs: Sequences) -> dict[str, list[Any]]:
+    """A model's responses with their scores, lengths, whether they ended, and base's log-likelihood of them."""
+    models, lengths = comparison.models, seqs.response_mask.sum(1)
+    ended = seqs.responses.gather(1, lengths[:, None] - 1).squeeze(1) == models.tokenizer.eos_token_id
+    return {
+        f"{name}_text": seqs.texts(models.tokenizer),
+        **score_columns(comparison, name, seqs),
+        f"{name}_len": lengths.tolist(),
+        f"{name}_eos": ended.int().tolist(),
+        f"{name}_nll_base": (-_plain_logprobs(models.reference, seqs).sum(1)).tolist(),
+    }
 
 
 def score_columns(comparison: Comparison, name: str, seqs: Sequences) -> dict[str, list[float]]:

@@ -224,11 +224,12 @@ def write_curve(cfg: InterpolateConfig, evaluation: EvalConfig, line: Line, comp
         bar = tqdm(batches, "best possible", unit="batch", dynamic_ncols=True, leave=False)
         drawn = [text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)]
         draws = pd.Series(drawn)
-    table = pd.DataFrame()
+    table, tables = pd.DataFrame(), [None] * len(batches)
     with tqdm(numbers("alphas", cfg.alphas, float), unit="alpha", dynamic_ncols=True) as bar:
         for alpha in bar:
             line.move_to(alpha)
-            results = pd.concat([evaluation_script.compare(comparison, rows) for rows in batches])
+            tables = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, tables, strict=True)]
+            results = pd.concat(tables)
             if judge is not None:
                 for name in ("policy", "base"):
                     results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
