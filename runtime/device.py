@@ -5,13 +5,16 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal, TypeVar
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 from config import UserError
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def resolve_device(device: str) -> Literal["cpu", "cuda"]:
@@ -34,6 +37,23 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def on_cpu(function: Function) -> Function:
+    """A function of small tensors, computed on the CPU wherever they are; tensors that it returns go back there.
+
+    For thousands of operations on a few numbers each, which a GPU would take longer to launch than the CPU to do.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        found = function(*(x.cpu() if isinstance(x, Tensor) else x for x in args))
+        if isinstance(found, tuple):
+            return tuple(x.to(device, non_blocking=True) for x in found)
+        return found.to(device, non_blocking=True) if isinstance(found, Tensor) else found
+
+    return cast(Function, call)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -76,6 +96,12 @@ class FittingSize:
                     raise
                 self.size = -(-self.size // 2)
             torch.cuda.empty_cache()  # outside the except block, where the failed work is no longer referenced
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let CUDA's peak memory start anew; that of a process cannot."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_mb(device: str) -> float:

@@ -7,12 +7,14 @@ from typing import Any
 from config import TrainConfig, UserError, python_reward
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from data import PromptStream, load_examples, load_prompts, split_held_out
-from model import GPT2WithValueHead, check_fit, load_reference
+from model import GPT2WithValueHead, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import Classifier, load_reward
+from runtime.attention import choose_attention_kernels
 from runtime.device import resolve_device, resolve_dtype
 from runtime.hub import load_tokenizer, require_hub
 
@@ -59,6 +61,7 @@ def load_parts(cfg: TrainConfig) -> Parts:
 
 def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
     """Load policy, reference, reward and tokenizer (raises UserError); eval.py names a tuned policy by its path."""
+    choose_attention_kernels()
     setting, policy_name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
     revision = None if policy_path else cfg.policy_revision
     dtype, policy_name = getattr(torch, cfg.dtype), resolve_name(policy_name)
@@ -75,3 +78,25 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
         trained_on = "prompt + response" if reward.on_prompt else "responses alone"
         print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
     return Models(policy, reference, reward, tokenizer)
+
+
+def check_fit(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens (UserError)."""
+    sizes = policy.lm.config.vocab_size, reference.lm.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"policy and reference have different vocabularies ({sizes[0]} and {sizes[1]} tokens): change ref_name"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer of policy_name has no EOS token: save one that has")
+    if len(tokenizer) > sizes[0]:
+        raise UserError(
+            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
+        )
+    context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
+    if length > context:
+        raise UserError(
+            f"max_prompt_len + max_new_tokens = {length} is longer than the model's context of {context}: lower one"
+        )
