@@ -89,7 +89,7 @@ class TrainConfig:
     # 0.5, a batch's gradient has 13 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
         1,
-        "Tokens between scores of the unfinished response; each token is paid for the change it made. Larger is "
+        "Tokens between scores of the unfinished response; each token is credited with the change it made. Larger is "
         "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
