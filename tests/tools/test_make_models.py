@@ -56,7 +56,7 @@ def test_wrong_input_is_refused_in_one_line(labelled_csv: Path, tmp_path: Path) 
         "holds 80 different": ["--label_column", "text"],
         "no text": ["--dataset", str(tmp_path / "empty.csv")],
         "lm_steps=0": ["--lm_steps", "0"],
-        "lm_width=150": ["--lm_width", "150"],
+        "lm_width=200": ["--lm_width", "200"],
         "rm_lr=nan": ["--rm_lr", "nan"],
         "--size": ["--size", "huge"],
         "--colour": ["--colour", "red"],
