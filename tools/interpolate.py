@@ -261,9 +261,10 @@ def write_curves(
 
 def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
     """Each run's share of the best gain at some KLs, read off between the points of its curve, and the runs' mean."""
+    curves = {str(name): points.sort_values("kl") for name, points in table.groupby("run", sort=False)}
     rows = {
-        str(name): [float(np.interp(kl, run.kl, run.optimal_share, math.nan, math.nan)) for kl in kls]
-        for name, run in table.sort_values("kl").groupby("run", sort=False)
+        name: [float(np.interp(kl, curve.kl, curve.optimal_share, math.nan, math.nan)) for kl in kls]
+        for name, curve in curves.items()
     }
     shares = pd.DataFrame(rows, [f"{kl:g} nats" for kl in kls]).T
     if len(shares) > 1:
