@@ -182,8 +182,8 @@ class TrainConfig:
         for name in self.trackers:
             if name not in TRACKERS:
                 raise UserError(
-                    f"report_to={self.report_to!r} is unknown: choose none, or {' or '.join(TRACKERS)}, or several with "
-                    "commas between them"
+                    f"report_to={self.report_to!r} is unknown: choose none, or {' or '.join(TRACKERS)}, or both "
+                    "with a comma between them"
                 )
 
     @property

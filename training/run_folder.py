@@ -28,6 +28,7 @@ from reward import ScoreScale, score_title
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
 from runtime.hub import resolved_commit
+from training.card import write_card
 from training.checkpoints import (
     find_corruption,
     list_checkpoints,
@@ -286,11 +287,12 @@ class RunFolder:
         self.seconds_saving += time.perf_counter() - begun
 
     def _save_policy(self) -> Path:
-        """Write policy, critic and tokenizer into a temporary folder, and wait until they are on the disk."""
+        """Write policy, critic, tokenizer and card into a temporary folder, and wait until they are on the disk."""
         fresh = self.path / ".partial"
         remove(fresh)
         self.models.policy.save_pretrained(fresh)
         self.models.tokenizer.save_pretrained(fresh / "policy_lm")
+        write_card(self.path, fresh / "policy_lm")
         for path in fresh.rglob("*"):
             fsync(path)
         return fresh
