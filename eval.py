@@ -49,6 +49,7 @@ from runtime.distributed import (
 )
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.hub import quiet_libraries
+from training.card import add_results
 from training.parts import load_models
 from utils import uniforms
 
@@ -60,7 +61,7 @@ Judge = Callable[[list[str]], np.ndarray]
 
 
 def main(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate, print the table, write results, summary and report; returns the summary."""
+    """Evaluate, print the table, write results, summary, report and model card; returns the summary."""
     quiet_libraries()
     out_csv = Path(cfg.out_csv)
     with process_group(cfg.device):
@@ -76,6 +77,9 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         print(table(summary))
         page = beside(out_csv, "report.html")
         print(f"\nwritten: {out_csv}, {beside(out_csv, 'summary.json')}, and to look at: {page}")
+        home, policy = find_run(cfg.policy_path), Path(cfg.policy_path)
+        if home is not None and policy.is_dir():
+            add_results(home, policy, summary, table_rows(summary))
         return summary
 
 

@@ -37,6 +37,7 @@ from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, write_atomic
 from runtime.hub import quiet_libraries
+from training.card import write_card
 from training.parts import load_models
 
 FARTHEST = 8.0  # alpha beyond which no KL is looked for
@@ -176,6 +177,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
             line.policy.lm.save_pretrained(folder / "policy_lm")
             comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
             write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")
+            write_card(folder, folder / "policy_lm")
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
