@@ -83,8 +83,11 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         return summary
 
 
-def settings_of_run(cfg: EvalConfig) -> TrainConfig:
-    """The settings of the run that made the policy, or train.py's defaults, with the flags given in their place."""
+def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
+    """The settings of the run that made the policy, or train.py's defaults, with the flags given in their place.
+
+    Raises UserError, also where the run names Python code as its reward and no flag does, unless no reward is needed.
+    """
     folder = Path(cfg.policy_path)
     if cfg.policy_path == EvalConfig.policy_path and not folder.exists():
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
@@ -95,7 +98,7 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
         raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         print(f"note: {cfg.policy_path} is not part of a run, so train.py's defaults apply where no flag is given")
-    if home and python_reward(run.rm_name) and cfg.rm_name is None:
+    if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:
         raise UserError(refuse_code(home / "config.json", run.rm_name))
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None

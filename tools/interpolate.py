@@ -9,7 +9,6 @@ The weights are theta_ref + alpha (theta_policy - theta_ref), where theta_policy
 linear interpolation towards the initial weights and the averaging of WARP (Rame et al. 2024, arXiv 2406.16768).
 """
 
-import itertools
 import json
 import math
 import sys
@@ -94,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
     """Command line -> settings; words before the first flag are runs (raises UserError)."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    cfg = parse_flags(InterpolateConfig, ["--runs", *runs, *words[len(runs) :]] if runs else words, __doc__)
+    cfg = parse_flags(InterpolateConfig, argv, __doc__, first="runs")
     if cfg.kl is None and not cfg.curve:
         raise UserError("nothing to do: ask for --kl NATS --out DIR, or for --curve")
     if cfg.kl is not None and not 0 < cfg.kl < math.inf:
