@@ -9,6 +9,7 @@ The weights are theta_ref + alpha (theta_policy - theta_ref), where theta_policy
 linear interpolation towards the initial weights and the averaging of WARP (Rame et al. 2024, arXiv 2406.16768).
 """
 
+import itertools
 import json
 import math
 import sys
