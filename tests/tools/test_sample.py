@@ -166,12 +166,12 @@ def test_prompts_are_asked_for_until_the_end(end: bytes | None, code: int, finis
     assert b"error: prompt has" in read_until(master, b"> ", b"error")
     os.write(master, b"The plot\n")
     assert b"\x1b[30;48;5;" in read_until(master, b"> ", b"nats, ")
-    if end is None:
-        assert process.pid
-        os.kill(process.pid, signal.SIGINT)
-    else:
+    if end is not None:
         os.write(master, end)
-    process.join(60)
+    for _ in range(10):  # a signal just before readline waits is only seen with the next one
+        if end is None and process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGINT)
+        process.join(6)
     os.close(slave)
     os.close(master)
     assert process.exitcode == code
