@@ -75,8 +75,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def sha256(path: Path) -> str:
     """The SHA-256 checksum of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
