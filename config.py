@@ -21,8 +21,8 @@ from transformers.hf_argparser import HfArgumentParser
 # torch reads this once, when it is imported; pyproject.toml makes the linter put imports from this file before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-if sys.version_info < (3, 11):  # noqa: UP036 (before a newer function is missing in the middle of a run)
-    raise SystemExit("error: this needs Python 3.11 or newer")
+if sys.version_info < (3, 10):  # noqa: UP036 (before a newer function is missing in the middle of a run)
+    raise SystemExit("error: this needs Python 3.10 or newer")
 
 T = TypeVar("T")
 

@@ -368,7 +368,7 @@ def check_target(out_csv: Path) -> None:
 def write(results: pd.DataFrame, summary: dict[str, Any], out_csv: Path) -> None:
     """Write all three files, each whole or not at all (raises UserError where the folder cannot be written)."""
     try:
-        write_atomic(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+        write_atomic(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
         write_atomic(beside(out_csv, "summary.json"), json.dumps(summary, indent=2) + "\n")
         home = find_run(summary["settings"]["policy_path"])
         write_report(results, summary, table_rows(summary), home, beside(out_csv, "report.html"))

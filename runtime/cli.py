@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from config import OneLineParser, UserError
@@ -28,6 +29,9 @@ def run(main: Callable[[], object]) -> int:
 
     Wrong input is one line on stderr. 130 is Ctrl-C before there was anything to save.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a stream that is no file
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack letters of a text
     try:
         main()
     except UserError as error:

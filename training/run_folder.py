@@ -344,7 +344,7 @@ def git_commit() -> str | None:
     """The commit of this code, where it is a git checkout and git is installed."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
     except OSError:
         return None
     return done.stdout.strip() or None
