@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluation.report import BEST, GREY, PATH, as_image, new_figure, write_page
+from evaluation.report import GREY, PATH, as_image, new_figure, write_page
 from evaluation.table import ANY_UNIT
 from reward import score_title
 
@@ -147,7 +147,7 @@ def plane_image(runs: Sequence[ComparedRun]) -> str:
     """Score against KL as an image, or why there is none."""
     if all(run.path is None and not run.evaluations for run in runs):
         return '<p class="soft">None of these runs has been evaluated: python eval.py --policy_path RUN/policy_lm</p>'
-    figure, (axis,) = new_figure(1, size=(6.8, 4.2))
+    figure, (axis,) = new_figure(1, size=(5.8, 3.9))
     draw_plane(axis, runs)
     return f'<div class="plane">{as_image(figure, "Reward against KL")}</div>'
 
@@ -171,14 +171,14 @@ def draw_plane(axis: Any, runs: Sequence[ComparedRun]) -> None:
 
 
 def draw_best_possible(axis: Any, runs: Sequence[ComparedRun]) -> None:
-    """Draw the best possible score at each KL, where an evaluation with --frontier found it and all share a reward."""
+    """Draw what is possible at each KL, where an evaluation with --frontier found it and all share a reward."""
     known = [one for run in runs for one in run.evaluations if "optimal_curve" in one]
     if known and len({run.settings.get("rm_name") for run in runs}) == 1:
         curve = max(known, key=lambda one: one["kl_certain"])["optimal_curve"]
         farthest = 1.3 * max(one["kl_seq_exact"] for run in runs for one in run.evaluations)
         near = np.array(curve["kl"]) <= farthest
-        axis.plot(np.array(curve["kl"])[near], np.array(curve["score_mean"])[near], color=BEST, linestyle=":",
-                  label="best possible")  # fmt: skip
+        axis.plot(np.array(curve["kl"])[near], np.array(curve["score_mean"])[near], color=GREY, linestyle=":",
+                  label="possible, at least")  # fmt: skip
 
 
 def picture(runs: Sequence[ComparedRun]) -> Any:

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"out={cfg.out} must end in .html: the picture takes the same name with .png")
     folders = list(dict.fromkeys(Path(name) for name in cfg.runs))
     evaluations = find_evaluations(folders, [Path(name) for name in cfg.summaries])
-    runs = [read_run(folder, evaluations[folder]) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    runs = [read_run(folder, evaluations[folder], name) for folder, name in zip(folders, names, strict=True)]
     notes = what_to_mind(runs)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written: {page} and {page.with_suffix('.png')}")
 
 
-def read_run(folder: Path, evaluations: list[dict[str, Any]]) -> ComparedRun:
-    """A run as its folder has it (raises UserError where that is not one that has taken a step)."""
+def read_run(folder: Path, evaluations: list[dict[str, Any]], name: str) -> ComparedRun:
+    """A run as its folder has it, under a name (raises UserError where that is not one that has taken a step)."""
     if not is_run(folder):
         raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
     known = saved_settings(folder / "config.json")
@@ -73,9 +75,10 @@ def read_run(folder: Path, evaluations: list[dict[str, Any]]) -> ComparedRun:
     if not len(metrics):
         raise UserError(f"runs: {folder} has taken no step yet: wait for its first")
     names = [f.name for f in fields(TrainConfig) if f.name in known and f.name not in SILENT | {"report_to"}]
-    settings = {name: about[name] for name in [*names, "device_name", "git_commit"] if name in about}
+    settings = {name: about.get(name) for name in [*names, "device_name"]}
+    settings["git_commit"] = str(about.get("git_commit") or "unknown")[:10]
     path = read_columns(folder, "eval.csv", PATH)
-    return ComparedRun(str(folder), settings, saved_label(folder / "config.json"), metrics, path, evaluations)
+    return ComparedRun(name, settings, saved_label(folder / "config.json"), metrics, path, evaluations)
 
 
 def what_to_mind(runs: Sequence[ComparedRun]) -> list[str]:
