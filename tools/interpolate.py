@@ -266,7 +266,7 @@ def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
         name: [float(np.interp(kl, curve.kl, curve.optimal_share, math.nan, math.nan)) for kl in kls]
         for name, curve in curves.items()
     }
-    shares = pd.DataFrame(rows, [f"{kl:g} nats" for kl in kls]).T
+    shares = pd.DataFrame(rows, [f"{kl:g} nat{'s' * (kl != 1)}" for kl in kls]).T
     if len(shares) > 1:
         shares.loc["mean"] = shares.mean()
     return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")
