@@ -149,16 +149,27 @@ def load_prompts(
 
     Raises UserError where none remains.
     """
-    window = 8 * max_prompt_len  # characters; nearly always enough, so that long reviews are not tokenised whole
-    heads = [_head(text, window) for text in texts]
-    prompts = _tokenize(tokenizer, heads)
-    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
-        if head != text and len(prompts[i]) < max_prompt_len:
-            prompts[i] = _tokenize(tokenizer, [text])[0]
-    prompts = [ids[:max_prompt_len] for ids in prompts if len(ids) >= min_prompt_len]
+    prompts: list[list[int]] = []
+    for first in range(0, len(texts), AT_A_TIME):
+        prompts += _heads(tokenizer, texts[first : first + AT_A_TIME], max_prompt_len)
+    prompts = [ids for ids in prompts if len(ids) >= min_prompt_len]
     if not prompts:
         raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
     return prompts
+
+
+AT_A_TIME = 1000  # texts: what the tokenizer keeps of each until it returns is many times its tokens
+
+
+def _heads(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int) -> list[list[int]]:
+    """The first `longest` tokens of each text."""
+    window = 8 * longest  # characters; nearly always enough, so that long reviews are not tokenised whole
+    heads = [_head(text, window) for text in texts]
+    rows = _tokenize(tokenizer, heads)
+    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+        if head != text and len(rows[i]) < longest:
+            rows[i] = _tokenize(tokenizer, [text])[0]
+    return [ids[:longest] for ids in rows]
 
 
 def _head(text: str, window: int) -> str:
