@@ -1,0 +1,191 @@
+"""A museum of classic bugs of PPO on language models: plants one at a time, trains with it, and shows what it costs.
+
+    python -m tools.pitfalls --bug shift                  one bug: what the self-audit says of it
+    python -m tools.pitfalls --bug shift --audit false    trains with it all the same, and evaluates
+    python -m tools.pitfalls --seeds 0,1,2                all of them, without the audit, beside the right run
+    python -m tools.pitfalls --draw results/pitfalls.csv  only the table and the figure
+
+The policy that a run leaves is evaluated without the bug. metrics.csv is what the run with the bug reported itself.
+Runs that are in the table already are skipped, so the same command again does what is left.
+"""
+
+import json
+import random
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import EvalConfig, TrainConfig, UserError, opt, parse_config
+
+import pandas as pd
+import torch
+
+import eval as eval_script
+import train
+from data import load_examples
+from pretrain.tiny_world import resolve_name
+from runtime.cli import Stopped, numbers, parse_flags, run, words
+from runtime.files import check_table_path, read_table, remove, write_atomic
+from tools.bugs import BUGS, Bug, planted, replaced
+from training.audit import audit
+from training.diagnostics import Diagnostics
+from training.session import Session
+
+RIGHT = "right"  # the name of the run without a bug
+KEY = ("bug", "seed")
+CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
+          "explained_var", "grad_norm")  # fmt: skip
+TAIL = 5  # steps at the end over which a curve is averaged
+TRAIN = "--preset=tiny --total_steps=20 --eval_every=0 --sample_every=20 --save_every=10"
+EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=300"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PitfallsConfig:
+    """Settings of `python -m tools.pitfalls`."""
+
+    bug: str | None = opt(None, "Only this bug, or right for the run without one (default: all of them).")
+    audit: bool | None = opt(None, "Let the self-audit refuse to train (default: true with --bug, else false).")
+    seeds: str = opt("0", "Seeds for each bug.")
+    train: str = opt(TRAIN, "Flags of train.py; without --dataset the prompts are openings of 4 to 14 words.")
+    evaluate: str = opt(EVALUATE, "Flags of eval.py.")
+    folder: str = opt("pitfalls", "Where the runs are kept.")
+    csv: str = opt("results/pitfalls.csv", "The table; _curves.csv and .png are written beside it.")
+    draw: str | None = opt(None, "Only print and draw this table.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, then print and draw (raises UserError)."""
+    cfg = parse_flags(PitfallsConfig, argv, __doc__)
+    names = [RIGHT, *(bug.name for bug in BUGS)]
+    if cfg.bug is not None and cfg.bug not in names:
+        raise UserError(f"bug={cfg.bug!r} is unknown: choose {', '.join(names)}")
+    chosen = [bug for bug in (None, *BUGS) if cfg.bug in (None, name_of(bug))]
+    path = Path(cfg.csv)
+    check_table_path(path)
+    for seed in numbers("seeds", cfg.seeds, int):
+        for bug in chosen:
+            if not is_done(path, bug, seed):
+                try:
+                    row, curves = one_run(cfg, bug, seed)
+                except (UserError, Stopped) as error:
+                    print(f"{name_of(bug)} seed {seed} failed: {error}", flush=True)
+                    continue
+                append_rows(curves_path(path), curves)
+                append_rows(path, pd.DataFrame([row]))
+                print(f"{row['bug']} seed {seed}: score {row['score']:+.2f}, KL {row['kl']:.2f}", flush=True)
+
+
+def name_of(bug: Bug | None) -> str:
+    """A bug's name, also of none."""
+    return RIGHT if bug is None else bug.name
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def one_run(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Train with the bug and evaluate without it; returns the row for the table, and the run's own curves."""
+    folder = Path(cfg.folder) / f"{name_of(bug)}_seed{seed}"
+    remove(folder)
+    folder.mkdir(parents=True)
+    flags = [*words("train", cfg.train), *(bug.flags if bug else ()), f"--seed={seed}"]
+    if "--dataset" not in cfg.train:
+        flags += [f"--dataset={write_openings(Path(cfg.folder))}", "--min_prompt_len=4", "--max_prompt_len=16"]
+    judged = [*words("evaluate", cfg.evaluate), f"--policy_path={folder / 'run' / 'policy_lm'}",
+              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        settings = train_with(bug, [*flags, f"--ckpt_dir={folder / 'run'}"])
+        summary = eval_script.main(parse_config(EvalConfig, judged))
+    metrics = pd.read_csv(folder / "run" / "metrics.csv")
+    curves = metrics[["step", *CURVES]].assign(bug=name_of(bug), seed=seed)
+    return {"bug": name_of(bug), "seed": seed, **figures(summary, metrics, settings),
+            "train": shlex.join(flags), "evaluate": shlex.join(judged)}, curves  # fmt: skip
+
+
+def train_with(bug: Bug | None, flags: list[str]) -> TrainConfig:
+    """Train with a bug and without the self-audit; returns the settings."""
+    settings = parse_config(TrainConfig, flags)
+    torch.manual_seed(settings.seed)
+    with planted(bug), replaced(audit, lambda *_: None):
+        if bug is not None and bug.resumed:
+            with stopped_after(settings.total_steps // 2):
+                train.main(settings)
+            settings = parse_config(TrainConfig, [*flags, "--resume"])
+        train.main(settings)
+    return settings
+
+
+@contextmanager
+def stopped_after(last: int) -> Iterator[None]:
+    """A context in which runs are stopped and saved after a step."""
+    right = Session.steps
+
+    def some_steps(self: Session) -> Iterator[int]:
+        for step in right(self):
+            yield step
+            if step == last:
+                self.save()
+                return
+
+    with replaced(right, some_steps):
+        yield
+
+
+def write_openings(folder: Path) -> str:
+    """A file of prompts of 4 to 14 words, so that batches have padding; those of the tiny preset are equally long."""
+    path = folder / "openings.jsonl"
+    texts, _ = load_examples(resolve_name("tiny:reviews"), "train", "text")
+    lengths = random.Random(0)
+    rows = [json.dumps({"text": " ".join(text.split()[: lengths.randint(4, 14)])}) for text in texts]
+    write_atomic(path, "\n".join(rows) + "\n")
+    return str(path)
+
+
+def figures(summary: dict[str, Any], metrics: pd.DataFrame, settings: TrainConfig) -> dict[str, Any]:
+    """What the evaluation found, and what the run reported: means of its last steps, and the warnings it printed."""
+    ours, base = summary["policy"], summary["base"]
+    diagnostics, tail = Diagnostics(settings), metrics.tail(TAIL)
+    for row in metrics.to_dict("records"):
+        diagnostics.warnings(row)
+    return {
+        "n": summary["n"], "score": ours["score_mean"], "score_ci": json.dumps(ours["score_ci"]),
+        "kl": summary["kl_seq_exact"], "kl_ci": json.dumps(summary["kl_seq_exact_ci"]),
+        "length": ours["response_len"], "length_ci": json.dumps(ours["response_len_ci"]),
+        "judge": ours["judge_positive_rate"], "judge_ci": json.dumps(ours["judge_positive_rate_ci"]),
+        "win_rate": summary["win_rate"], "perplexity_ratio": ours["perplexity"] / base["perplexity"],
+        "base_score": base["score_mean"], "base_length": base["response_len"],
+        "base_judge": base["judge_positive_rate"], "verdict": summary["verdict"],
+        "reported_score": tail.score_mean.mean(), "reported_kl": tail.kl_seq.mean(),
+        "reported_length": tail.response_len.mean(), "warnings": " ".join(sorted(diagnostics.given)),
+    }  # fmt: skip
+
+
+def is_done(path: Path, bug: Bug | None, seed: int) -> bool:
+    """Whether a run is in the table."""
+    if not path.is_file():
+        return False
+    table = read_table(path, *KEY)
+    return bool(((table.bug == name_of(bug)) & (table.seed == seed)).any())
+
+
+def append_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Add the rows of one run to a table, in place of older ones of the same run."""
+    if path.is_file():
+        old = read_table(path, *KEY)
+        same = (old.bug == rows.bug.iloc[0]) & (old.seed == rows.seed.iloc[0])
+        rows = pd.concat([old[~same], rows])
+    write_atomic(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+
+
+def curves_path(path: Path) -> Path:
+    """The table of curves, beside the table of runs."""
+    return path.with_name(f"{path.stem}_curves.csv")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
