@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,27 @@ from config import EvalConfig, TrainConfig, UserError, opt, parse_config
 import pandas as pd
 import torch
 
-import eval as eval_script
 import train
 from data import load_examples
+from eval import Comparison, Judge, compare, held_out_prompts, second_judge, settings_of_run
+from evaluation.summary import summarise
 from pretrain.tiny_world import resolve_name
 from runtime.cli import Stopped, numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, remove, write_atomic
 from tools.bugs import BUGS, Bug, planted, replaced
 from training.audit import audit
 from training.diagnostics import Diagnostics
+from training.parts import load_models, load_policy
+from training.plots import plot_curves
 from training.session import Session
 
 RIGHT = "right"  # the name of the run without a bug
 KEY = ("bug", "seed")
 CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
           "explained_var", "grad_norm")  # fmt: skip
-TAIL = 5  # steps at the end over which a curve is averaged
-TRAIN = "--preset=tiny --total_steps=20 --eval_every=0 --sample_every=20 --save_every=10"
-EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=300"
+TAIL = 4  # steps at the end over which a curve is averaged
+TRAIN = "--preset=tiny --total_steps=12 --lr=2e-4 --eval_every=0 --sample_every=12 --save_every=6"
+EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [bug for bug in (None, *BUGS) if cfg.bug in (None, name_of(bug))]
     path = Path(cfg.csv)
     check_table_path(path)
+    evaluator = Evaluator(words("evaluate", cfg.evaluate))
     for seed in numbers("seeds", cfg.seeds, int):
         for bug in chosen:
             if not is_done(path, bug, seed):
                 try:
-                    row, curves = one_run(cfg, bug, seed)
+                    row, curves = one_run(cfg, bug, seed, evaluator)
                 except (UserError, Stopped) as error:
                     print(f"{name_of(bug)} seed {seed} failed: {error}", flush=True)
                     continue
@@ -88,7 +92,40 @@ def name_of(bug: Bug | None) -> str:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def one_run(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+class Evaluator:
+    """Compares policies with base as eval.py does; base's answers and the second judge are made once for all."""
+
+    def __init__(self, flags: list[str]) -> None:
+        """Keep the flags of eval.py."""
+        self.flags = flags
+        self.comparison: Comparison | None = None
+        self.judge: Judge | None = None
+        self.known: dict[int, pd.DataFrame] = {}
+
+    def summary(self, policy: Path) -> dict[str, Any]:
+        """All estimates of evaluation/summary.py for a policy (raises UserError)."""
+        cfg = parse_config(EvalConfig, [*self.flags, f"--policy_path={policy}"])
+        if self.comparison is None:
+            settings = settings_of_run(cfg)
+            models = load_models(settings, cfg.policy_path)
+            prompts = held_out_prompts(cfg, settings, models.tokenizer)
+            self.comparison, self.judge = Comparison(cfg.seed, settings, models, prompts), second_judge(cfg, settings)
+        settings, models = self.comparison.run, self.comparison.models
+        tuned, _ = load_policy(settings, str(policy))
+        comparison = replace(self.comparison, models=replace(models, policy=tuned))
+        for first in range(0, len(comparison.prompts), cfg.batch_size):
+            rows = slice(first, first + cfg.batch_size)
+            self.known[first] = compare(comparison, rows, self.known.get(first))
+        results = pd.concat(self.known.values())
+        if self.judge is not None:
+            for name in ("policy", "base"):
+                results[f"{name}_judge"] = self.judge(results[f"{name}_text"].tolist())
+        return summarise(results, models.reward.label, settings.target_label)
+
+
+def one_run(
+    cfg: PitfallsConfig, bug: Bug | None, seed: int, evaluator: Evaluator
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train with the bug and evaluate without it; returns the row for the table, and the run's own curves."""
     folder = Path(cfg.folder) / f"{name_of(bug)}_seed{seed}"
     remove(folder)
@@ -96,22 +133,20 @@ def one_run(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> tuple[dict[str, 
     flags = [*words("train", cfg.train), *(bug.flags if bug else ()), f"--seed={seed}"]
     if "--dataset" not in cfg.train:
         flags += [f"--dataset={write_openings(Path(cfg.folder))}", "--min_prompt_len=4", "--max_prompt_len=16"]
-    judged = [*words("evaluate", cfg.evaluate), f"--policy_path={folder / 'run' / 'policy_lm'}",
-              f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         settings = train_with(bug, [*flags, f"--ckpt_dir={folder / 'run'}"])
-        summary = eval_script.main(parse_config(EvalConfig, judged))
+        summary = evaluator.summary(folder / "run" / "policy_lm")
     metrics = pd.read_csv(folder / "run" / "metrics.csv")
     curves = metrics[["step", *CURVES]].assign(bug=name_of(bug), seed=seed)
-    return {"bug": name_of(bug), "seed": seed, **figures(summary, metrics, settings),
-            "train": shlex.join(flags), "evaluate": shlex.join(judged)}, curves  # fmt: skip
+    row = {"bug": name_of(bug), "seed": seed, **figures(summary, metrics, settings)}
+    return row | {"train": shlex.join(flags), "evaluate": cfg.evaluate}, curves
 
 
 def train_with(bug: Bug | None, flags: list[str]) -> TrainConfig:
     """Train with a bug and without the self-audit; returns the settings."""
     settings = parse_config(TrainConfig, flags)
     torch.manual_seed(settings.seed)
-    with planted(bug), replaced(audit, lambda *_: None):
+    with planted(bug), replaced(audit, lambda *_: None), replaced(plot_curves, lambda *_: None):
         if bug is not None and bug.resumed:
             with stopped_after(settings.total_steps // 2):
                 train.main(settings)

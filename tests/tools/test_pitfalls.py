@@ -1,7 +1,5 @@
 """Every planted bug is caught: by the fact of the self-audit that its entry names, and by the test that it names."""
 
-from pathlib import Path
-
 import pytest
 from conftest import run
 
