@@ -277,7 +277,8 @@ BUGS = [
     ),
     Bug(
         "prompt_trained", "Tokens of the prompt are trained on, as if the policy had written them.",
-        collect_rollout, lambda: _with_prompt, None, "",
+        collect_rollout, lambda: _with_prompt, None,
+        "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
     ),
     Bug(
         "positions", "Scoring counts padding on the left in the positions; sampling does not.",
@@ -305,12 +306,12 @@ BUGS = [
     Bug(
         "temperature", "Responses are sampled at temperature 0.7 and scored at 1.",
         sample_responses, lambda: _sample_colder, SAME_DISTRIBUTION,
-        "tests/test_model.py::test_generate_reports_the_logprobs_that_scoring_finds",
+        "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
     ),
     Bug(
         "top_p", "Responses are sampled with top-p 0.9 and scored without.",
         sample_responses, lambda: _sample_top_p, SAME_DISTRIBUTION,
-        "tests/test_model.py::test_generate_reports_the_logprobs_that_scoring_finds",
+        "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
     ),
     Bug(
         "kl_sign", "The KL term of the reward has the wrong sign, so that distance from the reference is paid.",
@@ -346,11 +347,13 @@ BUGS = [
     ),
     Bug(
         "whitened_returns", "The critic's targets are computed from whitened advantages.",
-        compute_gae, lambda: _whitened_returns, None, "tests/test_utils.py::test_compute_gae_equals_its_definition",
+        compute_gae, lambda: _whitened_returns, None,
+        "tests/test_utils.py::test_compute_gae_at_lambda_1_returns_the_reward_to_go",
     ),
     Bug(
         "stale_logprobs", "The ratio is taken against the policy of one step ago.",
-        collect_rollout, _stale_logprobs, None, "",
+        collect_rollout, _stale_logprobs, None,
+        "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
     ),
     Bug(
         "no_clipping", "The gradient norm is computed and reported, but nothing is clipped.",

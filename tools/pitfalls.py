@@ -9,6 +9,7 @@ The policy that a run leaves is evaluated without the bug. metrics.csv is what t
 Runs that are in the table already are skipped, so the same command again does what is left.
 """
 
+import itertools
 import json
 import random
 import shlex
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from config import EvalConfig, TrainConfig, UserError, opt, parse_config
 
@@ -32,17 +33,14 @@ from pretrain.tiny_world import resolve_name
 from runtime.cli import Stopped, numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, remove, write_atomic
 from tools.bugs import BUGS, Bug, planted, replaced
+from tools.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
 from training.audit import audit
 from training.diagnostics import Diagnostics
 from training.parts import load_models, load_policy
 from training.plots import plot_curves
 from training.session import Session
 
-RIGHT = "right"  # the name of the run without a bug
 KEY = ("bug", "seed")
-CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
-          "explained_var", "grad_norm")  # fmt: skip
-TAIL = 4  # steps at the end over which a curve is averaged
 TRAIN = "--preset=tiny --total_steps=12 --lr=2e-4 --eval_every=0 --sample_every=12 --save_every=6"
 EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
 
@@ -51,8 +49,8 @@ EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=20
 class PitfallsConfig:
     """Settings of `python -m tools.pitfalls`."""
 
-    bug: str | None = opt(None, "Only this bug, or right for the run without one (default: all of them).")
-    audit: bool | None = opt(None, "Let the self-audit refuse to train (default: true with --bug, else false).")
+    bug: str | None = opt(None, "Show this bug alone, or right for the run without one (default: train all of them).")
+    audit: bool = opt(True, "With --bug: only show what the self-audit says. false trains with the bug.")
     seeds: str = opt("0", "Seeds for each bug.")
     train: str = opt(TRAIN, "Flags of train.py; without --dataset the prompts are openings of 4 to 14 words.")
     evaluate: str = opt(EVALUATE, "Flags of eval.py.")
@@ -62,31 +60,72 @@ class PitfallsConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is missing, then print and draw (raises UserError)."""
+    """Show one bug, or train what is missing of all of them, then print and draw (raises UserError)."""
     cfg = parse_flags(PitfallsConfig, argv, __doc__)
-    names = [RIGHT, *(bug.name for bug in BUGS)]
-    if cfg.bug is not None and cfg.bug not in names:
-        raise UserError(f"bug={cfg.bug!r} is unknown: choose {', '.join(names)}")
-    chosen = [bug for bug in (None, *BUGS) if cfg.bug in (None, name_of(bug))]
-    path = Path(cfg.csv)
-    check_table_path(path)
-    evaluator = Evaluator(words("evaluate", cfg.evaluate))
-    for seed in numbers("seeds", cfg.seeds, int):
-        for bug in chosen:
-            if not is_done(path, bug, seed):
-                try:
-                    row, curves = one_run(cfg, bug, seed, evaluator)
-                except (UserError, Stopped) as error:
-                    print(f"{name_of(bug)} seed {seed} failed: {error}", flush=True)
-                    continue
-                append_rows(curves_path(path), curves)
-                append_rows(path, pd.DataFrame([row]))
-                print(f"{row['bug']} seed {seed}: score {row['score']:+.2f}, KL {row['kl']:.2f}", flush=True)
+    if cfg.draw is None and cfg.bug is not None:
+        show(cfg, find(cfg.bug))
+        return
+    path = Path(cfg.draw or cfg.csv)
+    failed = 0 if cfg.draw else run_all(cfg, path)
+    table, curves = read_table(path, *KEY, "score"), read_table(curves_path(path), *KEY, *CURVES)
+    print(markdown(table, curves, {bug.name: bug.fact for bug in BUGS}))
+    picture(table, curves, path.with_suffix(".png"))
+    if failed:
+        raise UserError(f"{failed} runs failed, see above and log.txt in their folders")
+
+
+def find(name: str) -> Bug | None:
+    """The bug of a name, None for the right run (raises UserError)."""
+    found = {RIGHT: None, **{bug.name: bug for bug in BUGS}}
+    if name not in found:
+        raise UserError(f"bug={name!r} is unknown: choose {', '.join(found)}")
+    return found[name]
 
 
 def name_of(bug: Bug | None) -> str:
     """A bug's name, also of none."""
     return RIGHT if bug is None else bug.name
+
+
+def show(cfg: PitfallsConfig, bug: Bug | None) -> None:
+    """Print what the self-audit says of a bug; without the audit, train with it and print what came of it."""
+    print(f"{name_of(bug)}: {bug.wrong if bug else 'nothing is wrong.'}")
+    seed = numbers("seeds", cfg.seeds, int)[0]
+    if cfg.audit:
+        try:
+            with planted(bug):
+                train.main(parse_config(TrainConfig, [*train_flags(cfg, bug, seed), "--check"]))
+            print(f"The self-audit does not see it. This test does: python -m pytest {bug.test}" if bug else "")
+        except UserError as error:
+            print(error)
+        print("To train with it all the same: --audit false")
+        return
+    row, _ = one_run(cfg, bug, seed, Evaluator(words("evaluate", cfg.evaluate)), sys.stdout)
+    print(f"as its last steps reported: score {row['reported_score']:+.2f}, KL {row['reported_kl']:.2f}, "
+          f"length {row['reported_length']:.1f}, warnings: {row['warnings'] or 'none'}")  # fmt: skip
+    print(f"measured without the bug: score {row['score']:+.2f}, KL {row['kl']:.2f}, length {row['length']:.1f}")
+    print(row["verdict"])
+
+
+def run_all(cfg: PitfallsConfig, path: Path) -> int:
+    """Train and evaluate the runs that are not in the table; returns how many failed."""
+    check_table_path(path)
+    evaluator, failed = Evaluator(words("evaluate", cfg.evaluate)), 0
+    for seed, bug in itertools.product(numbers("seeds", cfg.seeds, int), [None, *BUGS]):
+        if is_done(path, bug, seed):
+            continue
+        try:
+            row, curves = one_run(cfg, bug, seed, evaluator)
+        except (UserError, Stopped) as error:
+            if isinstance(error, Stopped) and error.code >= 128:  # a signal
+                raise
+            failed += 1
+            print(f"{name_of(bug)} seed {seed} failed: {error}", flush=True)
+            continue
+        append_rows(curves_path(path), curves)
+        append_rows(path, pd.DataFrame([row]))
+        print(f"{name_of(bug)} seed {seed}: score {row['score']:+.2f}, KL {row['kl']:.2f}", flush=True)
+    return failed
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -124,22 +163,35 @@ class Evaluator:
 
 
 def one_run(
-    cfg: PitfallsConfig, bug: Bug | None, seed: int, evaluator: Evaluator
+    cfg: PitfallsConfig, bug: Bug | None, seed: int, evaluator: Evaluator, out: TextIO | None = None
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Train with the bug and evaluate without it; returns the row for the table, and the run's own curves."""
+    """Train with the bug and evaluate without it; returns the row for the table, and the run's own curves.
+
+    What training prints goes into log.txt, or to `out`.
+    """
     folder = Path(cfg.folder) / f"{name_of(bug)}_seed{seed}"
     remove(folder)
     folder.mkdir(parents=True)
-    flags = [*words("train", cfg.train), *(bug.flags if bug else ()), f"--seed={seed}"]
-    if "--dataset" not in cfg.train:
-        flags += [f"--dataset={write_openings(Path(cfg.folder))}", "--min_prompt_len=4", "--max_prompt_len=16"]
-    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+    flags = train_flags(cfg, bug, seed)
+    with (
+        (folder / "log.txt").open("w", encoding="utf-8") as log,
+        redirect_stdout(out or log),
+        redirect_stderr(out or log),
+    ):
         settings = train_with(bug, [*flags, f"--ckpt_dir={folder / 'run'}"])
         summary = evaluator.summary(folder / "run" / "policy_lm")
     metrics = pd.read_csv(folder / "run" / "metrics.csv")
     curves = metrics[["step", *CURVES]].assign(bug=name_of(bug), seed=seed)
     row = {"bug": name_of(bug), "seed": seed, **figures(summary, metrics, settings)}
     return row | {"train": shlex.join(flags), "evaluate": cfg.evaluate}, curves
+
+
+def train_flags(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> list[str]:
+    """The flags of train.py for a run."""
+    flags = [*words("train", cfg.train), *(bug.flags if bug else ()), f"--seed={seed}"]
+    if "--dataset" in cfg.train:
+        return flags
+    return [*flags, f"--dataset={write_openings(Path(cfg.folder))}", "--min_prompt_len=4", "--max_prompt_len=16"]
 
 
 def train_with(bug: Bug | None, flags: list[str]) -> TrainConfig:
@@ -174,6 +226,7 @@ def stopped_after(last: int) -> Iterator[None]:
 def write_openings(folder: Path) -> str:
     """A file of prompts of 4 to 14 words, so that batches have padding; those of the tiny preset are equally long."""
     path = folder / "openings.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     texts, _ = load_examples(resolve_name("tiny:reviews"), "train", "text")
     lengths = random.Random(0)
     rows = [json.dumps({"text": " ".join(text.split()[: lengths.randint(4, 14)])}) for text in texts]
