@@ -244,10 +244,10 @@ def figures(summary: dict[str, Any], metrics: pd.DataFrame, settings: TrainConfi
         "n": summary["n"], "score": ours["score_mean"], "score_ci": json.dumps(ours["score_ci"]),
         "kl": summary["kl_seq_exact"], "kl_ci": json.dumps(summary["kl_seq_exact_ci"]),
         "length": ours["response_len"], "length_ci": json.dumps(ours["response_len_ci"]),
-        "judge": ours["judge_positive_rate"], "judge_ci": json.dumps(ours["judge_positive_rate_ci"]),
+        "judge": ours.get("judge_positive_rate"), "judge_ci": json.dumps(ours.get("judge_positive_rate_ci")),
         "win_rate": summary["win_rate"], "perplexity_ratio": ours["perplexity"] / base["perplexity"],
         "base_score": base["score_mean"], "base_length": base["response_len"],
-        "base_judge": base["judge_positive_rate"], "verdict": summary["verdict"],
+        "base_judge": base.get("judge_positive_rate"), "verdict": summary["verdict"],
         "reported_score": tail.score_mean.mean(), "reported_kl": tail.kl_seq.mean(),
         "reported_length": tail.response_len.mean(), "warnings": " ".join(sorted(diagnostics.given)),
     }  # fmt: skip

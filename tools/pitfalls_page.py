@@ -19,7 +19,7 @@ COLUMNS = {  # heading -> column of the table, its factor, and how it is written
     "length": ("length", 1, "{:.1f}"),
     "second judge: positive, %": ("judge", 100, "{:.0f}"),
 }
-PANELS = {"score_mean": "reported_score", "kl_seq": "reported_kl"}
+PANELS = {"score_mean": ("score", 1.1), "kl_seq": ("kl", 8.0)}  # curve -> what was measured, and where axes end
 
 
 def markdown(table: pd.DataFrame, curves: pd.DataFrame, facts: dict[str, str | None]) -> str:
@@ -28,7 +28,7 @@ def markdown(table: pd.DataFrame, curves: pd.DataFrame, facts: dict[str, str | N
     lines = [_line(*heads), _line(*["---"] * len(heads))]
     first = table.iloc[0]
     base = {"score": first.base_score, "length": first.base_length, "judge": first.base_judge}
-    cells = (form.format(k * base[name]) if name in base else "" for name, k, form in COLUMNS.values())
+    cells = (_cell(pd.Series([k * base.get(name, np.nan)]), form) for name, k, form in COLUMNS.values())
     lines.append(_line("base", "", *cells, "", ""))
     for name in _names(table):
         runs = table[table.bug == name]
@@ -52,13 +52,15 @@ def what_tells(name: str, table: pd.DataFrame, curves: pd.DataFrame) -> str:
 def standing_out(name: str, curves: pd.DataFrame) -> list[str]:
     """The columns of metrics.csv that end outside the right runs' range in every run with a bug.
 
-    Each is averaged over its last steps, and the range is widened by its own width on both sides.
+    Each is averaged over its last steps, and the range is widened by its own width on both sides. explained_var is
+    left out: it means nothing once all scores are alike.
     """
-    ends = curves.groupby(["bug", "seed"])[list(CURVES)].apply(lambda run: run.tail(TAIL).mean())
+    judged = [column for column in CURVES if column != "explained_var"]
+    ends = curves.groupby(["bug", "seed"])[judged].apply(lambda run: run.tail(TAIL).mean())
     low, high = ends.loc[RIGHT].min(), ends.loc[RIGHT].max()
     width = high - low
     found = ends.loc[name]
-    return [column for column in CURVES if (found[column] > high[column] + width[column]).all()
+    return [column for column in judged if (found[column] > high[column] + width[column]).all()
             or (found[column] < low[column] - width[column]).all()]  # fmt: skip
 
 
@@ -72,11 +74,12 @@ def picture(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     for i, name in enumerate(names):
         axes = cells[i // across, i % across].subplots(2, 1, sharex=True)
         cells[i // across, i % across].suptitle(name, fontsize=11)
-        for axis, (column, _) in zip(axes, PANELS.items(), strict=True):
+        for axis, column in zip(axes, PANELS, strict=True):
             _panel(axis, column, name, table, curves)
-        for axis in axes if i % across else ():
-            axis.set_yticklabels([])
-        if i % across == 0:
+        if i % across:
+            for axis in axes:
+                axis.set_yticklabels([])
+        else:
             axes[0].set_ylabel("score")
             axes[1].set_ylabel("KL, nats")
     handles, labels = cells[0, 0].axes[0].get_legend_handles_labels()
@@ -87,16 +90,16 @@ def picture(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
 def _panel(axis: Axes, column: str, name: str, table: pd.DataFrame, curves: pd.DataFrame) -> None:
     right = curves[curves.bug == RIGHT].groupby("step")[column]
     ours = curves[curves.bug == name].groupby("step")[column]
-    steps, measured = sorted(curves.step.unique()), {"score_mean": "score", "kl_seq": "kl"}[column]
-    axis.fill_between(steps, right.min(), right.max(), color="0.8", label="right runs, reported")
+    steps, (measured, end) = sorted(curves.step.unique()), PANELS[column]
+    axis.fill_between(steps, right.min(), right.max(), color="0.8", label="right runs, as they reported")
     axis.fill_between(steps, ours.min(), ours.max(), color="tab:red", alpha=0.25)
-    axis.plot(ours.mean(), color="tab:red", label="with the bug, reported")
-    end = max(steps) + 1
-    for bug, colour, label in ((RIGHT, "0.4", "right, measured"), (name, "tab:blue", "with the bug, measured")):
-        values = table[table.bug == bug][measured]
-        axis.plot([end] * len(values), values, "o", color=colour, markersize=4, label=label)
-    axis.set_ylim((-1.1, 1.1) if column == "score_mean" else (-8, 8))
+    axis.plot(ours.mean(), color="tab:red", label="runs with the bug, as they reported")
+    for bug, colour, label in ((RIGHT, "0.4", "right runs, measured"), (name, "tab:blue", "with the bug, measured")):
+        values = table[table.bug == bug][measured].clip(-0.95 * end, 0.95 * end)
+        axis.plot([max(steps) + 1] * len(values), values, "o", color=colour, markersize=4, label=label)
+    axis.set_ylim(-end, end)
     axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xticks(steps[3::4])
     axis.tick_params(labelsize=8)
 
 
@@ -106,6 +109,8 @@ def _names(table: pd.DataFrame) -> list[str]:
 
 
 def _cell(values: pd.Series, form: str) -> str:
+    if values.isna().any():
+        return ""
     spread = "" if len(values) == 1 else f" ({form.format(values.min())} to {form.format(values.max())})"
     return form.format(values.mean()) + spread
 
