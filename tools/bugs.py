@@ -274,44 +274,53 @@ BUGS = [
         GPT2WithValueHead.response_hidden, lambda: _read_one_late,
         "a token's log-probability is the library's own cross-entropy",
         "tests/test_model.py::test_evaluate_responses_equals_the_library_loss",
+        shipped="the project that this one replaces",
     ),
     Bug(
         "prompt_trained", "Tokens of the prompt are trained on, as if the policy had written them.",
         collect_rollout, lambda: _with_prompt, None,
         "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
+        shipped="the project that this one replaces; trlX in its logged KL",
     ),
     Bug(
         "positions", "Scoring counts padding on the left in the positions; sampling does not.",
         GPT2WithValueHead.response_hidden, lambda: _count_padding, "padding changes nothing",
         "tests/test_model.py::test_evaluate_responses_is_unmoved_by_padding",
+        shipped="reported in TRL #469 and #6800, OpenRLHF #217, trlX PR #509",
     ),
     Bug(
         "eos_untrained", "The response mask leaves EOS out, because it has the id of padding.",
         _Sampler.sequences, lambda: _without_eos, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
+        shipped="trlX on GPT-2; reported in TRL #3750, #1893, #2387",
     ),
     Bug(
         "padding_trained", "The padding after EOS counts as part of the response.",
         _Sampler.sequences, lambda: _with_padding, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
+        shipped="TRL, in its statistics",
     ),
     Bug(
         "score_place", "The score is paid in the last column, which is padding where a response ended earlier.",
         shape_rewards, lambda: _paid_in_the_last_column, "the score lands on the last real token",
         "tests/test_utils.py::test_shape_rewards_of_hand_built_rows",
+        shipped="TRL, on the token after EOS",
     ),
     Bug(
         "dropout", "Dropout of 10 % is on while the policy is scored and trained.",
         GPT2WithValueHead.response_hidden, lambda: _with_dropout, "two forward passes agree (no dropout)",
         "tests/test_ppo.py::test_ratio_is_1_before_the_first_step",
+        shipped="OpenRLHF on GPT-2",
     ),
     Bug(
         "temperature", "Responses are sampled at temperature 0.7 and scored at 1.",
         sample_responses, lambda: _sample_colder, SAME_DISTRIBUTION,
         "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
+        shipped="trlX",
     ),
     Bug(
         "top_p", "Responses are sampled with top-p 0.9 and scored without.",
         sample_responses, lambda: _sample_top_p, SAME_DISTRIBUTION,
         "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
+        shipped="the project that this one replaces; negative KL in TRL #925, #417, #256, #615, #1161, MedicalGPT #374",
     ),
     Bug(
         "kl_sign", "The KL term of the reward has the wrong sign, so that distance from the reference is paid.",
@@ -320,6 +329,7 @@ BUGS = [
     Bug(
         "kl_logged", "The KL that is logged is the k3 estimate with the ratio upside down; the penalty is right.",
         Rollout.kl, lambda: _k3_upside_down, None, "tests/test_ppo.py::test_rollout_metrics_equal_their_definitions",
+        shipped="trlX",
     ),
     Bug(
         "reference_is_policy", "The reference is the policy itself and not a copy, so the KL is always 0.",
@@ -339,11 +349,13 @@ BUGS = [
         "whiten_padding", "Advantages are whitened over padding as well.",
         whiten, lambda: _whiten_everything, None,
         "tests/test_utils.py::test_whiten_gives_mean_0_and_std_1_over_the_mask",
+        shipped="trlX; the project that this one replaces",
     ),
     Bug(
         "whiten_minibatch", "Advantages are whitened in each minibatch and not once over the batch.",
         accumulate_gradients, lambda: _whiten_again, None,
         "tests/test_ppo.py::test_advantages_are_whitened_once_over_the_whole_rollout",
+        shipped="OpenAI's lm-human-preferences, RL4LMs, trlX",
     ),
     Bug(
         "whitened_returns", "The critic's targets are computed from whitened advantages.",
@@ -354,20 +366,24 @@ BUGS = [
         "stale_logprobs", "The ratio is taken against the policy of one step ago.",
         collect_rollout, _stale_logprobs, None,
         "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
+        shipped="ratios that do not start at 1: TRL #454, trlX #107 and #508, NeMo-Aligner #68",
     ),
     Bug(
         "no_clipping", "The gradient norm is computed and reported, but nothing is clipped.",
         clip_grad_norm_, lambda: _clip_nothing, None, "tests/test_ppo.py::test_ppo_update_clips_the_gradient",
+        shipped="TRL #3961",
     ),
     Bug(
         "mean_of_means", "Each micro-batch divides by its own tokens, so tokens of short responses weigh more.",
         ppo_loss, lambda: _mean_of_means, None,
         "tests/test_ppo.py::test_ppo_update_equals_float64_for_every_micro_batch_size",
+        shipped="TRL; trlX sums without dividing",
         flags=("--micro_batch_size=2",),
     ),
     Bug(
         "resume_forgets", "A resumed run starts with an empty optimiser and the first value of beta.",
         load_checkpoint, lambda: _forgetful, None,
-        "tests/training/test_session.py::test_n_steps_equal_k_steps_and_a_resume", resumed=True,
+        "tests/training/test_session.py::test_n_steps_equal_k_steps_and_a_resume[5-]",
+        shipped="trlX; OpenRLHF in part; TRL #2657 cannot resume", resumed=True,
     ),
 ]  # fmt: skip

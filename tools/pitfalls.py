@@ -90,6 +90,8 @@ def name_of(bug: Bug | None) -> str:
 def show(cfg: PitfallsConfig, bug: Bug | None) -> None:
     """Print what the self-audit says of a bug; without the audit, train with it and print what came of it."""
     print(f"{name_of(bug)}: {bug.wrong if bug else 'nothing is wrong.'}")
+    if bug and bug.shipped:
+        print(f"Shipped by: {bug.shipped}.")
     seed = numbers("seeds", cfg.seeds, int)[0]
     if cfg.audit:
         try:

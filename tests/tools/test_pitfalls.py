@@ -109,3 +109,4 @@ def test_the_page_has_the_table_and_a_section_for_each_bug() -> None:
         assert f"`{bug.test}`" in sections[bug.name], bug.name
         assert ("the audit's" in sections[bug.name]) == (bug.fact is not None), bug.name
         assert (bug.fact or "") in sections[bug.name], bug.name
+        assert ("Shipped by" in sections[bug.name]) == bool(bug.shipped), bug.name
