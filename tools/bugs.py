@@ -20,15 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from model import (
-    GPT2WithValueHead,
-    Sequences,
-    _Sampler,
-    evaluate_both,
-    sample_responses,
-    transformer_forward,
-    visible_keys,
-)
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses, transformer_forward, visible_keys
 from ppo import Batch, Models, Rollout, accumulate_gradients, collect_rollout, ppo_loss
 from reward import find_label
 from training.checkpoints import load_checkpoint
@@ -104,15 +96,15 @@ def _sample_top_p(*args: Any, **named: Any) -> Sequences:
     return replace(sample_responses(*args, **{**named, "top_p": 0.9}), support=None)
 
 
-def _without_eos(self: _Sampler) -> Sequences:
-    seqs = _sequences(self)
-    ends = (seqs.responses == self.eos_id) & (seqs.response_mask.sum(1, keepdim=True) > 1)
+def _without_eos(*args: Any, **named: Any) -> Sequences:
+    seqs = sample_responses(*args, **named)
+    ends = (seqs.responses == named["eos_id"]) & (seqs.response_mask.sum(1, keepdim=True) > 1)
     return replace(seqs, response_mask=seqs.response_mask & ~ends)
 
 
-def _with_padding(self: _Sampler) -> Sequences:
-    seqs = _sequences(self)
-    responses = seqs.responses.masked_fill(~seqs.response_mask, self.eos_id)
+def _with_padding(*args: Any, **named: Any) -> Sequences:
+    seqs = sample_responses(*args, **named)
+    responses = seqs.responses.masked_fill(~seqs.response_mask, named["eos_id"])
     tokens = torch.cat([seqs.tokens[:, : seqs.prompt_len], responses], 1)
     return replace(seqs, tokens=tokens, response_mask=torch.ones_like(seqs.response_mask))
 
@@ -134,9 +126,6 @@ def _with_prompt(
         rollout, sequences=wide, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy,
         exact_kl=exact_kl, partial_scores=F.pad(rollout.partial_scores, (extra, 0), value=math.nan),
     )  # fmt: skip
-
-
-_sequences = _Sampler.sequences
 
 
 # --- how it is evaluated --------------------------------------------------------------------------------------------
@@ -290,12 +279,12 @@ BUGS = [
     ),
     Bug(
         "eos_untrained", "The response mask leaves EOS out, because it has the id of padding.",
-        _Sampler.sequences, lambda: _without_eos, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
+        sample_responses, lambda: _without_eos, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
         shipped="trlX on GPT-2; reported in TRL #3750, #1893, #2387",
     ),
     Bug(
         "padding_trained", "The padding after EOS counts as part of the response.",
-        _Sampler.sequences, lambda: _with_padding, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
+        sample_responses, lambda: _with_padding, EOS, "tests/test_model.py::test_generate_returns_consistent_masks",
         shipped="TRL, in its statistics",
     ),
     Bug(
