@@ -2,7 +2,7 @@
 
     python -m tools.pitfalls --bug shift                  one bug: what the self-audit says of it
     python -m tools.pitfalls --bug shift --audit false    trains with it all the same, and evaluates
-    python -m tools.pitfalls --seeds 0,1,2                all of them, without the audit, beside the right run
+    python -m tools.pitfalls --seeds 0,1,2,3              all of them, without the audit, beside the right run
     python -m tools.pitfalls --draw results/pitfalls.csv  only the table and the figure
 
 The policy that a run leaves is evaluated without the bug. metrics.csv is what the run with the bug reported itself.

@@ -41,12 +41,15 @@ def markdown(table: pd.DataFrame, curves: pd.DataFrame, facts: dict[str, str | N
 
 
 def what_tells(name: str, table: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """The warnings that every run with a bug printed, else the curves that stand out beside the right run, else no."""
-    given = [set(str(words).split()) for words in table[table.bug == name].warnings.fillna("")]
-    if warnings := sorted(set.intersection(*given)):
-        return f"yes, a warning: {', '.join(warnings)}"
-    outside = standing_out(name, curves)
-    return f"beside a right run: {', '.join(outside)}" if outside else "no"
+    """The warnings that runs with a bug printed, and the curves that stand out beside the right run; no if neither."""
+    given = [str(words).split() for words in table[table.bug == name].warnings.fillna("")]
+    warned, all_names = sum(map(bool, given)), ", ".join(sorted({word for words in given for word in words}))
+    if warned == len(given):
+        return f"yes, a warning: {all_names}"
+    parts = [f"a warning in {warned} of {len(given)} runs: {all_names}"] if warned else []
+    if outside := standing_out(name, curves):
+        parts.append(f"beside a right run: {', '.join(outside)}")
+    return "; ".join(parts) or "no"
 
 
 def standing_out(name: str, curves: pd.DataFrame) -> list[str]:
