@@ -3,6 +3,9 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from config import TrainConfig
 
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from model import GPT2WithValueHead
+from ppo import Rollout
 from reward import SentimentReward
 from training.parts import Parts
 
@@ -97,6 +101,31 @@ def test_train_moves_the_policy_and_neither_reference_nor_reward(
     assert all(torch.equal(judge[name], x) for name, x in held[0].models.reward.model.state_dict().items())
     tuned = AutoModelForCausalLM.from_pretrained(folder / "policy_lm").state_dict()
     assert any(not torch.equal(start[name], tuned[name]) for name in start)
+
+
+def test_every_step_learns_from_what_the_policy_has_just_written(
+    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step of a run, not only the first, the ratio starts at 1, and the prompt is no part of the response."""
+    held: list[Parts] = []
+    load_parts, ppo_update = train.load_parts, train.ppo_update
+    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
+    steps: list[int] = []
+
+    def spy(policy: GPT2WithValueHead, optimizer: Any, rollout: Rollout, cfg: TrainConfig, step: int) -> Any:
+        seqs = rollout.sequences
+        with torch.no_grad():
+            logprobs, _, _ = policy.evaluate_responses(seqs)
+        assert (logprobs - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
+        ids, mask = held[0].prompts.batch(step)
+        assert torch.equal(seqs.tokens[:, : seqs.prompt_len], ids)
+        assert torch.equal(seqs.attention_mask[:, : seqs.prompt_len], mask)
+        steps.append(step)
+        return ppo_update(policy, optimizer, rollout, cfg, step)
+
+    monkeypatch.setattr(train, "ppo_update", spy)
+    run(flags)
+    assert steps == [1, 2, 3]
 
 
 WRONG = {  # what is given -> words that the one line must hold

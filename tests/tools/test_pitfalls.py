@@ -1,0 +1,112 @@
+"""Every planted bug is caught: by the fact of the self-audit that its entry names, and by the test that it names."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+
+import pandas as pd
+import pytest
+from conftest import run
+
+from tools import pitfalls
+from tools.bugs import BUGS, Bug, planted, replaced
+from tools.pitfalls_page import markdown
+from training.plots import plot_curves
+
+ROOT = Path(__file__).parent.parent.parent
+each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+
+
+@each_bug
+def test_the_audit_refuses_the_bug_with_the_fact_that_is_named(
+    bug: Bug, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with planted(bug):
+        if bug.fact is None:
+            run(flags, "--check")
+        else:
+            with pytest.raises(SystemExit):
+                run(flags, "--check")
+    out = capsys.readouterr().out
+    assert ("FAILED" in out) == (bug.fact is not None)
+    assert f"FAILED  {bug.fact or ''}" in out or bug.fact is None
+
+
+class Planter:
+    """A plugin of pytest that runs the body of every test with a bug planted."""
+
+    def __init__(self, bug: Bug) -> None:
+        self.bug = bug
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Iterator[Any]:
+        with planted(self.bug), replaced(plot_curves, lambda *_: None):
+            return (yield)
+
+
+@each_bug
+def test_the_named_test_fails_with_the_bug(bug: Bug) -> None:
+    """The plugins are this run's own conftest.py, which is not imported anew, and the planter."""
+    words = [str(ROOT / bug.test), "--noconftest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--no-header"]
+    assert pytest.main(words, plugins=[sys.modules["conftest"], Planter(bug)]) == pytest.ExitCode.TESTS_FAILED
+
+
+def test_all_bugs_are_trained_once_and_drawn(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished runs are kept; the policy is evaluated without the bug, and what the run reported stands beside it."""
+    monkeypatch.setattr(pitfalls, "BUGS", [bug for bug in BUGS if bug.name in ("label_swapped", "resume_forgets")])
+    del flags["ckpt_dir"]
+    train = shlex.join(f"--{name}={value}" for name, value in {**flags, "eval_every": "0", "lr": "0"}.items())
+    words = ["--seeds", "0", "--folder", str(tmp_path / "runs"), "--csv", str(tmp_path / "table.csv"),
+             "--train", train, "--evaluate", "--n_samples=20 --judge=none --device=cpu"]  # fmt: skip
+    pitfalls.main(words)
+    printed = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table.bug.tolist() == ["right", "label_swapped", "resume_forgets"]
+    assert (table.n == 20).all()
+    assert table.score.to_numpy() == pytest.approx(table.base_score, abs=1e-4), "lr 0, measured with the right label"
+    first = pd.read_csv(tmp_path / "table_curves.csv").groupby(["bug", "seed"]).score_mean.first()
+    assert first["label_swapped", 0] == pytest.approx(-first["right", 0], abs=1e-4)
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "resuming after step 1" in (tmp_path / "runs" / "resume_forgets_seed0" / "log.txt").read_text()
+    monkeypatch.setattr(pitfalls, "one_run", None)
+    pitfalls.main(words)
+    assert capsys.readouterr().out in printed, "the table alone, since nothing is left to do"
+
+
+@pytest.mark.parametrize(("name", "says"), [("shift", "FAILED"), ("label_swapped", "python -m pytest tests/test_rew")])
+def test_one_bug_shows_what_the_audit_says(
+    name: str, says: str, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pitfalls.main(["--bug", name, "--train", shlex.join(f"--{flag}={value}" for flag, value in flags.items())])
+    out = capsys.readouterr().out
+    assert says in out
+    assert next(bug for bug in BUGS if bug.name == name).wrong in out
+    assert not Path(flags["ckpt_dir"]).exists()
+
+
+def test_an_unknown_bug_names_the_choices() -> None:
+    with pytest.raises(UserError, match=r"bug='shfit' is unknown: choose right, shift, "):
+        pitfalls.main(["--bug", "shfit"])
+
+
+def test_the_page_has_the_table_and_a_section_for_each_bug() -> None:
+    page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+    table, curves = (pd.read_csv(ROOT / "results" / f"pitfalls{end}.csv") for end in ("", "_curves"))
+    assert markdown(table, curves, {bug.name: bug.fact for bug in BUGS}) in page
+    assert set(table.bug) == {"right", *(bug.name for bug in BUGS)}
+    assert table.groupby("bug").seed.nunique().min() >= 3
+    sections = {title: " ".join(body.split()) for title, body in re.findall(r"^### (.*)$((?:\n(?!#).*)*)", page, re.M)}
+    assert sections.keys() == {bug.name for bug in BUGS}
+    for bug in BUGS:
+        assert bug.wrong in sections[bug.name], bug.name
+        assert f"`{bug.test}`" in sections[bug.name], bug.name
+        assert ("the audit's" in sections[bug.name]) == (bug.fact is not None), bug.name
+        assert (bug.fact or "") in sections[bug.name], bug.name
+        assert ("Shipped by" in sections[bug.name]) == bool(bug.shipped), bug.name
