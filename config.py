@@ -4,12 +4,13 @@ Edit the defaults here, or pass a flag of the same name: `python train.py --lr 1
 project names a flag. This file needs no torch.
 """
 
+import copy
 import json
 import math
 import os
 import sys
 import typing
-from argparse import ArgumentParser
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,9 +32,9 @@ class UserError(Exception):
     """Wrong input, in one line that names the setting or file and the remedy; the program ends with exit code 2."""
 
 
-def opt(default: T, help: str) -> T:
-    """A dataclass field whose help text is also that of its flag."""
-    return typing.cast(T, field(default=default, metadata={"help": help}))
+def opt(default: T, help: str, heading: str = "") -> T:
+    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help."""
+    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading}))
 
 
 # The range of a number: the words for the error message, and the test. NaN fails every one of them.
@@ -68,8 +69,9 @@ class TrainConfig:
         "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
     )
 
-    # What is trained, against what, on what
-    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.")
+    policy_name: str = opt(
+        "gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, against what, on what"
+    )
     ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
@@ -96,8 +98,7 @@ class TrainConfig:
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")
 
-    # Where and how it runs
-    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
+    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs")
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
         None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints."
@@ -105,13 +106,12 @@ class TrainConfig:
     allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
     seed: int = opt(0, "Every random choice is a function of this seed and the step.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "Precision of matrix products; auto takes bfloat16 where the hardware multiplies it fast."
     )
 
-    # Size of the run
-    total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.")
+    total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.", "Size of the run")
     batch_size: int = opt(64, "Prompts per step.")
     ppo_epochs: int = opt(2, "Passes over each step's responses.")
     minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
@@ -121,14 +121,15 @@ class TrainConfig:
     min_prompt_len: int = opt(8, "Reviews with fewer tokens than this are left out.")
     max_new_tokens: int = opt(64, "Longest response, in tokens.")
 
-    # The sampling distribution, which is also the one that is scored
-    temperature: float = opt(1.0, "Divides the logits, in sampling and scoring alike.")
+    temperature: float = opt(
+        1.0, "Divides the logits, in sampling and scoring alike.", "What is sampled from, and scored"
+    )
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
-    # PPO. On real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). With lr 2e-5
+    # On real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). With lr 2e-5
     # one run ended at +0.63 and 1.9 nats; with 5e-5 it ended at +0.68 and 2.4 (results/tried.csv)
-    lr: float = opt(5e-5, "AdamW step size.")
+    lr: float = opt(5e-5, "AdamW step size.", "PPO")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
@@ -144,8 +145,7 @@ class TrainConfig:
     max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.")
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
-    # What is saved and reported
-    save_every: int = opt(50, "Steps between checkpoints, from which --resume continues.")
+    save_every: int = opt(50, "Steps between checkpoints, from which --resume continues.", "What is saved and reported")
     keep_last: int = opt(2, "Checkpoints kept for --resume; more than one guards against a damaged disk.")
     sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
     eval_every: int = opt(20, "Steps between evaluations on held-out prompts (0: none).")
@@ -188,7 +188,9 @@ class EvalConfig:
     """Settings of `python eval.py`; unset ones are taken from the run that made the policy."""
 
     preset: str = opt("default", "Named set of values to start from: default or tiny.")
-    policy_path: str = opt("ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.")
+    policy_path: str = opt(
+        "ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.", "What is compared, on what"
+    )
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
@@ -197,18 +199,23 @@ class EvalConfig:
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
-    judge: str = opt("labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.")
+    judge: str = opt(
+        "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
+        "How it is measured",
+    )  # fmt: skip
     frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
     batch_size: int = opt(100, "Prompts per forward pass.")
-    max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
+    max_prompt_len: int | None = opt(
+        None, "Tokens kept of each review as its prompt (default: the run's).", "Lengths and sampling"
+    )
     min_prompt_len: int | None = opt(None, "Reviews with fewer tokens are left out (default: the run's).")
     max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
     temperature: float | None = opt(None, "Sampling temperature (default: the run's).")
     top_k: int | None = opt(None, "Sample among the k likeliest tokens only (default: the run's).")
     top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
-    seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.", "Where and how it runs")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
     out_csv: str = opt(
         "eval_results.csv",
@@ -287,6 +294,10 @@ PRESETS[TrainConfig] = {
         adaptive_kl_target=4.8, gamma=0.99, reward_every=0, gae_lambda=0.95,
     ),
 }  # fmt: skip
+FIRST = {  # in --help
+    TrainConfig: ("preset", "policy_name", "rm_name", "dataset", "ckpt_dir", "resume", "total_steps", "lr", "kl_coef"),
+    EvalConfig: ("preset", "policy_path", "rm_name", "dataset", "frontier", "n_samples", "out_csv"),
+}
 PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
 
 
@@ -295,8 +306,39 @@ PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny"
 PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with defaults and one spelling of each flag."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        spellings = [flag for flag in action.option_strings if "_" in flag] or action.option_strings
+        one = copy.copy(action)
+        one.option_strings = spellings
+        return super()._format_action_invocation(one)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
 class OneLineParser(HfArgumentParser):
-    """A parser of command lines whose errors are UserErrors."""
+    """A parser of command lines whose errors are UserErrors; its help has headings, and the flags in `first` on top."""
+
+    def __init__(self, cls: type, description: str | None, first: Sequence[str] = ()) -> None:
+        """Flags for the fields of a dataclass."""
+        self.first, self.heading, self.groups = first, "settings", dict[str, Any]()
+        usage = "%(prog)s [--setting value ...]"
+        super().__init__(cls, allow_abbrev=False, description=description, usage=usage, formatter_class=HelpFormatter)
+
+    def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
+        """Add a flag under its heading, or under that of the flag before."""
+        if flags[0] == "-h":
+            return ArgumentParser.add_argument(self, *flags, **about)
+        if heading:
+            self.heading = heading
+        title = "What matters first" if flags[0].removeprefix("--") in self.first else self.heading
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        added: Action = self.groups[title].add_argument(*flags, **about)
+        return added
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
@@ -314,7 +356,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     name = preset_parser.parse_known_args(argv)[0].preset or ""
     if name not in PRESETS[cls]:
         raise UserError(f"preset={name!r} is unknown: choose {' or '.join(PRESETS[cls])}")
-    parser = OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
+    parser = OneLineParser(cls, cls.__doc__, FIRST[cls])
     parser.set_defaults(**asdict(PRESETS[cls][name]))
     for action in parser._actions:
         if action.dest == "resume":

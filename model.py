@@ -312,6 +312,8 @@ def sample_responses(
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
     """
     device = policy.lm.device
+    if device.type in utils.WITHOUT_FLOAT64:  # below 1 also when rounded
+        uniforms = uniforms.float().clamp(max=1 - 2**-24)
     prompt_ids, prompt_mask, uniforms = (x.to(device) for x in (prompt_ids, prompt_mask, uniforms))
     sampler = _Sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id, (temperature, top_k, top_p))
     cuda, step = device.type == "cuda", sampler.step

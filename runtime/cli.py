@@ -57,7 +57,7 @@ def _report(code: int, line: str) -> int:
 
 def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
     """Read a tool's command line into its settings dataclass (raises UserError)."""
-    parser = OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
+    parser = OneLineParser(cls, doc)
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -15,11 +15,20 @@ import torch
 T = TypeVar("T")
 
 
-def resolve_device(device: str) -> Literal["cpu", "cuda"]:
-    """auto -> cuda where present, else cpu (raises UserError where cuda was asked for and is missing)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+Device = Literal["cpu", "cuda", "mps"]
+
+
+def resolve_device(device: str) -> Device:
+    """auto -> cuda where present, else mps (Apple's GPUs), else cpu (raises UserError where a named one is missing)."""
+    present: dict[Device, bool] = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
+    }  # fmt: skip
+    for name, is_present in present.items():
+        if is_present and device in (name, "auto"):
+            return name
+    raise UserError(
+        f"device={device}, but this machine or this torch has no {device.upper()}: use --device cpu or auto"
+    )
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
@@ -33,6 +42,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
@@ -114,7 +125,9 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str) -> None:
         """Start the watch."""
-        self.cuda = torch.device(device).type == "cuda"
+        self.synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+            torch.device(device).type, lambda: None
+        )
         self.last = self._now()
 
     def lap(self) -> float:
@@ -124,6 +137,21 @@ class Stopwatch:
         return seconds
 
     def _now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.synchronize()
         return time.perf_counter()
+
+
+def best_seconds(call: Callable[[], object], device: str, times: int = 5) -> float:
+    """Shortest seconds of a call over a few, after one to warm up."""
+    watch = Stopwatch(device)
+    found = []
+    for _ in range(times + 1):
+        call()
+        found.append(watch.lap())
+    return min(found[1:])
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s that this machine reaches now in one large matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)

@@ -42,7 +42,10 @@ def process_group(device: str) -> Iterator[None]:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # some machines set the latter for no reason
         yield
         return
-    cuda = resolve_device(device) == "cuda"
+    found = resolve_device(device)
+    if found == "mps":
+        raise UserError("device=mps works in one process only: start it without torchrun, or with --device cpu")
+    cuda = found == "cuda"
     if cuda:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")

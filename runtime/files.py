@@ -16,7 +16,6 @@ from config import UserError
 
 import pandas as pd
 
-
 WINDOWS = os.name == "nt"
 WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
 

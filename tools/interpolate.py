@@ -64,7 +64,7 @@ class InterpolateConfig:
     judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
     seed: int = opt(4321, "Seed of the prompts and of the sampling, another one than that of eval.py.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
 
 
@@ -193,7 +193,7 @@ def exact_kl(comparison: Comparison, batches: Sequence[slice]) -> np.ndarray:
     found = []
     for rows in batches:
         seqs = comparison.respond(models.policy, rows, 0)
-        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).double().cpu())
+        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).cpu().double())
     return torch.cat(found).numpy()
 
 

@@ -41,7 +41,7 @@ class MakeConfig:
     rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).")
     lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).")
     rm_lr: float | None = opt(None, "Largest step size of the classifier (default: the size's).")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     seed: int = opt(0, "Fixes the weights drawn, the held-out rows and the order of batches.")
 
     @property

@@ -48,7 +48,7 @@ class MakeRewardConfig:
     epochs: float = opt(1.0, "Passes over the pairs.")
     lr: float = opt(5e-5, "Largest step size; small models want more, 1e-3 for the tiny ones.")
     batch_tokens: int = opt(8192, "Tokens per optimiser step.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     seed: int = opt(0, "Fixes the new head, the held-out pairs and the order of batches.")
 
 

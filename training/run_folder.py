@@ -337,7 +337,9 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
             for setting, revision in revisions.items()
             if not python_reward(str(getattr(cfg, setting)))
         },
-        "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device_name": torch.cuda.get_device_name()
+        if cfg.device == "cuda"
+        else f"{os.cpu_count()} CPU cores" + ", and their GPU" * (cfg.device == "mps"),
     }
 
 

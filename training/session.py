@@ -28,6 +28,7 @@ from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
 from training.checkpoints import Snapshot
+from training.estimate import note_slow_run
 from training.parts import Parts
 from training.run_folder import Found, RunFolder, open_run_folder
 from training.signals import Interrupted, StopRequest, stop_signals
@@ -222,6 +223,8 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     scale = parts.models.score_scale
     if scale != UNSCALED:
         print(f"scores are paid as (score {-scale.mean:+.4g}) / {scale.std:.4g}, which standardises those of the base")
+    if is_main_process() and (note := note_slow_run(parts.models, cfg, cfg.total_steps - step)):
+        print(note)
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
 
