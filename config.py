@@ -59,6 +59,7 @@ RANGES: dict[str, Range] = {
     "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
     "kl_budget": POSITIVE,
 }  # fmt: skip
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,9 @@ class TrainConfig:
     kl_budget: float | None = opt(
         None, "best/ holds the policy with the highest mean score within this KL, nats per response."
     )
-    report_to: Literal["none", "tensorboard"] = opt("none", "Where to send the columns of metrics.csv as well.")
+    report_to: str = opt(
+        "none", "Where to send metrics.csv as well: none, tensorboard, wandb, or several with commas between them."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -176,6 +179,18 @@ class TrainConfig:
                 "reward_every=0, or gamma=1"
             )
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(
+                    f"report_to={self.report_to!r} is unknown: choose none, or {' or '.join(TRACKERS)}, or both "
+                    "with a comma between them"
+                )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The experiment trackers that report_to names."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else list(dict.fromkeys(names))
 
     @property
     def ref_revision(self) -> str | None:

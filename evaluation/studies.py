@@ -157,8 +157,8 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     if "optimal_curve" in summary:
         best_possible(axis, summary["optimal_curve"], summary["best_of_n"], summary["kl_certain"])
     base, one = summary["base"]["score_mean"], table.run.nunique() == 1
-    for number, (run, points) in enumerate(table.sort_values("alpha").groupby("run", sort=False)):
-        colour = f"C{number % 10}"
+    for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
+        colour, points = f"C{number % 10}", unordered.sort_values("alpha")
         x, y = (np.append(start, points[column]) for start, column in ((0, "kl"), (base, "score")))
         axis.plot(x, y, color=colour, label="between base and policy, and beyond" if one else str(run))
         bars = {f"{side}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())

@@ -37,6 +37,7 @@ from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, write_atomic
 from runtime.hub import quiet_libraries
+from training.card import write_card
 from training.parts import load_models
 
 FARTHEST = 8.0  # alpha beyond which no KL is looked for
@@ -93,9 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
     """Command line -> settings; words before the first flag are runs (raises UserError)."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    cfg = parse_flags(InterpolateConfig, ["--runs", *runs, *words[len(runs) :]] if runs else words, __doc__)
+    cfg = parse_flags(InterpolateConfig, argv, __doc__, first="runs")
     if cfg.kl is None and not cfg.curve:
         raise UserError("nothing to do: ask for --kl NATS --out DIR, or for --curve")
     if cfg.kl is not None and not 0 < cfg.kl < math.inf:
@@ -176,6 +175,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
             line.policy.lm.save_pretrained(folder / "policy_lm")
             comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
             write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")
+            write_card(folder, folder / "policy_lm")
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
@@ -261,11 +261,12 @@ def write_curves(
 
 def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
     """Each run's share of the best gain at some KLs, read off between the points of its curve, and the runs' mean."""
+    curves = {str(name): points.sort_values("kl") for name, points in table.groupby("run", sort=False)}
     rows = {
-        str(name): [float(np.interp(kl, run.kl, run.optimal_share, math.nan, math.nan)) for kl in kls]
-        for name, run in table.sort_values("kl").groupby("run", sort=False)
+        name: [float(np.interp(kl, curve.kl, curve.optimal_share, math.nan, math.nan)) for kl in kls]
+        for name, curve in curves.items()
     }
-    shares = pd.DataFrame(rows, [f"{kl:g} nats" for kl in kls]).T
+    shares = pd.DataFrame(rows, [f"{kl:g} nat{'s' * (kl != 1)}" for kl in kls]).T
     if len(shares) > 1:
         shares.loc["mean"] = shares.mean()
     return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")

@@ -1,12 +1,12 @@
-"""What the network can represent: trains it, without PPO, on the optimal policy's own responses.
+"""What plain imitation finds: trains the network, without PPO, on the optimal policy's own responses.
 
     python -m tools.weighted_likelihood --kl 1 --out runs/limit --train "--policy_name gpt2 --lr 1e-4"
     python -m tools.interpolate ckpts runs/limit --curve --each          beside PPO, on one picture
 
 The optimal policy is pi_ref(y) exp(score(y) / beta) / Z. Base's own responses, each weighted by exp(score / beta), are
-samples of it, so maximising their weighted likelihood finds the nearest policy that the network can represent (reward-
-weighted regression, Peters and Schaal 2007; distributional policy gradients, Korbak et al. 2022). Nothing is explored,
-and no critic is needed. If PPO stands near the result, it is the network, and not PPO, that limits it.
+samples of it. With enough of them, maximising their weighted likelihood finds the nearest policy that the network can
+represent (reward-weighted regression, Peters and Schaal 2007; distributional policy gradients, Korbak et al. 2022).
+Nothing is explored, and no critic is needed. A PPO far below the result has lost something on the way.
 """
 
 import json
