@@ -22,6 +22,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 import utils
+from runtime.device import widest_float
 from runtime.hub import DEFAULT_REVISION, loading, refuse_missing_weights
 from utils import (
     compare_policies,
@@ -312,8 +313,7 @@ def sample_responses(
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
     """
     device = policy.lm.device
-    if device.type in utils.WITHOUT_FLOAT64:  # below 1 also when rounded
-        uniforms = uniforms.float().clamp(max=1 - 2**-24)
+    uniforms = uniforms.to(widest_float(device))
     prompt_ids, prompt_mask, uniforms = (x.to(device) for x in (prompt_ids, prompt_mask, uniforms))
     sampler = _Sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id, (temperature, top_k, top_p))
     cuda, step = device.type == "cuda", sampler.step

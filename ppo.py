@@ -170,7 +170,7 @@ class Rollout:
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
-        distinct = len(self.sequences.responses.cpu().unique(dim=0)) / len(self.scores)
+        distinct = len(self.sequences.responses.unique(dim=0)) / len(self.scores)
         return {**{name: value.item() for name, value in means.items()}, "distinct_rate": distinct}
 
 

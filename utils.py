@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.device import widest_float
+
 T = TypeVar("T")
 CHUNK_FLOATS = 24_000_000  # logits in memory at a time, 96 MB in float32: large products are fast, and memory stays low
 MIN_ROWS_TO_PREDICT = 8  # responses that a regression needs to predict scores from
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
-WITHOUT_FLOAT64 = {"mps"}  # kinds of device: Apple's GPUs
 
 
 # --- randomness: every draw is a function of (seed, step, what it is for) -------------------------------------------
@@ -57,11 +58,6 @@ def pad_right(x: Tensor, extra: int) -> Tensor:
     return x if x.dim() == 1 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra))
 
 
-def to_float64(x: Tensor) -> Tensor:
-    """x in float64: on its device, or on the host where the device has no such numbers."""
-    return x.cpu().double() if x.device.type in WITHOUT_FLOAT64 else x.double()
-
-
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +80,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 a perfect critic, 0 a useless one, NaN undefined."""
-    target, error = to_float64(returns[mask]), to_float64((returns - values)[mask])
+    target, error = returns[mask].double(), (returns - values)[mask].double()
     spread = target.var(unbiased=False).item()
     return 1 - error.var(unbiased=False).item() / spread if spread > 0 else math.nan
 
@@ -108,23 +104,25 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
 def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at `uniform`; also return its log-probability.
 
-    logits (B, V), uniform (B,) in [0, 1); returns tokens (B,) int64 and logprobs (B,). The draw has two
-    levels, blocks of 256 tokens and then the tokens of one block. So the running sums are exact in float64 and cost
+    logits (B, V), uniform (B,) in [0, 1]; returns tokens (B,) int64 and logprobs (B,). The draw has two levels, blocks
+    of 256 tokens and then the tokens of one block. So the running sums are exact in float64, good in float32, and cost
     one pass over the vocabulary.
     """
+    wide = widest_float(logits.device)
     probs = logits.softmax(-1)
     if logits.shape[-1] % BLOCK:
         probs = F.pad(probs, (0, -logits.shape[-1] % BLOCK))
     blocks = probs.unflatten(-1, (-1, BLOCK))
-    block_ends = to_float64(blocks.sum(-1)).cumsum(-1)
-    target = to_float64(uniform)[:, None] * block_ends[:, -1:]
+    block_ends = blocks.sum(-1).to(wide).cumsum(-1)
+    # a uniform that was rounded up to 1 must not fall behind the last block of any probability
+    target = uniform[:, None].to(wide).clamp(max=1 - torch.finfo(wide).eps) * block_ends[:, -1:]
     block = torch.searchsorted(block_ends, target, right=True).clamp(max=block_ends.shape[-1] - 1)
-    within = to_float64(blocks.gather(1, block.to(blocks.device)[..., None].expand(-1, 1, BLOCK)).squeeze(1))
+    within = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).to(wide)
     target = target - (block_ends.gather(1, block) - within.sum(-1, keepdim=True))
     # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
     last = BLOCK - 1 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
     place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
-    token = (block * BLOCK + place).clamp(max=logits.shape[-1] - 1).to(logits.device)
+    token = (block * BLOCK + place).clamp(max=logits.shape[-1] - 1)
     return token.squeeze(-1), probs.gather(1, token).log().squeeze(-1)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,8 @@ from config import UserError
 import torch
 
 T = TypeVar("T")
-
-
 Device = Literal["cpu", "cuda", "mps"]
+WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
 
 
 def resolve_device(device: str) -> Device:
@@ -26,9 +26,7 @@ def resolve_device(device: str) -> Device:
     for name, is_present in present.items():
         if is_present and device in (name, "auto"):
             return name
-    raise UserError(
-        f"device={device}, but this machine or this torch has no {device.upper()}: use --device cpu or auto"
-    )
+    raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
@@ -46,6 +44,18 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, but float32 on a device that has nothing wider."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def device_name(device: str) -> str:
+    """What the device is called, for the record."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores" + (" and their GPU" if device == "mps" else "")
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -125,9 +135,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str) -> None:
         """Start the watch."""
-        self.synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-            torch.device(device).type, lambda: None
-        )
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+        self.synchronize = wait.get(torch.device(device).type, lambda: None)
         self.last = self._now()
 
     def lap(self) -> float:
