@@ -8,29 +8,33 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-from config import UserError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 import utils
+from runtime.attention import attend
 from runtime.device import widest_float
-from runtime.hub import DEFAULT_REVISION, loading, refuse_missing_weights
+from runtime.hub import load_gpt2, loading
 from utils import (
     compare_policies,
     map_tensors,
     output_embedding,
     padded_logits,
     position_ids,
+    put_tokens,
     sample_tokens,
+    take_rows,
+    take_tokens,
     token_logprobs,
     warp_logits,
 )
@@ -42,6 +46,7 @@ class Sequences:
 
     tokens (B, T) int64 and attention_mask (B, T) bool; response_mask (B, R) is True up to and including the first EOS;
     logprobs (B, R) are the sampler's own; support (B, R, V) bool marks what top-k or top-p let through (None: all).
+    lengths (B,) of the responses are always on the CPU, where nothing waits for a GPU to know which tokens are real.
     """
 
     tokens: Tensor
@@ -50,10 +55,14 @@ class Sequences:
     logprobs: Tensor
     temperature: float = 1.0
     support: Tensor | None = None
+    lengths: Tensor = None  # type: ignore[assignment]  # None: read from the mask
 
     def __post_init__(self) -> None:
+        if self.lengths is None:
+            object.__setattr__(self, "lengths", self.response_mask.sum(1).cpu())
         assert self.tokens.shape == self.attention_mask.shape
         assert self.response_mask.shape == self.logprobs.shape
+        assert self.response_mask.device.type != "cpu" or torch.equal(self.lengths, self.response_mask.sum(1))
         assert self.attention_mask.dtype == self.response_mask.dtype == torch.bool
 
     @property
@@ -66,33 +75,35 @@ class Sequences:
         """The response tokens (B, R)."""
         return self.tokens[:, self.prompt_len :]
 
+    def real_tokens(self) -> Tensor:
+        """Where the real response tokens are among the flattened (B * R), in order."""
+        real = (torch.arange(self.response_mask.shape[1]) < self.lengths[:, None]).flatten()
+        return real.nonzero().squeeze(1).to(self.tokens.device, non_blocking=True)
+
+    @cached_property
+    def token_lists(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The real tokens of every prompt and of every response, in a single copy from the device."""
+        tokens, mask = torch.stack([self.tokens, self.attention_mask.to(self.tokens.dtype)]).cpu()
+        start = self.prompt_len
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(tokens[:, :start], mask[:, :start], strict=True)]
+        return prompts, [row[:n].tolist() for row, n in zip(tokens[:, start:], self.lengths.tolist(), strict=True)]
+
     def prompt_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The prompts as text."""
-        return _decode(tokenizer, self.tokens[:, : self.prompt_len], self.attention_mask[:, : self.prompt_len])
+        return decode(tokenizer, self.token_lists[0])
 
     def texts(self, tokenizer: PreTrainedTokenizerBase, with_prompt: bool = False) -> list[str]:
         """The responses as text without EOS, after their prompts if wanted."""
-        if with_prompt:
-            return _decode(tokenizer, self.tokens, self.attention_mask)
-        return _decode(tokenizer, self.responses, self.response_mask)
-
-    def first(self, n: int) -> "Sequences":
-        """The same sequences with the first n response tokens only."""
-        end = self.prompt_len + n
-        return replace(
-            self, tokens=self.tokens[:, :end], attention_mask=self.attention_mask[:, :end],
-            response_mask=self.response_mask[:, :n], logprobs=self.logprobs[:, :n],
-            support=None if self.support is None else self.support[:, :n],
-        )  # fmt: skip
+        prompts, responses = self.token_lists
+        return decode(tokenizer, [p + r for p, r in zip(prompts, responses, strict=True)] if with_prompt else responses)
 
     def select(self, rows: Tensor | slice) -> "Sequences":
         """Some of the rows."""
-        return map_tensors(lambda x: x[rows], self)
+        return map_tensors(lambda x: take_rows(x, rows), self)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
-    """Texts of the real tokens of each row; tokens and mask (B, n); special tokens such as EOS are left out."""
-    rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+def decode(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """Texts of lists of tokens; special tokens such as EOS are left out."""
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -103,6 +114,7 @@ class GPT2WithValueHead(nn.Module):
         """Weights stay float32; dtype is that of matrix products."""
         super().__init__()
         self.lm, self.dtype = lm, dtype
+        self.sampler: _Sampler | None = None  # on a GPU, of the last rollout
         self.value_head = nn.Linear(lm.config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -140,18 +152,18 @@ class GPT2WithValueHead(nn.Module):
         self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same from the hidden states (B, R, H); log-probabilities and entropies are 0 outside the mask."""
-        real = seqs.response_mask
+        real, shape = seqs.real_tokens(), seqs.response_mask.shape
         logprobs, entropy = token_logprobs(
-            hidden[real].to(self.dtype), self.lm.lm_head.weight, seqs.responses[real], seqs.temperature,
-            None if seqs.support is None else seqs.support[real], with_entropy,
+            take_tokens(hidden, real).to(self.dtype), self.lm.lm_head.weight, take_tokens(seqs.responses, real),
+            seqs.temperature, None if seqs.support is None else take_tokens(seqs.support, real), with_entropy,
         )  # fmt: skip
-        zeros = torch.zeros_like(seqs.logprobs)
-        return zeros.masked_scatter(real, logprobs), self.values(hidden), zeros.masked_scatter(real, entropy)
+        return put_tokens(logprobs, real, shape), self.values(hidden), put_tokens(entropy, real, shape)
 
     def chunk(self, seqs: Sequences) -> list[slice]:
         """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time."""
         rows, width = seqs.response_mask.shape
-        size = max(1, utils.CHUNK_FLOATS // self.lm.config.vocab_size // width)
+        numbers = utils.CHUNK_FLOATS if seqs.tokens.device.type == "cpu" else utils.GPU_CHUNK_FLOATS
+        size = max(1, numbers // self.lm.config.vocab_size // width)
         return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
     @classmethod
@@ -175,49 +187,11 @@ class GPT2WithValueHead(nn.Module):
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
 
-def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
-    """Load a complete GPT-2 in float32 from the hub or a folder (raises UserError)."""
-    with loading(setting, name, "GPT-2"):
-        kind = GPT2Config.get_config_dict(name, revision=revision or DEFAULT_REVISION)[0].get("model_type")
-        if kind != "gpt2":
-            raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
-        lm, info = GPT2LMHeadModel.from_pretrained(
-            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True
-        )
-    refuse_missing_weights(setting, name, info, "GPT-2 language model")
-    if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
-        for block in lm.transformer.h:
-            block.mlp.act = nn.GELU(approximate="tanh")
-    return lm
-
-
 def load_reference(
     name: str, setting: str = "ref_name", dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> GPT2WithValueHead:
     """Load the frozen reference: the same class as the policy, without gradients."""
     return GPT2WithValueHead(load_gpt2(name, setting, revision), dtype).requires_grad_(False)
-
-
-def check_fit(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, length: int
-) -> None:
-    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens (UserError)."""
-    sizes = policy.lm.config.vocab_size, reference.lm.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"policy and reference have different vocabularies ({sizes[0]} and {sizes[1]} tokens): change ref_name"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer of policy_name has no EOS token: save one that has")
-    if len(tokenizer) > sizes[0]:
-        raise UserError(
-            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
-        )
-    context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
-    if length > context:
-        raise UserError(
-            f"max_prompt_len + max_new_tokens = {length} is longer than the model's context of {context}: lower one"
-        )
 
 
 # --- GPT-2's forward pass -------------------------------------------------------------------------------------------
@@ -247,23 +221,6 @@ def transformer_forward(
     return gpt2.ln_f(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Attention of queries (B, heads, n, d) to the keys and values (B, heads, S, d) that are visible (B, 1, n, S) bool.
-
-    In bfloat16 on the CPU the library's kernel takes 3 times as long as the formula, and 5 times for a single query.
-    """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return softmax_attention(q, k, v, visible, scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """The same written out; the softmax is taken in float32."""
-    scores = (q * scale) @ k.mT
-    scores += torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
 def visible_keys(mask: Tensor) -> Tensor:
     """The keys that each column of left-padded rows attends to: (B, 1, n, n) bool for a mask (B, n).
 
@@ -287,15 +244,18 @@ def evaluate_both(
     They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats.
     """
     hidden, ref_hidden = policy.response_hidden(seqs), reference.response_hidden(seqs)
+    embedding, ref_embedding = (output_embedding(x.lm.lm_head.weight, x.dtype) for x in (policy, reference))
     chunks: list[list[Tensor]] = []
     for rows in policy.chunk(seqs):
-        part, real = seqs.select(rows), seqs.response_mask[rows]
+        part = seqs.select(rows)
+        real = part.real_tokens()
         found = compare_policies(
-            hidden[rows][real].to(policy.dtype), policy.lm.lm_head.weight,
-            ref_hidden[rows][real].to(reference.dtype), reference.lm.lm_head.weight,
-            part.responses[real], part.temperature, None if part.support is None else part.support[real],
+            take_tokens(hidden[rows], real).to(policy.dtype), embedding,
+            take_tokens(ref_hidden[rows], real).to(reference.dtype), ref_embedding,
+            take_tokens(part.responses, real), part.temperature,
+            None if part.support is None else take_tokens(part.support, real),
         )  # fmt: skip
-        chunks.append([torch.zeros_like(part.logprobs).masked_scatter(real, x) for x in found])
+        chunks.append([put_tokens(x, real, part.response_mask.shape) for x in found])
     logprobs, ref_logprobs, entropy, exact_kl = (torch.cat(x) for x in zip(*chunks, strict=True))
     return logprobs, ref_logprobs, torch.where(seqs.response_mask, policy.values(hidden), 0), entropy, exact_kl
 
@@ -312,24 +272,35 @@ def sample_responses(
 
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
     """
-    device = policy.lm.device
-    uniforms = uniforms.to(widest_float(device))
-    prompt_ids, prompt_mask, uniforms = (x.to(device) for x in (prompt_ids, prompt_mask, uniforms))
-    sampler = _Sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id, (temperature, top_k, top_p))
-    cuda, step = device.type == "cuda", sampler.step
+    cpu = policy.lm.device.type == "cpu"
+    if not cpu:
+        prompt_ids, prompt_mask = (F.pad(x, (-x.shape[1] % PROMPT_COLUMNS, 0)) for x in (prompt_ids, prompt_mask))
+    sampler = _sampler_for(policy, *prompt_ids.shape, uniforms.shape[1], eos_id, (temperature, top_k, top_p))
+    sampler.begin(prompt_ids, prompt_mask, uniforms)
     for t in range(1, uniforms.shape[1]):
-        if not cuda or t % CHECK_EVERY == 0:
+        if cpu or t % CHECK_EVERY == 0:
             if not sampler.alive.any():
                 break
-            if not cuda:
+            if cpu:
                 sampler.drop_finished()
-        if cuda and t == 2:  # the first step has warmed everything up
-            step = sampler.recorded()
-        step()
+        sampler.next_token()
     return sampler.sequences()
 
 
-CHECK_EVERY = 8  # tokens between checks whether every row has ended: on CUDA a check waits for the device
+CHECK_EVERY = 8  # tokens between checks whether every row has ended: on a GPU a check waits for it
+PROMPT_COLUMNS = 16  # on a GPU prompts are padded to a multiple of this, so that nearly all batches have the same shape
+
+
+def _sampler_for(policy: GPT2WithValueHead, *shape: Any) -> "_Sampler":
+    """A sampler for new responses; on a GPU the policy's own, with the step that it has recorded, where it fits."""
+    weight = policy.lm.lm_head.weight
+    key = (*shape, policy.dtype, weight.data_ptr())  # weights that were moved need another recording
+    if policy.sampler is not None and policy.sampler.key == key:
+        policy.sampler.renew()
+        return policy.sampler
+    sampler = _Sampler(policy, *shape)
+    sampler.key, policy.sampler = key, None if weight.device.type == "cpu" else sampler
+    return sampler
 
 
 class _Cache:
@@ -350,39 +321,71 @@ class _Cache:
 
 
 class _Sampler:
-    """Unfinished responses. `step` adds one token to each, using only operations on tensors of fixed shape.
+    """Unfinished responses. `step` adds a token to each; its tensors keep shape and place, and nothing in it waits.
 
-    Nothing in it waits for the device, so CUDA can record one step and replay it.
+    So CUDA can record one step and replay it, in this rollout and in the next.
     """
 
     def __init__(
-        self, policy: GPT2WithValueHead, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, eos_id: int,
+        self, policy: GPT2WithValueHead, batch: int, prompt_len: int, width: int, eos_id: int,
         warp: tuple[float, int, float],
     ) -> None:  # fmt: skip
-        """Read the prompts and draw the first tokens."""
-        (batch, self.prompt_len), width, device = prompt_ids.shape, uniforms.shape[1], prompt_ids.device
-        self.policy, self.uniforms, self.eos_id, self.warp = policy, uniforms, eos_id, warp
+        """Set aside memory for `width` tokens after `batch` prompts of `prompt_len` tokens."""
+        device = policy.lm.device
+        self.policy, self.prompt_len, self.eos_id, self.warp = policy, prompt_len, eos_id, warp
         self.lm = policy.lm if policy.dtype == torch.float32 else _with_projections_in(policy.dtype, policy.lm)
         self.embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
+        self.key: tuple[Any, ...] = ()  # what a rollout must have in common with the last one
+        self.replay: Callable[[], None] | None = None
         # the result, one row per prompt
-        self.tokens = F.pad(prompt_ids, (0, width))
-        self.attention_mask = F.pad(prompt_mask, (0, width))
+        self.tokens = torch.zeros(batch, prompt_len + width, dtype=torch.long, device=device)
+        self.attention_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.logprobs = torch.zeros(batch, width, device=device)
         truncated = warp[1] > 0 or warp[2] < 1
         shape = (batch, width, len(self.embedding))
         self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
         # what the next step needs, one row per unfinished response
+        self.uniforms = torch.zeros(batch, width, dtype=widest_float(device), device=device)
         self.rows = torch.arange(batch, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
-        self.visible = F.pad(prompt_mask, (0, width))
-        self.positions = prompt_mask.sum(-1, keepdim=True) - 1  # of the newest token
-        self.newest = prompt_ids[:, -1:].clone()
+        self.visible = torch.zeros_like(self.attention_mask)
+        self.newest = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.newest)  # of the newest token
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # response tokens so far
-        self.cache = _Cache(policy, batch, self.prompt_len + width)
+        self.cache = _Cache(policy, batch, prompt_len + width)
 
-        self.cache.columns = torch.arange(self.prompt_len, device=device)
-        visible = F.pad(visible_keys(prompt_mask), (0, width))
-        self._draw(self._read(prompt_ids, position_ids(prompt_mask), visible))
+    def renew(self) -> None:
+        """Forget the responses, and take the policy's weights as they are now; nothing moves to another place."""
+        for x in (self.tokens, self.attention_mask, self.logprobs, self.t, self.cache.kept):
+            x.zero_()
+        self.alive.fill_(True)
+        if self.support is not None:
+            self.support.fill_(True)
+        if self.lm is not self.policy.lm:
+            for own, current in zip(self.lm.parameters(), self.policy.lm.parameters(), strict=True):
+                if own is not current:
+                    own.data.copy_(current.data)
+            self.embedding.copy_(output_embedding(self.policy.lm.lm_head.weight, self.policy.dtype))
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> None:
+        """Read the prompts and draw the first tokens."""
+        n = self.prompt_len
+        tokens, mask = self.tokens[:, :n], self.attention_mask[:, :n]
+        for place, given in ((tokens, prompt_ids), (mask, prompt_mask), (self.uniforms, uniforms)):
+            place.copy_(given.to(place.dtype), non_blocking=True)
+        self.visible.copy_(self.attention_mask)
+        self.positions.copy_(mask.sum(-1, keepdim=True) - 1)
+        self.cache.columns = torch.arange(n, device=mask.device)
+        self._draw(self._read(tokens, position_ids(mask), F.pad(visible_keys(mask), (0, uniforms.shape[1]))))
+
+    def next_token(self) -> None:
+        """A step; on CUDA the first one warms up, and all others replay a recording."""
+        if self.replay is not None:
+            self.replay()
+            return
+        self.step()
+        if self.tokens.is_cuda:
+            self.replay = self.recorded()
 
     def step(self) -> None:
         """Read the newest tokens and draw the next."""
@@ -427,13 +430,13 @@ class _Sampler:
         return graph.replay
 
     def sequences(self) -> Sequences:
-        """The sampled sequences, cut to the longest response."""
-        response_mask = self.attention_mask[:, self.prompt_len :]
-        width = int(response_mask.any(0).sum())
-        total = self.prompt_len + width
+        """The sampled sequences, cut to the longest response; copies, because the next rollout writes here again."""
+        lengths = self.attention_mask[:, self.prompt_len :].sum(1).cpu()
+        width = int(lengths.max())
+        mask = self.attention_mask[:, : self.prompt_len + width].clone()
         return Sequences(
-            self.tokens[:, :total], self.attention_mask[:, :total], response_mask[:, :width],
-            self.logprobs[:, :width], self.warp[0], None if self.support is None else self.support[:, :width],
+            self.tokens[:, : mask.shape[1]].clone(), mask, mask[:, self.prompt_len :], self.logprobs[:, :width].clone(),
+            self.warp[0], None if self.support is None else self.support[:, :width].clone(), lengths,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from model import GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
 from reward import UNSCALED, Reward, ScoreScale, score_responses
 from runtime.device import FittingSize, Stopwatch
 from runtime.distributed import (
@@ -37,6 +37,7 @@ from utils import (
     pad_right,
     permutation,
     shape_rewards,
+    take_rows,
     whiten,
 )
 
@@ -75,22 +76,23 @@ class Models:
 
         With reward_every 0 nothing is scored.
         """
-        lengths, width = seqs.response_mask.sum(1), seqs.response_mask.shape[1]
-        all_prompts = seqs.prompt_texts(self.tokenizer) if cfg.reward_every else []
-        texts: list[str] = []
-        prompts: list[str] = []
-        places: list[tuple[Tensor, int]] = []
-        for n in range(cfg.reward_every, width, cfg.reward_every) if cfg.reward_every else ():
-            rows = (lengths > n).nonzero().squeeze(1)
-            texts += seqs.select(rows).first(n).texts(self.tokenizer, cfg.reward_on_prompt)
-            prompts += [all_prompts[row] for row in rows.tolist()]
-            places.append((rows, n))
-        found = torch.full(seqs.response_mask.shape, math.nan, device=lengths.device)
-        if not texts:
-            return found
-        scores = score_responses(self.reward, texts, prompts, cfg.rm_name).split([len(rows) for rows, _ in places])
-        for (rows, n), some in zip(places, scores, strict=True):
-            found[rows, n - 1] = some
+        device = seqs.tokens.device
+        found = torch.full(seqs.response_mask.shape, math.nan, device=device)
+        prompts, responses = seqs.token_lists
+        every, longest = cfg.reward_every, found.shape[1]
+        places = [
+            (row, n) for n in range(every, longest, every) for row, ids in enumerate(responses) if len(ids) > n
+        ] if every else []  # fmt: skip
+        if places:
+            starts = [responses[row][:n] for row, n in places]
+            if cfg.reward_on_prompt:
+                starts = [prompts[row] + start for (row, _), start in zip(places, starts, strict=True)]
+            prompt_texts = seqs.prompt_texts(self.tokenizer)
+            scores = score_responses(
+                self.reward, decode(self.tokenizer, starts), [prompt_texts[row] for row, _ in places], cfg.rm_name
+            )
+            rows, lengths = torch.tensor(places).T.to(device, non_blocking=True)
+            found[rows, lengths - 1] = scores.to(found)
         return found
 
 
@@ -170,8 +172,8 @@ class Rollout:
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
-        distinct = len(self.sequences.responses.unique(dim=0)) / len(self.scores)
-        return {**{name: value.item() for name, value in means.items()}, "distinct_rate": distinct}
+        distinct = len(set(map(tuple, self.sequences.token_lists[1]))) / len(self.scores)
+        return {**dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)), "distinct_rate": distinct}
 
 
 def collect_rollout(
@@ -188,8 +190,9 @@ def collect_rollout(
     with raise_on_all_ranks():
         seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
         seconds_generate = watch.lap()
-        scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
+        _ = seqs.token_lists  # read now, so that a GPU evaluates them while the host prepares their texts
         logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(models.policy, models.reference, seqs)
+        scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
     own_rollout = Rollout(
         seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef, models.score_scale,
         has_label=models.reward.label is not None,
@@ -216,7 +219,7 @@ class Batch:
 
     def select(self, rows: Tensor | slice) -> "Batch":
         """Some of the rows."""
-        return map_tensors(lambda x: x[rows], self)
+        return map_tensors(lambda x: take_rows(x, rows), self)
 
 
 def ppo_loss(
@@ -271,20 +274,20 @@ def ppo_update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
-    stats, micro_batch = UpdateStats(), FittingSize(cfg.micro_batch_size or cfg.minibatch_size)
+    device = rollout.mask.device
+    stats, micro_batch = UpdateStats(device), FittingSize(cfg.micro_batch_size or cfg.minibatch_size)
     with GradientReducer([*reversed(list(policy.lm.parameters())), *policy.value_head.parameters()]) as reducer:
         for epoch in range(cfg.ppo_epochs):
-            epoch_stats = UpdateStats()
-            order = permutation(cfg.seed, step, epoch, len(batch)).to(rollout.mask.device)
-            for rows in order.split(cfg.minibatch_size):
+            epoch_stats = UpdateStats(device)
+            for rows in permutation(cfg.seed, step, epoch, len(batch)).split(cfg.minibatch_size):
                 # loss and backward
                 minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer)
                 # clip and step
-                grad_norm = float(clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-                if math.isfinite(grad_norm) and minibatch_stats.is_finite():
+                minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+                if minibatch_stats.is_finite():
                     optimizer.step()
                     epoch_stats.add(minibatch_stats)
-                    epoch_stats.count_step(grad_norm)
+                    epoch_stats.steps += 1
                 else:
                     epoch_stats.skipped += 1
             stats.add(epoch_stats)
@@ -315,7 +318,7 @@ def accumulate_gradients(
     def attempt(size: int) -> UpdateStats:
         policy.zero_grad()
         reducer.expect_last(False)
-        stats = UpdateStats()
+        stats = UpdateStats(token_count.device)
         for first in range(0, len(own), size):
             micro = own.select(slice(first, first + size))
             hidden = policy.response_hidden(micro.sequences)
@@ -343,40 +346,34 @@ class UpdateStats:
 
     NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "tokens")
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {name: torch.zeros(()) for name in self.NAMES}
-        self.ratio_max = torch.zeros(())
-        self.grad_norms, self.steps, self.skipped = 0.0, 0, 0
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Nothing yet."""
+        self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.NAMES}
+        self.ratio_max, self.grad_norms = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.steps, self.skipped = 0, 0
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
         """Add sums over real tokens, as ppo_loss returns them."""
-        device = sums["tokens"].device
-        self.sums = {name: total.to(device) + sums[name].detach() for name, total in self.sums.items()}
-        self.ratio_max = torch.maximum(self.ratio_max.to(device), sums["ratio_max"])
+        self.sums = {name: total + sums[name].detach() for name, total in self.sums.items()}
+        self.ratio_max = torch.maximum(self.ratio_max, sums["ratio_max"])
 
     def add(self, other: "UpdateStats") -> None:
-        """Add all of another."""
+        """Add all of another; grad_norms are those before clipping, one per optimiser step."""
         self.add_sums({**other.sums, "ratio_max": other.ratio_max})
-        self.grad_norms += other.grad_norms
+        self.grad_norms = self.grad_norms + other.grad_norms
         self.steps += other.steps
         self.skipped += other.skipped
 
-    def count_step(self, grad_norm: float) -> None:
-        """Count one optimiser step and the norm of its gradient before clipping."""
-        self.grad_norms += grad_norm
-        self.steps += 1
-
     def all_reduced(self) -> "UpdateStats":
         """The same over the micro-batches of all ranks."""
-        whole = UpdateStats()
-        sums = all_reduce_sum(torch.stack([x.to(self.ratio_max) for x in self.sums.values()]))
-        whole.sums = dict(zip(self.sums, sums, strict=True))
-        whole.ratio_max = torch.tensor(all_reduce_max(float(self.ratio_max)), device=sums.device)
-        return whole
+        if world_size() > 1:
+            self.sums = dict(zip(self.sums, all_reduce_sum(torch.stack(list(self.sums.values()))), strict=True))
+            self.ratio_max = torch.full_like(self.ratio_max, all_reduce_max(float(self.ratio_max)))
+        return self
 
     def is_finite(self) -> bool:
-        """Whether every sum is a number."""
-        return bool(torch.stack([*self.sums.values(), self.ratio_max]).isfinite().all())
+        """Whether every sum and gradient is a number: the one time that a minibatch waits for the GPU."""
+        return bool(torch.stack([*self.sums.values(), self.ratio_max, self.grad_norms]).isfinite().all())
 
     def mean(self, name: str) -> float:
         """A sum divided by its number of tokens (NaN where every minibatch was skipped)."""
@@ -387,7 +384,7 @@ class UpdateStats:
         return {
             **{name: self.mean(name) for name in self.NAMES if name != "tokens"},
             "ratio_max": float(self.ratio_max),
-            "grad_norm": self.grad_norms / self.steps if self.steps else math.nan,
+            "grad_norm": float(self.grad_norms) / self.steps if self.steps else math.nan,
             "updates": self.steps,
             "skipped": self.skipped,
         }

@@ -126,20 +126,30 @@ class Classifier:
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> Tensor:
         """The model's outputs (B, labels) float32 for texts, on its device."""
-        found = torch.empty(len(texts), self.model.config.num_labels, device=self.model.device)
+        device = self.model.device
         if not texts:
-            return found
+            return torch.empty(0, self.model.config.num_labels, device=device)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         encoded = [ids or [self.tokenizer.pad_token_id] for ids in encoded]  # an empty text may have no token
-        by_length = sorted(range(len(texts)), key=lambda i: len(encoded[i]))  # little padding
-        half = self.dtype != torch.float32
-        for first in range(0, len(texts), self.batch_size):
-            rows = by_length[first : first + self.batch_size]
-            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
-            ids, mask = (batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
-            with torch.autocast(self.model.device.type, self.dtype) if half else nullcontext():
-                found[rows] = self.model(input_ids=ids, attention_mask=mask).logits.float()
-        return found
+        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))  # little padding
+        found = [self._forward([encoded[i] for i in rows]) for rows in self._batches(order, [*map(len, encoded)])]
+        return torch.cat(found)[torch.tensor(order).argsort().to(device, non_blocking=True)]
+
+    def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        """Texts in order, batch_size at a time; on a GPU as many short ones as fill the room of that many long ones."""
+        while order:
+            fitting = self.batch_size * self.max_length // lengths[order[0]]
+            size = self.batch_size if self.model.device.type == "cpu" else max(self.batch_size, fitting)
+            yield order[:size]
+            order = order[size:]
+
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        """The model's outputs (b, labels) float32 for tokens; no copy waits for the device."""
+        device, half = self.model.device, self.dtype != torch.float32
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        ids, mask = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
+        with torch.autocast(device.type, self.dtype) if half else nullcontext():
+            return self.model(input_ids=ids, attention_mask=mask).logits.float()
 
 
 class SentimentReward(Classifier):
@@ -169,8 +179,8 @@ class SentimentReward(Classifier):
         target = logits[:, self.target]
         if logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
             return target  # one output per label, independent of the others
-        others = [i for i in range(logits.shape[1]) if i != self.target]
-        return target - logits[:, others].logsumexp(-1)
+        others = torch.cat([logits[:, : self.target], logits[:, self.target + 1 :]], 1)
+        return target - others.logsumexp(-1)
 
 
 class ScalarReward(Classifier):
@@ -250,7 +260,7 @@ class PythonReward:
         given = (list(responses), list(prompts)) if self.takes_prompts else (list(responses),)
         with self._one_line_errors("failed"), redirect_stdout(DummyTqdmFile(sys.stdout)):
             found = self.function(*given)
-        return self._checked(found, responses).to(self.device)
+        return self._checked(found, responses).to(self.device, non_blocking=True)
 
     def _load_file(self, path: Path) -> ModuleType:
         """Run a file as a module of its own; it can import the files beside it."""

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.device import widest_float
+from runtime.device import on_cpu, widest_float
 
 T = TypeVar("T")
 CHUNK_FLOATS = 24_000_000  # logits in memory at a time, 96 MB in float32: large products are fast, and memory stays low
+GPU_CHUNK_FLOATS = 100_000_000  # a GPU has more to do at a time before it is busy
 MIN_ROWS_TO_PREDICT = 8  # responses that a regression needs to predict scores from
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels
 
@@ -58,6 +59,21 @@ def pad_right(x: Tensor, extra: int) -> Tensor:
     return x if x.dim() == 1 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra))
 
 
+def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """Some rows of a tensor on any device; their numbers are sent there without waiting for it."""
+    return x[rows] if isinstance(rows, slice) else x[rows.to(x.device, non_blocking=True)]
+
+
+def take_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """The values (N, ...) of x (B, R, ...) at some places of the flattened (B * R)."""
+    return x.flatten(0, 1).index_select(0, places)
+
+
+def put_tokens(x: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse: values x (N,) at their places in a matrix of zeros of a shape (B, R)."""
+    return x.new_zeros(shape.numel()).index_copy(0, places, x).view(shape)
+
+
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +94,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + eps), 0)
 
 
+@on_cpu
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 a perfect critic, 0 a useless one, NaN undefined."""
     target, error = returns[mask].double(), (returns - values)[mask].double()
@@ -182,21 +199,21 @@ class _TokenLogprobs(torch.autograd.Function):
 
 @torch.no_grad()
 def compare_policies(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, tokens: Tensor,
+    hidden: Tensor, embedding: Tensor, ref_hidden: Tensor, ref_embedding: Tensor, tokens: Tensor,
     temperature: float = 1.0, support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Policy and reference at the same tokens: logprobs, ref_logprobs, entropy and exact KL(policy || reference).
 
-    Shapes as in token_logprobs; each result is (N,) float32, the KL in nats over the whole vocabulary.
+    Shapes as in token_logprobs, embeddings (V, H) as output_embedding returns them; each result is (N,) float32, the KL
+    in nats over the whole vocabulary.
     """
-    embedding, ref_embedding = output_embedding(weight, hidden.dtype), output_embedding(ref_weight, ref_hidden.dtype)
     all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
     all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
     probs = all_logprobs.exp()
     logprobs, ref_logprobs = (x.gather(1, tokens[:, None]).squeeze(1) for x in (all_logprobs, all_ref_logprobs))
     log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
-    entropy = -_expectation(all_logprobs, probs, support, len(weight))
-    return logprobs, ref_logprobs, entropy, _expectation(log_ratio, probs, support, len(weight))
+    entropy = -_expectation(all_logprobs, probs, support, len(embedding))
+    return logprobs, ref_logprobs, entropy, _expectation(log_ratio, probs, support, len(embedding))
 
 
 def vocabulary_logprobs(hidden: Tensor, embedding: Tensor, temperature: float, support: Tensor | None) -> Tensor:
@@ -225,6 +242,9 @@ def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
     up to twice as long.
     """
     vocabulary = len(embedding)
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # sums that are not rounded to bfloat16 first
+        wide = torch.mm(hidden, embedding.T, out_dtype=torch.float32)
+        return F.pad(wide, (0, -vocabulary % BLOCK), value=-math.inf)
     logits = hidden.new_empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK)
     torch.mm(hidden, embedding.T, out=logits[:, :vocabulary])
     logits[:, vocabulary:] = -math.inf
@@ -254,6 +274,7 @@ def shape_rewards(
     return (-kl_coef * kl).scatter_add(1, last, scores[:, None]), kl
 
 
+@on_cpu
 def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tensor) -> Tensor:
     """The score (B, R) to expect before each token, from the scores of what was written until then; 0 where none is.
 
@@ -287,6 +308,7 @@ def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
     return y - (y - y.mean() - clamped * centred) / (1 - leverage)
 
 
+@on_cpu
 def compute_gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:

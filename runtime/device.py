@@ -7,26 +7,35 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal, TypeVar
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 from config import UserError
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 Device = Literal["cpu", "cuda", "mps"]
 WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
 
 
 def resolve_device(device: str) -> Device:
-    """auto -> cuda where present, else mps (Apple's GPUs), else cpu (raises UserError where a named one is missing)."""
+    """auto -> cuda where present, else mps (Apple's GPUs), else cpu (raises UserError where a named one is missing).
+
+    On CUDA torch may not choose cuDNN's attention from then on: it plans anew for every shape, of which a step has
+    many, and is known to return NaN gradients for some masks.
+    """
     present: dict[Device, bool] = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
     }  # fmt: skip
-    for name, is_present in present.items():
-        if is_present and device in (name, "auto"):
-            return name
-    raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")
+    found = next((name for name, there in present.items() if there and device in (name, "auto")), None)
+    if found is None:
+        raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")
+    if found == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return found
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
@@ -56,6 +65,23 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores" + (" and their GPU" if device == "mps" else "")
+
+
+def on_cpu(function: Function) -> Function:
+    """A function of small tensors, computed on the CPU wherever they are; tensors that it returns go back there.
+
+    For thousands of operations on a few numbers each, which a GPU would take longer to launch than the CPU to do.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        found = function(*(x.cpu() if isinstance(x, Tensor) else x for x in args))
+        if isinstance(found, tuple):
+            return tuple(x.to(device, non_blocking=True) for x in found)
+        return found.to(device, non_blocking=True) if isinstance(found, Tensor) else found
+
+    return cast(Function, call)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -98,6 +124,12 @@ class FittingSize:
                     raise
                 self.size = -(-self.size // 2)
             torch.cuda.empty_cache()  # outside the except block, where the failed work is no longer referenced
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let CUDA's peak memory start anew; that of a process cannot."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_mb(device: str) -> float:

@@ -45,16 +45,16 @@ def process_group(device: str) -> Iterator[None]:
     found = resolve_device(device)
     if found == "mps":
         raise UserError("device=mps works in one process only: start it without torchrun, or with --device cpu")
-    cuda = found == "cuda"
-    if cuda:
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    gpu = torch.device("cuda", own_gpu()) if found == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         # torchrun keeps the addresses of processes that it has replaced: each restart meets under a prefix of its own
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    # what is on the CPU, control messages above all, goes through gloo, which notices at once that a peer has died
+    backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT, device_id=gpu)
     lost = False
     try:
         with _silence_unless_main():
@@ -70,6 +70,19 @@ def process_group(device: str) -> Iterator[None]:
         if not lost:  # else this would wait for the dead
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def own_gpu() -> int:
+    """The number of this process's GPU among those that it sees (raises UserError where there are too few).
+
+    A launcher may show each process one GPU of its own, by CUDA_VISIBLE_DEVICES; then it is number 0.
+    """
+    seen, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if seen >= wanted:
+        return int(os.environ["LOCAL_RANK"])
+    if seen == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return 0
+    raise UserError(f"this machine has {seen} GPUs: lower --nproc_per_node")
 
 
 @contextmanager
@@ -131,11 +144,6 @@ def rank_slice(rows: int) -> slice:
 # --- collectives ----------------------------------------------------------------------------------------------------
 
 
-def collective_device() -> torch.device:
-    """Where tensors must be to be sent: NCCL sends from CUDA only."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
 def gather_rows(x: Tensor, rows: int) -> Tensor:
     """The rows x (b, ...) of all ranks as one tensor (rows, ...), the same on every rank."""
     if world_size() == 1:
@@ -150,9 +158,8 @@ def gather_rows(x: Tensor, rows: int) -> Tensor:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of all ranks' tensors of one shape, the same on every rank."""
     if world_size() > 1:
-        sent = x.to(collective_device())
-        dist.all_reduce(sent)
-        x = sent.to(x.device)
+        x = x.clone()
+        dist.all_reduce(x)
     return x
 
 
@@ -160,7 +167,7 @@ def all_reduce_max(x: float) -> float:
     """The largest of all ranks' numbers."""
     if world_size() == 1:
         return x
-    sent = torch.tensor([float(x)], dtype=torch.float64, device=collective_device())
+    sent = torch.tensor([float(x)], dtype=torch.float64)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
     return sent.item()
 
@@ -195,9 +202,7 @@ def broadcast_state(policy: nn.Module, optimizer: Optimizer, counters: dict[str,
             state = optimizer.state[weight]
             if key not in state:
                 state[key] = torch.zeros_like(weight) if key != "step" else torch.zeros((), device=weight.device)
-            sent = state[key].to(collective_device())
-            dist.broadcast(sent, 0)
-            state[key].copy_(sent)
+            dist.broadcast(state[key], 0)
     return counters
 
 
@@ -238,8 +243,7 @@ def main_process_first(work: Callable[[], T]) -> T:
                 done.append(work())
             except UserError as error:  # the others must not wait for ever
                 problem = error
-        if world_size() > 1:
-            dist.barrier()
+        all_reduce_max(0.0)  # a barrier, through gloo
     if problem is not None:
         raise problem
     return done[0]

@@ -9,9 +9,11 @@ from typing import Any
 
 from config import UserError
 
+import torch
 from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 DEFAULT_REVISION = "main"
@@ -115,3 +117,19 @@ def resolved_commit(setting: str, name: str, revision: str | None = None) -> str
         return None
     reference = cache / "refs" / (revision or DEFAULT_REVISION)
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+
+
+def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
+    """Load a complete GPT-2 in float32 from the hub or a folder (raises UserError)."""
+    with loading(setting, name, "GPT-2"):
+        kind = GPT2Config.get_config_dict(name, revision=revision or DEFAULT_REVISION)[0].get("model_type")
+        if kind != "gpt2":
+            raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
+        lm, info = GPT2LMHeadModel.from_pretrained(
+            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True
+        )
+    refuse_missing_weights(setting, name, info, "GPT-2 language model")
+    if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
+        for block in lm.transformer.h:
+            block.mlp.act = nn.GELU(approximate="tanh")
+    return lm

@@ -1,52 +1,186 @@
 """The facts that could differ on a GPU: skipped where there is none."""
 
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from config import TrainConfig
 
+import pandas as pd
 import pytest
 import torch
-from conftest import make_policy, make_rollout, pad_more, ragged_prompts, real_tokens, same_weights, weights_of
+from conftest import (
+    TIMINGS,
+    make_policy,
+    make_rollout,
+    pad_more,
+    ragged_prompts,
+    real_tokens,
+    run,
+    same_weights,
+    weights_of,
+)
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import model
-from model import evaluate_both, sample_responses
-from ppo import build_optimizer, ppo_update
-from utils import uniforms
+import utils
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
+from reward import SentimentReward
+from utils import map_tensors, uniforms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def sampled(dtype: torch.dtype) -> tuple:
+def sampled(dtype: torch.dtype) -> tuple[GPT2WithValueHead, GPT2WithValueHead, Sequences]:
     policy, reference = make_policy(60).cuda(), make_policy(60).cuda()
     policy.dtype = reference.dtype = dtype
-    ids, mask = (x.cuda() for x in ragged_prompts(8, 6, 60))
-    return policy, reference, sample_responses(policy, ids, mask, uniforms(0, 1, 8, 10).cuda(), eos_id=0)
+    return policy, reference, sample_responses(policy, *ragged_prompts(8, 6, 60), uniforms(0, 1, 8, 10), eos_id=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def on_cpu(seqs: Sequences) -> Sequences:
+    return map_tensors(lambda x: x.cpu(), seqs)
+
+
+def on_gpu(seqs: Sequences) -> Sequences:
+    return Sequences(*(x.cuda() for x in (seqs.tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs)))
+
+
+@contextmanager
+def waits() -> Iterator[list[warnings.WarningMessage]]:
+    """What makes the host wait for the GPU, as torch itself notices it."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found[:] = [w for w in found if "synchroniz" in str(w.message)]
+
+
+# --- sampling and evaluating ----------------------------------------------------------------------------------------
+
+
+@BOTH
 def test_cuda_sampler_and_scorer_agree_and_padding_changes_nothing(dtype: torch.dtype) -> None:
     policy, reference, seqs = sampled(dtype)
     logprobs = evaluate_both(policy, reference, seqs)[0]
     assert (logprobs - seqs.logprobs).abs().max() < TOLERANCE[dtype]
-    seqs_on_cpu = type(seqs)(*(x.cpu() for x in (seqs.tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs)))
-    padded = pad_more(seqs_on_cpu, 5)
-    padded = type(seqs)(
-        *(x.cuda() for x in (padded.tokens, padded.attention_mask, padded.response_mask, padded.logprobs))
-    )
+    padded = on_gpu(pad_more(on_cpu(seqs), 5))
     assert (evaluate_both(policy, reference, padded)[0] - logprobs).abs().max() < TOLERANCE[dtype]
 
 
 def test_cuda_agrees_with_the_cpu() -> None:
     policy, reference, seqs = sampled(torch.float32)
-    logprobs = evaluate_both(policy, reference, seqs)[0].cpu()
+    logprobs, here = evaluate_both(policy, reference, seqs)[0].cpu(), on_cpu(seqs)
+    policy.cpu()
     for row in range(len(logprobs)):
-        tokens, prompt = real_tokens(seqs, row)
-        logits = policy.cpu().lm(input_ids=tokens[None].cpu()).logits[0].log_softmax(-1)
-        expected = logits[prompt - 1 : -1].gather(1, tokens[prompt:, None].cpu()).squeeze(1)
+        tokens, prompt = real_tokens(here, row)
+        logits = policy.lm(input_ids=tokens[None]).logits[0].log_softmax(-1)
+        expected = logits[prompt - 1 : -1].gather(1, tokens[prompt:, None]).squeeze(1)
         assert torch.allclose(logprobs[row, : len(expected)], expected, atol=1e-3)
-        policy.cuda()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_samples_the_tokens_of_the_cpu_in_every_rollout() -> None:
+    """Also after an update, when the recorded step reads new weights at the old place."""
+    policy = make_policy(60)
+    there = copy.deepcopy(policy).cuda()
+    for seed in range(3):
+        prompts, noise = ragged_prompts(8, 6, 60, seed), uniforms(seed, 1, 8, 24)
+        expected = sample_responses(policy, *prompts, noise, eos_id=0)
+        found = on_cpu(sample_responses(there, *prompts, noise, eos_id=0))
+        assert torch.equal(found.responses, expected.responses)
+        assert torch.equal(found.response_mask, expected.response_mask)
+        assert torch.equal(found.lengths, expected.lengths)
+        assert torch.allclose(found.logprobs, expected.logprobs, atol=1e-3)
+        with torch.no_grad():
+            for weight, same in zip(policy.parameters(), there.parameters(), strict=True):
+                weight += 0.02 * torch.randn_like(weight)
+                same.copy_(weight)
+    assert there.sampler is not None
+
+
+@BOTH
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
+    dtype: torch.dtype, sampling: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(60).cuda()
+    policy.dtype = dtype
+
+    def draw(seed: int) -> Sequences:
+        return sample_responses(policy, *ragged_prompts(8, 6, 60), uniforms(seed, 1, 8, 40), eos_id=0, **sampling)
+
+    replayed = [draw(0), draw(1)]
+    monkeypatch.setattr(model._Sampler, "recorded", lambda self: self.step)
+    policy.sampler = None
+    for seed in (0, 1):
+        one_by_one = draw(seed)
+        for name in ("tokens", "response_mask", "logprobs"):
+            assert torch.equal(getattr(replayed[seed], name), getattr(one_by_one, name)), name
+
+
+@BOTH
+def test_cuda_chunks_of_gpt2s_vocabulary_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,257 columns, which are not a multiple of anything; logits must not be rounded to bfloat16 on their way."""
+    policy, reference = (make_policy(50257, seed, initializer_range=0.05).cuda() for seed in (0, 1))
+    policy.dtype = reference.dtype = dtype
+    seqs = sample_responses(policy, *ragged_prompts(8, 6, 50257), uniforms(0, 1, 8, 10), eos_id=0)
+    whole, whole_grads = evaluate_both(policy, reference, seqs), gradients(policy, seqs)
+    monkeypatch.setattr(utils, "GPU_CHUNK_FLOATS", 3 * 10 * 50257)
+    assert len(policy.chunk(seqs)) == 3
+    for a, b in zip(whole, evaluate_both(policy, reference, seqs), strict=True):
+        assert (a - b).abs().max() < 1e-4
+    for a, b in zip(whole_grads, gradients(policy, seqs), strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+    assert (policy.evaluate_responses(seqs)[0] - whole[0]).abs().max() < 1e-4
+    wide, narrow = torch.randn(64, 32).cuda(), torch.randn(300, 32).cuda()
+    found = utils.padded_logits(wide.bfloat16(), narrow.bfloat16())[:, :300]
+    assert (found - wide.bfloat16().float() @ narrow.bfloat16().float().T).abs().max() < 1e-3
+
+
+def gradients(policy: GPT2WithValueHead, seqs: Sequences) -> list[Tensor]:
+    policy.zero_grad()
+    policy.evaluate_responses(seqs)[0].sum().backward()
+    return [weight.grad.clone() for weight in policy.lm.parameters()]
+
+
+# --- scores, updates, whole runs ------------------------------------------------------------------------------------
+
+CFG = TrainConfig(
+    batch_size=8, minibatch_size=4, ppo_epochs=2, max_new_tokens=10, reward_every=2, lr=1e-3, rm_name="classifier"
+)
+
+
+def collected(policy: GPT2WithValueHead, classifier: Path, tokenizer: PreTrainedTokenizerFast, device: str) -> Rollout:
+    reference = make_policy(len(tokenizer), seed=1).to(device).requires_grad_(False)
+    models = Models(policy, reference, SentimentReward(str(classifier), device=device), tokenizer)
+    return collect_rollout(models, ragged_prompts(8, 16, len(tokenizer)), uniforms(0, 1, 8, 10), CFG, 0.1)
+
+
+def test_cuda_scores_rewards_and_updates_are_those_of_the_cpu(
+    classifier_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    policy = make_policy(len(tokenizer), critic=True)
+    there = copy.deepcopy(policy).cuda()
+    expected = collected(policy, classifier_dir, tokenizer, "cpu")
+    found = collected(there, classifier_dir, tokenizer, "cuda")
+    for name in ("scores", "partial_scores", "logprobs", "ref_logprobs", "values"):
+        assert torch.allclose(getattr(found, name).cpu(), getattr(expected, name), atol=1e-3, equal_nan=True), name
+    assert torch.allclose(found.rewards().cpu(), expected.rewards(), atol=2e-3)
+    assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-2, abs=1e-3)
+    here, gpu = (ppo_update(p, build_optimizer(p, CFG), r, CFG, 1) for p, r in ((policy, expected), (there, found)))
+    for name in ("policy_loss", "value_loss", "approx_kl", "grad_norm", "ratio_max"):
+        assert gpu[name] == pytest.approx(here[name], rel=2e-2, abs=2e-3), name
+
+
+@BOTH
 def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch.dtype) -> None:
     policy, reference, seqs = sampled(dtype)
     rollout = make_rollout(policy, reference, seqs, torch.randn(8, device="cuda"), 0.1)
@@ -60,18 +194,67 @@ def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch
     assert not same_weights(policy, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
-def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
-    dtype: torch.dtype, sampling: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_halves_micro_batches_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, reference, seqs = sampled(torch.float32)
+    rollout = make_rollout(policy, reference, seqs, torch.randn(8, device="cuda"), 0.1)
+    cfg = TrainConfig(batch_size=8, minibatch_size=8, ppo_epochs=1, lr=1e-3)
+    whole = copy.deepcopy(policy)
+    ppo_update(whole, build_optimizer(whole, cfg), rollout, cfg, 1)
+    original = GPT2WithValueHead.response_hidden
+
+    def cramped(self: GPT2WithValueHead, some: Sequences) -> Tensor:
+        if len(some.tokens) > 2:
+            torch.empty(2**50, device="cuda")  # a petabyte
+        return original(self, some)
+
+    monkeypatch.setattr(GPT2WithValueHead, "response_hidden", cramped)
+    row = ppo_update(policy, build_optimizer(policy, cfg), rollout, cfg, 1)
+    assert row["micro_batch_size"] == 2
+    for a, b in zip(policy.parameters(), whole.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+def test_cuda_training_and_resuming(flags: dict[str, str], tmp_path: Path, no_pictures: None) -> None:
+    """train.main whole; a run that was resumed has the columns of one that was not, up to the order of sums."""
+    flags = {**flags, "device": "cuda", "eval_every": "2", "eval_prompts": "4", "reward_every": "2"}
+    table = pd.read_csv(run(flags, "--dtype", "bfloat16") / "metrics.csv")
+    assert len(table) == 3
+    assert (table.ratio_max > 0).all()
+    assert (table.skipped == 0).all()
+    whole = pd.read_csv(run({**flags, "ckpt_dir": str(tmp_path / "whole")}) / "metrics.csv")
+    short = {**flags, "ckpt_dir": str(tmp_path / "parts")}
+    run({**short, "total_steps": "2", "lr_schedule": "constant"})
+    parts = pd.read_csv(run({**short, "lr_schedule": "constant"}, "--resume", "--allow_changes") / "metrics.csv")
+    columns = ["score_mean", "kl_seq", "entropy", "response_len"]
+    assert list(parts.columns) == list(whole.columns)
+    assert parts[columns].iloc[0].to_dict() == pytest.approx(whole[columns].iloc[0].to_dict(), rel=1e-2, abs=1e-2)
+    assert set(TIMINGS) < set(parts.columns)
+
+
+# --- waits ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cuda_sampling_steps_wait_for_nothing() -> None:
     policy = make_policy(60).cuda()
-    policy.dtype = dtype
-    prompts = [x.cuda() for x in ragged_prompts(8, 6, 60)]
-    draw = lambda: sample_responses(policy, *prompts, uniforms(0, 1, 8, 40).cuda(), eos_id=0, **sampling)  # noqa: E731
-    replayed = draw()
-    monkeypatch.setattr(model._Sampler, "recorded", lambda self: self.step)
-    one_by_one = draw()
-    assert torch.equal(replayed.tokens, one_by_one.tokens)
-    assert torch.equal(replayed.response_mask, one_by_one.response_mask)
-    assert torch.equal(replayed.logprobs, one_by_one.logprobs)
+    sampler = model._Sampler(policy, 8, 16, 10, 0, (0.8, 9, 0.9))
+    sampler.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            sampler.step()
+        sampler.renew()
+        sampler.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_minibatches_wait_once(classifier_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = make_policy(len(tokenizer), critic=True).cuda()
+    rollout, counts = collected(policy, classifier_dir, tokenizer, "cuda"), {}
+    for size in (8, 2, 4):  # the first one warms up
+        cfg = TrainConfig(batch_size=8, minibatch_size=size, ppo_epochs=1, lr=1e-3)
+        with waits() as found:
+            ppo_update(policy, build_optimizer(policy, cfg), rollout, cfg, 1)
+        counts[size] = len(found)
+    assert (counts[2] - counts[4]) / 2 <= 1, counts

@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 from config import UserError
 
@@ -25,6 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     GPT2LMHeadModel,
@@ -39,16 +42,8 @@ from transformers import (
 
 import model
 import utils
-from model import (
-    GPT2WithValueHead,
-    Sequences,
-    _decode,
-    check_fit,
-    evaluate_both,
-    load_gpt2,
-    load_reference,
-    sample_responses,
-)
+from model import GPT2WithValueHead, Sequences, evaluate_both, load_reference, sample_responses
+from runtime.hub import load_gpt2
 from utils import uniforms
 
 TOLERANCE = 5e-5
@@ -464,53 +459,6 @@ def test_sequences_select_keeps_rows_together() -> None:
     assert torch.allclose(policy.evaluate_responses(some)[0], all_rows[rows], atol=1e-5)
 
 
-def attention_case(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values as the model lays them out in memory, and the keys visible to each query."""
-    rows, heads, n, d = 3, 4, 24, 16
-    q, k, v = torch.randn(rows, n, 3, heads, d, dtype=dtype).permute(2, 0, 3, 1, 4)
-    mask = torch.arange(n) >= torch.tensor([[0], [5], [23]])  # the last row is all padding but one
-    visible = model.visible_keys(torch.ones_like(mask) if case == "causal" else mask)
-    if case == "one query":  # the sampler's: a single column, and the cache
-        return q[:, :, -1:], k.contiguous(), v.contiguous(), mask[:, None, None, :]
-    if case == "last columns":
-        return q[:, :, 15:], k, v, visible[..., 15:, :]
-    return q, k, v, visible
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["padded", "causal", "last columns", "one query"])
-def test_attention_written_out_equals_the_library_kernel(case: str, dtype: torch.dtype) -> None:
-    """Values and gradients, against float32 on the same numbers; bfloat16 errs by its 8 bits of mantissa."""
-    *inputs, visible = attention_case(case, dtype)
-    found, expected = (
-        [x.detach().requires_grad_() for x in inputs],
-        [x.float().detach().requires_grad_() for x in inputs],
-    )
-    out = model.softmax_attention(*found, visible, 0.4)
-    kernel = torch.nn.functional.scaled_dot_product_attention(*expected, attn_mask=visible, scale=0.4)
-    assert out.dtype == dtype
-    slope = torch.randn(out.shape, dtype=dtype)
-    out.backward(slope)
-    kernel.backward(slope.float())
-    tolerance = 2e-6 if dtype == torch.float32 else 0.02
-    for a, b in zip([out, *(x.grad for x in found)], [kernel, *(x.grad for x in expected)], strict=True):
-        assert b.abs().max() > 0.1
-        assert (a - b).abs().max() <= tolerance * b.abs().max()
-        assert (a - b).square().mean().sqrt() <= tolerance / 2 * b.square().mean().sqrt()
-
-
-def test_attention_is_written_out_in_bfloat16_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[torch.dtype] = []
-    original = model.softmax_attention
-    monkeypatch.setattr(model, "softmax_attention", lambda q, *rest: calls.append(q.dtype) or original(q, *rest))
-    policy = make_policy()
-    sample(policy)
-    assert not calls
-    policy.dtype = torch.bfloat16
-    policy.evaluate_responses(sample(policy))
-    assert set(calls) == {torch.bfloat16}
-
-
 def test_bfloat16_concerns_matrix_products_only() -> None:
     exact = with_critic(GPT2WithValueHead(make_lm(300)))
     rough = GPT2WithValueHead(copy.deepcopy(exact.lm), torch.bfloat16)
@@ -555,19 +503,53 @@ def test_generate_is_unmoved_by_dropping_rows_that_ended(
     assert torch.allclose(found.logprobs, expected.logprobs, atol=TOLERANCE)
 
 
+class Journal(TorchDispatchMode):
+    """Writes down each operation with its arguments: those kept by a sampler by name, all other tensors by shape."""
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__()
+        kept = {**vars(sampler), "cache": sampler.cache.kept, **dict(sampler.lm.named_parameters())}
+        self.names = {x.untyped_storage().data_ptr(): name for name, x in kept.items() if isinstance(x, Tensor)}
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        seen = [self.describe(x) for x in tree_leaves((args, kwargs, found))]
+        self.lines.append(f"{func} {' '.join(seen)}")
+        return found
+
+    def describe(self, x: object) -> str:
+        if not isinstance(x, Tensor):
+            return str(x)
+        return f"{self.names.get(x.untyped_storage().data_ptr(), 'new')}{tuple(x.shape)}{x.stride()}"
+
+
 @torch.no_grad()
-def test_a_sampling_step_keeps_every_tensor_in_its_place() -> None:
-    """What CUDA needs to record a step and replay it: no tensor is replaced, and no shape depends on the data."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_sampling_steps_are_the_same_operations_on_the_same_storages(dtype: torch.dtype) -> None:
+    """What CUDA needs to record a step and replay it, also in the next rollout, after an update of the weights."""
     policy = make_policy()
-    prompts = ragged_prompts(8, 6, policy.lm.config.vocab_size)
-    sampler = model._Sampler(policy, *prompts, uniforms(0, 1, 8, 10), EOS, (0.8, 9, 0.9))
-    names = ("tokens", "attention_mask", "logprobs", "support", "rows", "alive", "visible", "positions", "newest", "t")
-    before = {name: getattr(sampler, name).data_ptr() for name in names} | {"": sampler.cache.kept.data_ptr()}
-    for _ in range(9):
-        sampler.step()
-    after = {name: getattr(sampler, name).data_ptr() for name in names} | {"": sampler.cache.kept.data_ptr()}
-    assert after == before
-    assert torch.equal(sampler.sequences().tokens, sample(policy, temperature=0.8, top_k=9, top_p=0.9).tokens)
+    policy.dtype = dtype
+    sampler = model._Sampler(policy, 8, 6, 10, EOS, (0.8, 9, 0.9))
+    journal, steps = Journal(sampler), []
+    for seed in (0, 1):
+        sampler.begin(*ragged_prompts(8, 6, policy.lm.config.vocab_size, seed), uniforms(seed, 1, 8, 10))
+        for _ in range(9):
+            journal.lines = []
+            with journal:
+                sampler.step()
+            steps.append(journal.lines)
+        assert len(steps[0]) > 100
+        assert any("cache(" in line for line in steps[0])
+        found = sampler.sequences()
+        expected = sample(policy, seed=seed, temperature=0.8, top_k=9, top_p=0.9)
+        for name in ("tokens", "attention_mask", "response_mask", "logprobs", "support"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        for weight in policy.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+        sampler.renew()
+        assert found.logprobs.any(), "what was returned stays"
+    assert all(step == steps[0] for step in steps)
 
 
 def test_the_copy_with_half_projections_shares_everything_else() -> None:
@@ -685,24 +667,6 @@ def test_load_refuses_a_damaged_or_absent_value_head(tmp_path: Path) -> None:
         GPT2WithValueHead.load(tmp_path)
 
 
-def test_check_fit_names_what_does_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
-    n = len(tokenizer)
-    policy = make_policy(n)
-    check_fit(policy, make_policy(n), tokenizer, 64)
-    with pytest.raises(UserError, match="ref_name"):
-        check_fit(policy, make_policy(n + 1), tokenizer, 64)
-    with pytest.raises(UserError, match="max_new_tokens"):
-        check_fit(policy, make_policy(n), tokenizer, 65)
-    with pytest.raises(UserError, match="max_new_tokens"):
-        check_fit(policy, make_policy(n, n_positions=32), tokenizer, 33)
-    with pytest.raises(UserError, match="tokenizer"):
-        check_fit(make_policy(n - 1), make_policy(n - 1), tokenizer, 64)
-    without = copy.deepcopy(tokenizer)
-    without.eos_token = None
-    with pytest.raises(UserError, match="EOS"):
-        check_fit(policy, make_policy(n), without, 64)
-
-
 EOS = 0
 
 
@@ -710,23 +674,35 @@ def ragged_mask(lengths: list[int], width: int) -> Tensor:
     return torch.arange(width) < torch.tensor(lengths)[:, None]
 
 
-def test_decode_leaves_out_eos_and_what_is_masked(tokenizer: PreTrainedTokenizerFast) -> None:
+def only_responses(tokens: Tensor, mask: Tensor) -> Sequences:
+    """Sequences of these responses to prompts of one token."""
+    one = torch.ones(len(tokens), 1)
+    return Sequences(
+        torch.cat([one.long(), tokens], 1), torch.cat([one.bool(), mask], 1), mask, torch.zeros(mask.shape)
+    )
+
+
+def test_texts_leave_out_eos_and_what_is_masked(tokenizer: PreTrainedTokenizerFast) -> None:
     """EOS first, in the middle, absent; the padding is EOS, and once garbage."""
     film, bad = tokenizer("A good film")["input_ids"], tokenizer(" bad!")["input_ids"]
     rows = [[EOS], [*film, EOS], [*film, *bad]]
     width = max(map(len, rows)) + 2
     tokens = torch.tensor([row + [EOS] * (width - len(row)) for row in rows])
     tokens[1, -1] = bad[0]
-    mask = ragged_mask([len(row) for row in rows], width)
-    assert _decode(tokenizer, tokens, mask) == ["", "A good film", "A good film bad!"]
+    seqs = only_responses(tokens, ragged_mask([len(row) for row in rows], width))
+    assert seqs.texts(tokenizer) == ["", "A good film", "A good film bad!"]
+    assert seqs.lengths.tolist() == list(map(len, rows))
+    first = tokenizer.decode([1])
+    assert seqs.texts(tokenizer, with_prompt=True) == [first + text for text in seqs.texts(tokenizer)]
 
 
-def test_decode_works_on_left_padded_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompt_texts_leave_out_padding_on_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
     film = tokenizer("It 's a film . ")["input_ids"]
-    tokens = torch.tensor([[5, 5, *film], [5, 5, 5, *film[1:]]])
+    tokens = torch.tensor([[5, 5, *film, 7], [5, 5, 5, *film[1:], 7]])
     mask = torch.ones_like(tokens).bool()
     mask[0, :2] = mask[1, :3] = False
-    assert _decode(tokenizer, tokens, mask)[0] == "It 's a film . "
+    seqs = Sequences(tokens, mask, mask[:, -1:], torch.zeros(2, 1))
+    assert seqs.prompt_texts(tokenizer)[0] == "It 's a film . "
 
 
 _TOKENIZER: list[PreTrainedTokenizerFast] = []
@@ -746,7 +722,7 @@ def test_decode_inverts_the_tokenizer(text: str) -> None:
     tokens = torch.tensor([[*ids, EOS, 7]])
     if EOS in ids:  # the text spells a special token
         return
-    assert _decode(tokenizer, tokens, ragged_mask([len(ids) + 1], len(ids) + 2)) == [text]
+    assert only_responses(tokens, ragged_mask([len(ids) + 1], len(ids) + 2)).texts(tokenizer) == [text]
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 8])

@@ -37,7 +37,7 @@ from transformers import (
 
 from ppo import build_optimizer, collect_rollout, ppo_update
 from runtime.cli import parse_flags, run, words
-from runtime.device import best_seconds, keep_freed_memory, matmul_rate, peak_memory_mb
+from runtime.device import best_seconds, keep_freed_memory, matmul_rate, peak_memory_mb, reset_peak_memory
 from runtime.distributed import is_main_process, process_group, world_size
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
@@ -160,6 +160,7 @@ def make_random_models(work: Workload, folder: Path, vocabulary: int = 50257) ->
     ).save_pretrained(folder / "reward")  # fmt: skip
     word_tokenizer(30522, pad_token="w0").save_pretrained(folder / "reward")
     words = torch.randint(1000, 20000, (4 * work.batch, work.prompt + 8)).tolist()
+    words[::4] = [row[: 8 + i % work.prompt] for i, row in enumerate(words[::4])]  # real prompts are ragged, too
     (folder / "prompts.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words), encoding="utf-8")
     return {"policy_name": str(folder / "policy"), "rm_name": str(folder / "reward"),
             "dataset": str(folder / "prompts.txt")}  # fmt: skip
@@ -176,9 +177,10 @@ def word_tokenizer(size: int, **special: str) -> PreTrainedTokenizerFast:
 
 
 def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
-    """Median seconds of each phase over `steps` steps after one to warm up, with rates and the floor."""
+    """Median seconds of each phase over `steps` steps after a first one, whose seconds stand apart; rates and floor."""
     parts = load_parts(cfg)
     keep_freed_memory()
+    reset_peak_memory(cfg.device)
     models, optimizer = parts.models, build_optimizer(parts.models.policy, cfg)
     rows: list[dict[str, float]] = []
     for step in range(1, steps + 2):
@@ -198,6 +200,7 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     return {
         "processes": world_size(), "weights": weights,
         "device": cfg.device, "dtype": cfg.dtype, "seconds": seconds, **medians,
+        "first_seconds": sum(rows[0][f"seconds_{phase}"] for phase in ("generate", "score", "update")),
         "matmul_gflops": matmul / 1e9, "copy_gb": copy / 1e9,
         "update_of_matmul": work["update"] / medians["seconds_update"] / matmul / world_size(),
         "floor_seconds": floor, "times_floor": seconds / floor,

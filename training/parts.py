@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import PromptStream, load_examples, load_prompts, split_held_out
-from model import GPT2WithValueHead, check_fit, load_reference
+from model import GPT2WithValueHead, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import Classifier, Reward, load_reward
@@ -91,3 +91,25 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
         trained_on = "prompt + response" if reward.on_prompt else "responses alone"
         print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
     return reward
+
+
+def check_fit(
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens (UserError)."""
+    sizes = policy.lm.config.vocab_size, reference.lm.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"policy and reference have different vocabularies ({sizes[0]} and {sizes[1]} tokens): change ref_name"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer of policy_name has no EOS token: save one that has")
+    if len(tokenizer) > sizes[0]:
+        raise UserError(
+            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
+        )
+    context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
+    if length > context:
+        raise UserError(
+            f"max_prompt_len + max_new_tokens = {length} is longer than the model's context of {context}: lower one"
+        )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from config import EvalConfig, TrainConfig
+from config import EvalConfig, TrainConfig, UserError
 
 import pandas as pd
 import pytest
@@ -23,7 +23,7 @@ from conftest import TIMINGS, as_processes, make_policy, make_rollout, run, run_
 import eval as eval_script
 import ppo
 import train
-from runtime.distributed import process_group, world_size
+from runtime.distributed import own_gpu, process_group, world_size
 from training.checkpoints import find_corruption, list_checkpoints
 
 NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
@@ -50,6 +50,52 @@ def words_of(flags: dict[str, str]) -> list[str]:
 
 def table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path).drop(columns=TIMINGS, errors="ignore")
+
+
+@pytest.mark.parametrize(
+    ("seen", "visible", "processes", "expected"),
+    [(8, None, 8, 3), (8, "0,1,2,3,4,5,6,7", 4, 3), (1, "5", 4, 0), (1, "GPU-1a2b", 4, 0)],
+)
+def test_each_process_has_its_own_gpu(
+    seen: int, visible: str | None, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 3 of a machine; a launcher may show it all GPUs or one of its own."""
+    gpus(monkeypatch, seen, visible, processes)
+    assert own_gpu() == expected
+
+
+@pytest.mark.parametrize(("seen", "visible"), [(2, None), (1, None), (1, ""), (2, "0,1"), (0, "")])
+def test_too_few_gpus_are_refused(seen: int, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, seen, visible, 4)
+    with pytest.raises(UserError, match=f"this machine has {seen} GPUs: lower --nproc_per_node"):
+        own_gpu()
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, seen: int, visible: str | None, processes: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def test_with_gpus_what_is_on_the_cpu_goes_through_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed to see how the processes would meet."""
+    gpus(monkeypatch, 4, None, 4)
+    chosen: list[object] = []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **named: chosen.extend([backend, named["device_id"]])
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with process_group("cuda"):
+        pass
+    assert chosen == [torch.device("cuda", 3), "cpu:gloo,cuda:nccl", torch.device("cuda", 3)]
 
 
 @pytest.mark.parametrize("count", [2, 4] if NIGHTLY else [4])  # 2: also in the next test

@@ -42,6 +42,10 @@ def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monk
     assert all(seconds > 0 for seconds in phases)
     assert row["seconds"] == pytest.approx(sum(phases))
     assert row["times_floor"] > 1, "nothing runs faster than the machine"
+    assert row["first_seconds"] > 0
+    lengths = [len(line.split()) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
+    assert len(lengths) == 16
+    assert min(lengths) < SMALL.prompt + 8 == max(lengths), "prompts are ragged, and long enough"
     append(tmp_path / "b.csv", [row])
     append(tmp_path / "b.csv", [{**row, "peer_seconds": 7.0}])
     table = pd.read_csv(tmp_path / "b.csv")

@@ -1,15 +1,20 @@
 """Loading: revisions, and any sequence classifier."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
+from config import UserError
+
 import pandas as pd
 import pytest
 import torch
-from conftest import run, save_classifier
+from conftest import make_policy, run, save_classifier
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from training.parts import check_fit
 
 
 def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Path) -> None:
@@ -51,3 +56,21 @@ def test_a_revision_chooses_among_commits_and_is_recorded(
         assert pd.read_csv(folder / "metrics.csv").kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
     with pytest.raises(SystemExit):
         run({**still, "ckpt_dir": str(tmp_path / "none")}, "--policy_revision", "v2")
+
+
+def test_check_fit_names_what_does_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
+    n = len(tokenizer)
+    policy = make_policy(n)
+    check_fit(policy, make_policy(n), tokenizer, 64)
+    with pytest.raises(UserError, match="ref_name"):
+        check_fit(policy, make_policy(n + 1), tokenizer, 64)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        check_fit(policy, make_policy(n), tokenizer, 65)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        check_fit(policy, make_policy(n, n_positions=32), tokenizer, 33)
+    with pytest.raises(UserError, match="tokenizer"):
+        check_fit(make_policy(n - 1), make_policy(n - 1), tokenizer, 64)
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    with pytest.raises(UserError, match="EOS"):
+        check_fit(policy, make_policy(n), without, 64)

@@ -1,0 +1,168 @@
+"""A device that is not there: its tensors live on the CPU, and what makes the host wait for it is counted.
+
+So what a GPU would do is tested without one: that tensors are where they must be, what the host reads, and the results.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+aten = torch.ops.aten
+# Operations whose result the host needs before it can go on, or whose shape it must know
+READS = {aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2,
+         aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.repeat_interleave}  # fmt: skip
+
+
+def skip_if_impossible() -> None:
+    """Skip the test where this torch cannot pretend a device."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no backends written in Python")
+
+
+def register() -> None:
+    """Make the device known to torch."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+
+
+class OnDevice(Tensor):
+    """A tensor on the device; what it holds is on the CPU."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "OnDevice":
+        found = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=torch.device(NAME, 0),
+        )  # fmt: skip
+        found.held = held
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return execute(func, args, kwargs or {}, Watch.active)
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> Any:  # which torch refuses for tensors of a class of one's own
+        return self.cpu().tolist()
+
+
+class Watch(TorchDispatchMode):
+    """While it is entered, the device exists; counts operations there, and waits for it by their cause."""
+
+    active: "Watch | None" = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.waits = 0, Counter[str]()
+
+    def __enter__(self) -> "Watch":
+        Watch.active = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Watch.active = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return execute(func, args, kwargs or {}, self)
+
+    @property
+    def count(self) -> int:
+        """How often the host waited."""
+        return self.waits.total()
+
+
+def execute(func: Any, args: Any, kwargs: dict[str, Any], watch: Watch | None) -> Any:
+    """Do an operation on what the tensors hold."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    here = [x for x in tensors if isinstance(x, OnDevice)]
+    target = kwargs.get("device")
+    creates = target is not None and torch.device(target).type == NAME
+    if not here and not creates:
+        return func(*args, **kwargs)
+    packet = func.overloadpacket
+    reason = None
+    if packet is aten._to_copy or packet is aten.copy_:
+        reason = crossing(packet, args, kwargs, creates)
+    elif packet in READS:
+        reason = packet.__name__
+    elif packet in (aten.index, aten.index_put, aten.index_put_):
+        if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+            reason = f"{packet.__name__} with a mask"
+        elif any(x is not None and not isinstance(x, OnDevice) for x in args[1]):
+            reason = f"{packet.__name__} with places from the host"
+    else:
+        strangers = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
+        assert not (here and strangers), f"{func} mixes tensors of device and host"
+    if watch is not None:
+        watch.operations += 1
+        if reason is not None:
+            watch.waits[reason] += 1
+    owner = {id(x.held): x for x in here}
+    found = func(*tree_map(held, args), **tree_map(held, kwargs))
+    if packet is aten._to_copy and target is not None and not creates:
+        return found
+    if packet is aten.copy_ and not isinstance(args[0], OnDevice):
+        return args[0]
+    return tree_map(lambda x: (owner[id(x)] if id(x) in owner else OnDevice(x)) if isinstance(x, Tensor) else x, found)
+
+
+def crossing(packet: Any, args: Any, kwargs: dict[str, Any], creates: bool) -> str | None:
+    """Why a copy waits: it leaves the device, or it is sent there in a way that does not return before it arrives."""
+    if packet is aten._to_copy:
+        source_here, stays = isinstance(args[0], OnDevice), creates or kwargs.get("device") is None
+        non_blocking = kwargs.get("non_blocking", False)
+    else:
+        source_here, stays = isinstance(args[1], OnDevice), isinstance(args[0], OnDevice)
+        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+    if source_here:
+        return None if stays else "copy to the host"
+    return None if non_blocking else "copy from the host"
+
+
+def held(x: Any) -> Any:
+    if isinstance(x, OnDevice):
+        return x.held
+    return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The model with its weights on the device."""
+    known: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if weight not in known:
+                    known[weight] = nn.Parameter(OnDevice(weight.detach().clone()), weight.requires_grad)
+                module._parameters[name] = known[weight]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else OnDevice(buffer)
+    return model
+
+
+@contextmanager
+def attention_by_formula() -> Iterator[None]:
+    """Attention's own kernels read nothing, and are chosen in C++, where this device is unknown."""
+
+    def formula(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        scores = q @ k.mT * (rest.get("scale") or q.shape[-1] ** -0.5)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return scores.softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", formula)
+        yield
