@@ -108,8 +108,8 @@ class TrainConfig:
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
     seed: int = opt(0, "Every random choice is a function of this seed and the step.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
-        "auto", "Precision of matrix products; auto takes bfloat16 where the hardware multiplies it fast."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
+        "auto", "Precision of matrix products; auto takes bfloat16 or float16 where the hardware is fast at them."
     )
 
     total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.", "Size of the run")
@@ -231,7 +231,7 @@ class EvalConfig:
     top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
     seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.", "Where and how it runs")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     out_csv: str = opt(
         "eval_results.csv",
         "One row per prompt; eval_summary.json and eval_report.html, named after it, are written beside it.",

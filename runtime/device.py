@@ -18,6 +18,7 @@ from torch import Tensor
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 Device = Literal["cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
 
 
@@ -38,11 +39,13 @@ def resolve_device(device: str) -> Device:
     return found
 
 
-def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
-    """auto -> bfloat16 where the hardware multiplies it fast, else float32."""
-    if dtype == "auto":
-        return "bfloat16" if has_fast_bfloat16(torch.device(device)) else "float32"
-    return dtype
+def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16", "float16"], device: str) -> Dtype:
+    """auto -> bfloat16 where the hardware multiplies it fast, then float16 (T4, V100), else float32."""
+    if dtype != "auto":
+        return dtype
+    if has_fast_bfloat16(torch.device(device)):
+        return "bfloat16"
+    return "float16" if device == "cuda" and torch.cuda.get_device_capability() >= (7, 0) else "float32"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from ppo import build_optimizer, collect_rollout, ppo_update
+from ppo import build_optimizer, build_scaler, collect_rollout, ppo_update
 from runtime.cli import parse_flags, run, words
 from runtime.device import best_seconds, keep_freed_memory, matmul_rate, peak_memory_mb, reset_peak_memory
 from runtime.distributed import is_main_process, process_group, world_size
@@ -75,7 +75,7 @@ class BenchConfig:
     rm_name: str | None = opt(None, "Its reward model.")
     dataset: str | None = opt(None, "Its prompts.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
     steps: int = opt(3, "Steps timed, after one that is not.")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
@@ -182,11 +182,12 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     keep_freed_memory()
     reset_peak_memory(cfg.device)
     models, optimizer = parts.models, build_optimizer(parts.models.policy, cfg)
+    scaler = build_scaler(models.policy)
     rows: list[dict[str, float]] = []
     for step in range(1, steps + 2):
         noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
         rollout = collect_rollout(models, parts.prompts.batch(step), noise, cfg, cfg.kl_coef)
-        update = ppo_update(models.policy, optimizer, rollout, cfg, step)
+        update = ppo_update(models.policy, optimizer, rollout, cfg, step, scaler)
         took = {**rollout.seconds, "seconds_update": update["seconds_update"]}
         rate = int(rollout.mask.sum()) / sum(took.values())
         rows.append({**took, "tokens_per_second": rate, "peak_memory_mb": peak_memory_mb(cfg.device)})

@@ -66,7 +66,7 @@ class InterpolateConfig:
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
     seed: int = opt(4321, "Seed of the prompts and of the sampling, another one than that of eval.py.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

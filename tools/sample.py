@@ -58,7 +58,7 @@ class SampleConfig:
     rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.")
     json: bool = opt(False, "Write a JSON object per response and nothing else.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ppo import KLController, Rollout, build_optimizer
+from ppo import KLController, Rollout, build_optimizer, build_scaler
 from reward import UNSCALED, score_title, show_score
 from runtime.cli import Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
@@ -97,6 +97,10 @@ class Session:
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
         self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target)
+        self.scaler = build_scaler(parts.models.policy)
+        if counters.get("loss_scale"):
+            self.scaler.load_state_dict(counters["loss_scale"])
+        self.loss_scale = self.scaler.state_dict()  # after the last step taken: an update may be undone
         self.saved_step: int | None = None
         self.snapshot: Snapshot | None = None
         self.step_begun, self.seconds_update = False, 0.0
@@ -122,7 +126,8 @@ class Session:
     def report(self, step: int, rollout: Rollout, update: dict[str, float]) -> None:
         """Count the step as taken, append its row to metrics.csv, and steer beta."""
         self.stop.interruptible, self.step = False, step
-        self.failed_steps = 0 if update["updates"] else self.failed_steps + 1
+        self.failed_steps = 0 if update["updates"] else self.failed_steps + bool(update["skipped"])
+        self.loss_scale = self.scaler.state_dict()
         row = {"step": step, "episodes": step * self.cfg.batch_size, "kl_coef": self.kl.coef, **rollout.metrics(),
                **update, **rollout.seconds}  # fmt: skip
         seconds = sum(row[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
@@ -165,7 +170,7 @@ class Session:
         if self.folder is not None:
             self.folder.save({
                 "step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps,
-                "score_scale": asdict(self.parts.models.score_scale),
+                "score_scale": asdict(self.parts.models.score_scale), "loss_scale": self.loss_scale,
             })  # fmt: skip
 
     # --- interruption and end ---
