@@ -530,11 +530,12 @@ def test_all_sampling_steps_are_the_same_operations_on_the_same_storages(dtype: 
     policy = make_policy()
     policy.dtype = dtype
     sampler = model._Sampler(policy, 8, 6, 10, EOS, (0.8, 9, 0.9))
-    steps: list[list[str]] = []
+    journal, steps = Journal(sampler), []
     for seed in (0, 1):
         sampler.begin(*ragged_prompts(8, 6, policy.lm.config.vocab_size, seed), uniforms(seed, 1, 8, 10))
         for _ in range(9):
-            with Journal(sampler) as journal:
+            journal.lines = []
+            with journal:
                 sampler.step()
             steps.append(journal.lines)
         assert len(steps[0]) > 100
