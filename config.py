@@ -21,8 +21,8 @@ from transformers.hf_argparser import HfArgumentParser
 # torch reads this once, when it is imported; pyproject.toml makes the linter put imports from this file before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-if sys.version_info < (3, 11):  # noqa: UP036 (before a newer function is missing in the middle of a run)
-    raise SystemExit("error: this needs Python 3.11 or newer")
+if sys.version_info < (3, 10):  # noqa: UP036 (before a newer function is missing in the middle of a run)
+    raise SystemExit("error: this needs Python 3.10 or newer")
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ RANGES: dict[str, Range] = {
     "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
     "kl_budget": POSITIVE,
 }  # fmt: skip
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class TrainConfig:
     # 0.5, a batch's gradient has 13 times the signal to noise of a score paid at the end (results/gradients.csv)
     reward_every: int = opt(
         1,
-        "Tokens between scores of the unfinished response; each token is paid for the change it made. Larger is "
+        "Tokens between scores of the unfinished response; each token is credited with the change it made. Larger is "
         "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
     )
     dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
@@ -153,7 +154,9 @@ class TrainConfig:
     kl_budget: float | None = opt(
         None, "best/ holds the policy with the highest mean score within this KL, nats per response."
     )
-    report_to: Literal["none", "tensorboard"] = opt("none", "Where to send the columns of metrics.csv as well.")
+    report_to: str = opt(
+        "none", "Where to send metrics.csv as well: none, tensorboard, wandb, or several with commas between them."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -176,6 +179,18 @@ class TrainConfig:
                 "reward_every=0, or gamma=1"
             )
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(
+                    f"report_to={self.report_to!r} is unknown: choose none, or {' or '.join(TRACKERS)}, or both "
+                    "with a comma between them"
+                )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The experiment trackers that report_to names."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else list(dict.fromkeys(names))
 
     @property
     def ref_revision(self) -> str | None:

@@ -49,6 +49,7 @@ from runtime.distributed import (
 )
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.hub import quiet_libraries
+from training.card import add_results
 from training.parts import load_models
 from utils import uniforms
 
@@ -60,7 +61,7 @@ Judge = Callable[[list[str]], np.ndarray]
 
 
 def main(cfg: EvalConfig) -> dict[str, Any]:
-    """Evaluate, print the table, write results, summary and report; returns the summary."""
+    """Evaluate, print the table, write results, summary, report and model card; returns the summary."""
     quiet_libraries()
     out_csv = Path(cfg.out_csv)
     with process_group(cfg.device):
@@ -76,11 +77,17 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         print(table(summary))
         page = beside(out_csv, "report.html")
         print(f"\nwritten: {out_csv}, {beside(out_csv, 'summary.json')}, and to look at: {page}")
+        home, policy = find_run(cfg.policy_path), Path(cfg.policy_path)
+        if home is not None and policy.is_dir():
+            add_results(home, policy, summary, table_rows(summary))
         return summary
 
 
-def settings_of_run(cfg: EvalConfig) -> TrainConfig:
-    """The settings of the run that made the policy, or train.py's defaults, with the flags given in their place."""
+def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
+    """The settings of the run that made the policy, or train.py's defaults, with the flags given in their place.
+
+    Raises UserError, also where the run names Python code as its reward and no flag does, unless no reward is needed.
+    """
     folder = Path(cfg.policy_path)
     if cfg.policy_path == EvalConfig.policy_path and not folder.exists():
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
@@ -91,7 +98,7 @@ def settings_of_run(cfg: EvalConfig) -> TrainConfig:
         raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         print(f"note: {cfg.policy_path} is not part of a run, so train.py's defaults apply where no flag is given")
-    if home and python_reward(run.rm_name) and cfg.rm_name is None:
+    if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:
         raise UserError(refuse_code(home / "config.json", run.rm_name))
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None
@@ -361,7 +368,7 @@ def check_target(out_csv: Path) -> None:
 def write(results: pd.DataFrame, summary: dict[str, Any], out_csv: Path) -> None:
     """Write all three files, each whole or not at all (raises UserError where the folder cannot be written)."""
     try:
-        write_atomic(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+        write_atomic(out_csv, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
         write_atomic(beside(out_csv, "summary.json"), json.dumps(summary, indent=2) + "\n")
         home = find_run(summary["settings"]["policy_path"])
         write_report(results, summary, table_rows(summary), home, beside(out_csv, "report.html"))

@@ -30,6 +30,7 @@ from runtime.distributed import (
 )
 from utils import (
     compute_gae,
+    expected_scores,
     explained_variance,
     map_tensors,
     masked_mean,
@@ -140,9 +141,14 @@ class Rollout:
         return map_tensors(lambda *xs: torch.cat(xs), *(rollout.widened(width) for rollout in rollouts))
 
     def rewards(self) -> Tensor:
-        """The rewards per token (B, R), shaped over the whole batch."""
+        """The rewards per token (B, R)."""
+        scores = self.score_scale.standardize(self.scores)
+        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef)[0]
+
+    def expected_scores(self) -> Tensor:
+        """The score to expect before each token (B, R), as partial scores tell it; 0 where there are none."""
         scores, partial_scores = (self.score_scale.standardize(x) for x in (self.scores, self.partial_scores))
-        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef, partial_scores)[0]
+        return expected_scores(scores, partial_scores, self.mask)
 
     @property
     def kl(self) -> Tensor:
@@ -261,8 +267,10 @@ def ppo_update(
     as skipped. Returns averages over all real tokens of all minibatches, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
-    advantages, returns = compute_gae(rollout.rewards(), rollout.values, rollout.mask, cfg.gamma, cfg.gae_lambda)
-    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, rollout.mask), returns)
+    rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
+    baseline = expected + rollout.values  # the value head learns what partial scores do not tell
+    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
@@ -287,7 +295,7 @@ def ppo_update(
                 break
     return {
         **stats.metrics(),
-        "explained_var": explained_variance(returns, rollout.values, rollout.mask),
+        "explained_var": explained_variance(compute_gae(rewards, baseline, mask, cfg.gamma, 1.0)[1], baseline, mask),
         "epochs": epoch + 1,
         "micro_batch_size": -int(all_reduce_max(-micro_batch.size)),
         "lr": learning_rate(cfg, step),

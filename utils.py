@@ -240,10 +240,11 @@ def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
     up to twice as long.
     """
     vocabulary = len(embedding)
-    wide = {"out_dtype": torch.float32} if hidden.is_cuda else {}  # sums that are not rounded to bfloat16 first
-    kind = wide.get("out_dtype", hidden.dtype)
-    logits = torch.empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK, dtype=kind, device=hidden.device)
-    torch.mm(hidden, embedding.T, out=logits[:, :vocabulary], **wide)
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # sums that are not rounded to bfloat16 first
+        wide = torch.mm(hidden, embedding.T, out_dtype=torch.float32)
+        return F.pad(wide, (0, -vocabulary % BLOCK), value=-math.inf)
+    logits = hidden.new_empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK)
+    torch.mm(hidden, embedding.T, out=logits[:, :vocabulary])
     logits[:, vocabulary:] = -math.inf
     return logits.float()
 
@@ -260,42 +261,36 @@ def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, vocabulary: i
 
 
 def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
-    partial_scores: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Per-token rewards -kl_coef * kl plus the score, and kl = logprobs - ref_logprobs (Ziegler et al. 2019, eq. 2).
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """Per-token rewards -kl_coef * kl, plus the score on the last real token, and kl = logprobs - ref_logprobs.
 
-    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask. The last real token gets the score, or,
-    where there are partial scores, the tokens share it as spread_scores says.
+    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2).
     """
     kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
-    return spread_scores(scores, partial_scores, response_mask) - kl_coef * kl, kl
+    last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
+    return (-kl_coef * kl).scatter_add(1, last, scores[:, None]), kl
 
 
 @on_cpu
-def spread_scores(scores: Tensor, partial_scores: Tensor | None, response_mask: Tensor) -> Tensor:
-    """Divide each response's score (B,) among its tokens (B, R): a token gets what it changed in the expected score.
+def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tensor) -> Tensor:
+    """The score (B, R) to expect before each token, from the scores of what was written until then; 0 where none is.
 
-    partial_scores (B, R) hold the score of the unfinished response up to a token, NaN where it was not scored. A
-    regression over the other responses, one per column, turns them into expected final scores. A response's payments
-    add up to its score minus the mean of the other scores, which is what is expected before the first token. Payments
-    are differences of a function of the state, so at gamma 1 the optimal policy stays the same (Ng et al. 1999).
-    Without partial scores the last token gets everything.
+    scores (B,); partial_scores (B, R) hold the score of the unfinished response up to a token, NaN where it was not
+    scored. A regression over the other responses, one per column, turns them into expected final scores. Before the
+    first of them the mean of the other scores is expected. This is a critic: nothing in it depends on the tokens to
+    come, and as values in GAE it leaves the optimal policy as it is (Ng et al. 1999).
     """
-    last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
-    paid = torch.zeros(response_mask.shape, device=scores.device)
-    expected = torch.zeros_like(scores, dtype=torch.float32)
-    if partial_scores is not None:
-        known = ~partial_scores.isnan() & (torch.arange(partial_scores.shape[1], device=last.device) < last)
-        columns = (known.sum(0) >= MIN_ROWS_TO_PREDICT).nonzero().squeeze(1).tolist()
-        if columns:
-            expected += (scores.sum() - scores) / (len(scores) - 1)
-        for t in columns:
-            rows = known[:, t]
-            prediction = leave_one_out_predict(partial_scores[rows, t], scores[rows])
-            paid[rows, t] = prediction - expected[rows]
-            expected[rows] = prediction
-    return paid.scatter_add(1, last, (scores - expected)[:, None])
+    ends = response_mask.sum(1, keepdim=True) - 1
+    known = ~partial_scores.isnan() & (torch.arange(partial_scores.shape[1], device=ends.device) < ends)
+    columns = (known.sum(0) >= MIN_ROWS_TO_PREDICT).nonzero().squeeze(1).tolist()
+    expected = torch.zeros(response_mask.shape, device=scores.device)
+    if columns:
+        expected += ((scores.sum() - scores) / (len(scores) - 1))[:, None]
+    for t in columns:
+        rows = known[:, t]
+        expected[rows, t + 1 :] = leave_one_out_predict(partial_scores[rows, t], scores[rows])[:, None]
+    return torch.where(response_mask, expected, 0)
 
 
 def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The evaluation as one page: eval_report.html, a single file that needs no network.
 
 It has the verdict and table, histograms, the reward-KL frontier, the curves of the run that made the policy, and a
-browser of samples. The page itself is report_template.html; this module fills it in.
+browser of samples. The page itself is report_template.html, in the style of page.css; this module fills it in.
 """
 
 import base64
@@ -19,7 +19,7 @@ import pandas as pd
 from reward import score_title
 from runtime.files import write_atomic
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
+FOLDER = Path(__file__).parent
 GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
 
 PATH = ("kl_seq_exact", "score_mean")  # of eval.csv
@@ -49,14 +49,20 @@ def write_report(
         "n": str(summary["n"]),
         "verdict": html.escape(summary["verdict"]),
         "table": pd.DataFrame(table, columns=["", "policy", "base"]).to_html(index=False, border=0),
-        "figures": "\n".join(f"<h2>{title}</h2>\n{picture}" for title, picture in figures),
+        "figures": "\n".join(f'<h2>{title}</h2>\n<div class="wide">{picture}</div>' for title, picture in figures),
         "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
         "scale": json.dumps(score_range(results, summary)),
         "label": summary["label"] or "above base's mean",
         "other": "others" if summary["label"] is None else f"not {summary['label']}",
         "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("<", "\\u003c"),
     }
-    page = TEMPLATE.read_text(encoding="utf-8")
+    write_page("report_template.html", fields, path)
+
+
+def write_page(template: str, fields: dict[str, str], path: Path) -> None:
+    """Write a page whose {{name}} are filled in from fields, and {{style}} from page.css."""
+    fields = {**fields, "style": (FOLDER / "page.css").read_text(encoding="utf-8")}
+    page = (FOLDER / template).read_text(encoding="utf-8")
     write_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
 
 
@@ -92,7 +98,7 @@ def read_columns(folder: Path | None, name: str, columns: Iterable[str]) -> pd.D
 
 def scores_figure(results: pd.DataFrame, label: str | None) -> str:
     """Histograms of the scores, policy over base."""
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = new_figure(1)
     scores = results[["policy_score", "base_score"]].to_numpy()
     low, high = (-1, 1) if label is not None else (scores.min(), scores.max())
     bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
@@ -100,12 +106,12 @@ def scores_figure(results: pd.DataFrame, label: str | None) -> str:
     axis.hist(results["policy_score"], bins, color=POLICY, alpha=0.6, label="policy")
     axis.set_xlabel("score" if label is None else "score, -1 to 1")
     axis.set_ylabel("responses")
-    return _picture(figure, "Histogram of scores")
+    return as_image(figure, "Histogram of scores")
 
 
 def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
     """The optimal reward at each KL, best-of-n, the policy, and its path during training."""
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = new_figure(1)
     kl, reward = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
     sure = kl <= summary["kl_certain"]
     axis.plot(kl[sure], reward[sure], color=BEST, label="best possible")
@@ -122,39 +128,42 @@ def frontier_figure(summary: dict[str, Any], path: pd.DataFrame | None) -> str:
     )
     axis.set_xlabel("KL to base, nats per response")
     axis.set_ylabel("mean score")
-    return _picture(figure, "Reward against KL")
+    return as_image(figure, "Reward against KL")
 
 
 def run_figure(metrics: pd.DataFrame, score: str) -> str:
     """Scores, under their title, KL and entropy over the steps of the run."""
-    figure, axes = _figure(len(CURVES))
+    figure, axes = new_figure(len(CURVES))
     for axis, (name, title) in zip(axes, CURVES.items(), strict=True):
         axis.plot(metrics["step"], metrics[name], color=POLICY)
-        axis.set_title(title or score, color=GREY, fontsize=10)
+        axis.set_title(title or score, fontsize=10)
         axis.set_xlabel("step")
-    return _picture(figure, "Curves of the run")
+    return as_image(figure, "Curves of the run")
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def new_figure(panels: int, rows: int = 1, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
+    """A figure of size inches, in colours that are readable on white and on black, and its axes in rows."""
     from matplotlib.figure import Figure  # a second to import, and only needed here
 
-    figure = Figure(figsize=(9, 3.6 if panels == 1 else 2.6), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)
-    for axis in axes.flat:
+    figure = Figure(figsize=size or (9, 3.6 if panels == 1 else 2.6), layout="constrained")
+    axes = list(figure.subplots(rows, -(-panels // rows), squeeze=False).flat)
+    for axis in axes:
         axis.grid(alpha=0.25)
         axis.tick_params(colors=GREY)
+        axis.title.set_color(GREY)
         axis.xaxis.label.set_color(GREY)
         axis.yaxis.label.set_color(GREY)
         for spine in axis.spines.values():
             spine.set_color(GREY)
-    return figure, axes[0]
+    return figure, axes
 
 
-def _picture(figure: Any, what: str) -> str:
+def as_image(figure: Any, what: str) -> str:
+    """A figure as an image within the page, with legends where there is something to tell apart."""
     for axis in figure.axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, labelcolor=GREY, fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", transparent=True)
     encoded = base64.b64encode(drawn.getvalue()).decode()
-    return f'<div class="wide"><img alt="{what}" src="data:image/svg+xml;base64,{encoded}"></div>'
+    return f'<img alt="{what}" src="data:image/svg+xml;base64,{encoded}">'

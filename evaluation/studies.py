@@ -148,28 +148,32 @@ def best_possible(axis: Any, curve: dict[str, Any], best_of_n: list[dict[str, An
 
 
 def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
-    """Draw score against KL along the line from base through the policy, as tools.interpolate measures it.
+    """Draw score against KL along the lines from base through each policy, as tools.interpolate measures them.
 
-    summary is that of one of its points, all of which share base's answers.
+    summary is that of one of the points, all of which share base's answers.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     if "optimal_curve" in summary:
         best_possible(axis, summary["optimal_curve"], summary["best_of_n"], summary["kl_certain"])
-    points = table.sort_values("alpha")
-    x, y = (np.append(start, points[name]) for start, name in ((0, "kl"), (summary["base"]["score_mean"], "score")))
-    axis.plot(x, y, color="tab:blue", label="between base and policy, and beyond")
-    bars = {f"{axis_name}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
-            for axis_name, name in (("x", "kl"), ("y", "score"))}  # fmt: skip
-    axis.errorbar(points.kl, points.score, **bars, fmt=".", color="tab:blue", capsize=2, label="95 % intervals")
-    axis.plot(0, summary["base"]["score_mean"], "s", color="tab:gray", label="base", clip_on=False)
-    policy = points[points.alpha == 1]
-    axis.plot(policy.kl, policy.score, "o", color="tab:orange", markersize=9, label="policy")
-    for alpha, kl, score in zip(points.alpha, points.kl, points.score, strict=True):
-        axis.annotate(f"{alpha:g}", (kl, score), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    base, one = summary["base"]["score_mean"], table.run.nunique() == 1
+    for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
+        colour, points = f"C{number % 10}", unordered.sort_values("alpha")
+        x, y = (np.append(start, points[column]) for start, column in ((0, "kl"), (base, "score")))
+        axis.plot(x, y, color=colour, label="between base and policy, and beyond" if one else str(run))
+        bars = {f"{side}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
+                for side, name in (("x", "kl"), ("y", "score"))}  # fmt: skip
+        axis.errorbar(points.kl, points.score, **bars, fmt=".", color=colour, capsize=2, alpha=1 if one else 0.4,
+                      label="95 % intervals" if one else None)  # fmt: skip
+        policy = points[points.alpha == 1]
+        axis.plot(policy.kl, policy.score, "o", color=colour, markersize=8, label="policy" if one else None)
+        for alpha, kl, score in zip(points.alpha, points.kl, points.score, strict=True) if one else ():
+            axis.annotate(f"{alpha:g}", (kl, score), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    axis.plot(0, base, "s", color="tab:gray", label="base", clip_on=False)
+    title = "numbers are alpha" if one else "circles are the policies as trained"
     axis.set(xlabel="KL to base, nats per response", ylabel=f"mean {score_title(summary['label'])}",
-             title=f"{summary['n']} held-out prompts; numbers are alpha")  # fmt: skip
-    axis.set_xlim(left=0, right=max(1.15 * points.kl_high.max(), 0.1))
+             title=f"{summary['n']} held-out prompts; {title}")  # fmt: skip
+    axis.set_xlim(left=0, right=max(1.15 * table.kl_high.max(), 0.1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)

@@ -1,18 +1,22 @@
 """Labelled short film reviews from a small grammar, for models made offline within minutes.
 
 A review is an opening that does not judge, then a few sentences that do, and often a verdict. The opening is drawn
-before the label is used, so nothing in it predicts the rest. The grammar is in tiny_reviews.toml.
+before the label is used, so nothing in it predicts the rest.
+
+The grammar is in tiny_reviews.json. Each symbol stands for one of its lines, chosen evenly; {symbol} in a line is
+replaced in turn. {same.x} is a line of the label's own words, {other.x} one of the opposite label's. Whoever changes a
+text there raises reviews_version in tiny_world.py: caches of models are keyed by it.
 """
 
+import json
 import random
 import re
-import tomllib
 from pathlib import Path
 
 MIN_WORDS, MAX_WORDS = 34, 52
 EXTRAS = (("aside", 0.15), ("plot", 0.25))  # optional sentences between the others, and their probability
-LINES: dict[str, dict[str, list[str]]] = tomllib.loads(
-    Path(__file__).with_name("tiny_reviews.toml").read_text(encoding="utf-8")
+LINES: dict[str, dict[str, list[str]]] = json.loads(
+    Path(__file__).with_name("tiny_reviews.json").read_text(encoding="utf-8")
 )
 JUDGING = [name for name in LINES["sentences"] if name not in ("aside", "verdict")]
 

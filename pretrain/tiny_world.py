@@ -20,7 +20,7 @@ from runtime.files import new_folder
 class TinyRecipe:
     """Every number of the tiny world; its folder is named by a hash of them."""
 
-    reviews_version: int = 1  # raise it with every change of tiny_reviews.toml
+    reviews_version: int = 1  # raise it with every change of tiny_reviews.json
     train_rows: int = 12_000
     test_rows: int = 2_000
     seed: int = 0

@@ -7,12 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def choose_attention_kernels() -> None:
-    """Keep torch from choosing cuDNN's attention on CUDA.
-
-    It plans anew for every shape, of which a step has many, and is known to return NaN gradients for some masks.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+# cuDNN's attention plans anew for every shape, of which a step has many, and is known to return NaN gradients for some
+# masks: torch must not choose it on CUDA.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from config import OneLineParser, UserError
@@ -28,6 +29,9 @@ def run(main: Callable[[], object]) -> int:
 
     Wrong input is one line on stderr. 130 is Ctrl-C before there was anything to save.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a stream that is no file
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack letters of a text
     try:
         main()
     except UserError as error:
@@ -51,10 +55,16 @@ def _report(code: int, line: str) -> int:
     return code
 
 
-def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None) -> T:
-    """Read a tool's command line into its settings dataclass (raises UserError)."""
+def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None, first: str | None = None) -> T:
+    """Read a tool's command line into its settings dataclass (raises UserError).
+
+    Words before the first flag are the values of the setting `first`, where one is named.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if first and given and not given[0].startswith("-"):
+        given = [f"--{first}", *given]
     parser = OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
-    return cls(**vars(parser.parse_args(argv)))
+    return cls(**vars(parser.parse_args(given)))
 
 
 def numbers(name: str, text: str, kind: type) -> list[Any]:

@@ -1,7 +1,8 @@
 """The machine: which device and precision to use, what memory suffices for, and how long things take."""
 
 import ctypes
-import resource
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -64,7 +65,7 @@ def keep_freed_memory() -> None:
 
     A step allocates and frees gigabytes, and fresh pages cost up to eight times what it takes to fill them.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # Windows has no library without a name
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
@@ -105,9 +106,30 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Peak memory so far: CUDA's, or that of this process."""
-    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated() if device == "cuda" else host_peak) / 2**20
+    """Peak memory so far: CUDA's, or that of this process; NaN where the system does not tell."""
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else process_peak_bytes()) / 2**20
+
+
+def process_peak_bytes() -> float:
+    """The most memory that this process has held; NaN where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return _windows_peak_bytes()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _windows_peak_bytes() -> float:
+    """The same from PROCESS_MEMORY_COUNTERS: its size, page faults, then sizes of which the peak comes first."""
+    counters = (ctypes.c_size_t * 9)()  # the two 32-bit fields at its start fill the first place
+    try:
+        library = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+        library.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(library.GetCurrentProcess())
+        counters[0] = size = ctypes.sizeof(counters)
+        return float(counters[1]) if library.K32GetProcessMemoryInfo(process, counters, size) else math.nan
+    except (AttributeError, OSError):
+        return math.nan
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

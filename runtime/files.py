@@ -16,20 +16,39 @@ from config import UserError
 
 import pandas as pd
 
+WINDOWS = os.name == "nt"
+WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder, in the place of a file if there is one.
+
+    Windows refuses while another program, such as a virus scanner, has it open: then this waits, 3 s in all.
+    """
+    for seconds in WAITS if WINDOWS else ():
+        with suppress(PermissionError):
+            source.replace(target)
+            return
+        time.sleep(seconds)
+    source.replace(target)
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk and rename it into place."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    rename(partial, path)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on the disk; Windows flushes files only."""
+    is_folder = path.is_dir()
+    if is_folder and WINDOWS:
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes what may be written
     try:
         os.fsync(handle)
     finally:
@@ -49,8 +68,8 @@ def move_into_place(fresh: Path, place: Path) -> None:
     old = place.with_name(f".{place.name}.old")
     remove(old)
     if place.exists():
-        place.rename(old)
-    fresh.rename(place)
+        rename(place, old)
+    rename(fresh, place)
     remove(old)
 
 
@@ -64,7 +83,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        folder.rename(out)
+        rename(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for left in out.parent.glob(f".{out.name}.*"):  # of processes that were killed; a living one is younger
@@ -75,8 +94,11 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def sha256(path: Path) -> str:
     """The SHA-256 checksum of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -123,7 +145,11 @@ def truncate(path: Path, length: int) -> None:
 
 
 def spreadsheet_safe(text: str) -> str:
-    """Put an apostrophe before a text that a spreadsheet would run as a formula."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula; U+FFFD stands for NUL.
+
+    Python 3.10 writes no table with a NUL in it.
+    """
+    text = text.replace("\0", "\ufffd")
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -171,7 +197,7 @@ def lock(folder: Path) -> Iterator[None]:
 def _lock_file(folder: Path) -> IO[str] | None:
     try:
         import fcntl
-    except ImportError:  # not on every system
+    except ImportError:  # Windows has no such locks
         return None
     file = (folder / ".lock").open("a+", encoding="utf-8")
     try:

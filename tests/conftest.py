@@ -381,7 +381,7 @@ def run_eval(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
                 "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
                 *extra]  # fmt: skip
     run_script(EvalConfig, eval_script.main)
-    results = pd.read_csv(out / "eval_results.csv", keep_default_na=False)
+    results = pd.read_csv(out / "eval_results.csv", keep_default_na=False, float_precision="round_trip")
     return results, json.loads((out / "eval_summary.json").read_text())
 
 

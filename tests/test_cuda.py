@@ -30,17 +30,11 @@ import utils
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
 from reward import SentimentReward
-from runtime.attention import choose_attention_kernels
 from utils import map_tensors, uniforms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    choose_attention_kernels()
 
 
 def sampled(dtype: torch.dtype) -> tuple[GPT2WithValueHead, GPT2WithValueHead, Sequences]:

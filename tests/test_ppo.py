@@ -532,7 +532,9 @@ def test_ppo_update_metrics_are_means_over_all_tokens_of_all_minibatches() -> No
         returns.append(np.array(gae) + v)
     target, v = np.concatenate(returns), values[rollout.mask].double().numpy()
     assert whole["value_loss"] == pytest.approx(((v - target) ** 2).mean() / 2, rel=1e-4)
-    expected = 1 - (target - v).var() / target.var()
+    to_go = np.concatenate([rollout.rewards()[row, :n].double().numpy()[::-1].cumsum()[::-1]
+                            for row, n in enumerate(rollout.mask.sum(1).tolist())])  # fmt: skip
+    expected = 1 - (to_go - v).var() / to_go.var()
     assert whole["explained_var"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -803,28 +805,38 @@ def test_cat_of_rollouts_is_the_rollout_of_all_prompts() -> None:
     assert Rollout.cat(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
 
 
-def test_partial_scores_reach_the_advantages() -> None:
-    """Rewards are the spread scores minus the penalty, whichever process brought a row and however wide it is."""
-    policy, reference = make_policy(), make_policy(seed=1)
+def test_partial_scores_are_part_of_the_baseline() -> None:
+    """GAE sees plain rewards, and values plus expected scores, whichever process brought a row."""
+    policy, reference = make_policy(critic=True), make_policy(seed=1)
     seqs = sample(policy, rows=12)
     scores = torch.linspace(-1, 1, 12)
     partial = torch.full(seqs.response_mask.shape, math.nan)
     partial[:, 0] = scores / 2
     rollout = make_rollout(policy, reference, seqs, scores, 0.1, partial)
-    expected = utils.spread_scores(scores, partial, seqs.response_mask) - 0.1 * rollout.kl
-    torch.testing.assert_close(rollout.rewards(), expected)
-    plain = make_rollout(policy, reference, seqs, scores, 0.1).rewards()
-    assert (rollout.rewards() - plain).abs().max() > 0.1
+    expected = utils.expected_scores(scores, partial, seqs.response_mask)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(rollout.expected_scores(), expected)
     halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, partial[rows])
               for rows in torch.arange(12).split(6)]  # fmt: skip
-    torch.testing.assert_close(Rollout.cat(halves).rewards(), expected, atol=1e-5, rtol=1e-4)
-    seen = []
-    cfg = settings(ppo_epochs=1, minibatch_size=12, batch_size=12)
+    torch.testing.assert_close(Rollout.cat(halves).expected_scores(), expected, atol=1e-5, rtol=1e-4)
+    seen: list[tuple[Tensor, ...]] = []
+    targets: list[Tensor] = []
+    cfg = settings(lr=0.0, ppo_epochs=1, minibatch_size=12, batch_size=12)
     with pytest.MonkeyPatch.context() as patch:
-        gae = ppo.compute_gae
-        patch.setattr(ppo, "compute_gae", lambda rewards, *rest: seen.append(rewards) or gae(rewards, *rest))
-        ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
-    torch.testing.assert_close(seen[0], expected)
+        gae, loss = ppo.compute_gae, ppo.ppo_loss
+        patch.setattr(ppo, "compute_gae", lambda *xs: seen.append(xs[:2]) or gae(*xs))
+        patch.setattr(ppo, "ppo_loss", lambda *xs: targets.append(xs[3].returns) or loss(*xs))
+        row = ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
+    baseline = expected + rollout.values
+    plain = make_rollout(policy, reference, seqs, scores, 0.1).rewards()
+    torch.testing.assert_close(seen[0], (plain, baseline))
+    # the value head learns what is left
+    _, returns = gae(plain, baseline, rollout.mask, cfg.gamma, cfg.gae_lambda)
+    order = utils.permutation(cfg.seed, 1, 0, 12)
+    torch.testing.assert_close(targets[0], (returns - expected)[order])
+    # and how good both are together is told on the rewards that really came
+    to_go = torch.where(rollout.mask, plain, 0).flip(1).cumsum(1).flip(1)
+    assert row["explained_var"] == pytest.approx(utils.explained_variance(to_go, baseline, rollout.mask), abs=1e-4)
 
 
 def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, str]) -> None:

@@ -404,21 +404,22 @@ def test_shape_rewards_sum_to_the_penalised_score(lengths: list[int], kl_coef: f
     shape = (len(lengths), 9)
     logp, ref = -torch.rand(shape, generator=random), -torch.rand(shape, generator=random)
     scores = torch.rand(len(lengths), generator=random) * 2 - 1
-    partial, first = None, torch.zeros(len(lengths))
-    if seed % 2:
-        partial = torch.full(shape, math.nan)
-        partial[:, 2::3] = torch.rand(len(lengths), 3, generator=random)
-        if sum(n > 3 for n in lengths) >= 8:  # with partial scores, the mean of the others is expected from the start
-            first = (scores.sum() - scores) / (len(scores) - 1)
-    rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef, partial)
+    rewards, kl = utils.shape_rewards(scores, logp, ref, ragged_mask(lengths, 9), kl_coef)
     for row, n in enumerate(lengths):
-        total = scores[row] - first[row] - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
+        total = scores[row] - kl_coef * (logp[row, :n] - ref[row, :n]).sum()
         assert rewards[row].sum().item() == pytest.approx(total.item(), abs=1e-5)
         assert (rewards[row, n:] == 0).all()
         assert (kl[row, n:] == 0).all()
 
 
-def test_tokens_are_paid_for_changes_of_the_expected_score() -> None:
+def changes(scores: Tensor, partial: Tensor, mask: Tensor) -> Tensor:
+    """What each token changed in the expected score: with lambda 0, and where the score is the only reward, GAE."""
+    final = torch.zeros(mask.shape).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+    after = torch.cat([utils.expected_scores(scores, partial, mask), torch.zeros(len(mask), 1)], 1)
+    return torch.where(mask, final + after[:, 1:] - after[:, :-1], 0)
+
+
+def test_the_expected_score_is_a_regression_on_the_partial_score() -> None:
     """One lookup after two of three tokens, against ordinary least squares; a response that ended has no say in it."""
     random = np.random.default_rng(0)
     final = random.uniform(-1, 1, 4000)
@@ -429,7 +430,7 @@ def test_tokens_are_paid_for_changes_of_the_expected_score() -> None:
     mask = torch.ones(4001, 3, dtype=torch.bool)
     mask[-1, 2] = False  # this one's second token is its last
     scores = torch.tensor([*final, 0.3]).float()
-    paid = utils.spread_scores(scores, partial, mask)
+    paid = changes(scores, partial, mask)
     slope, offset = np.polyfit(seen, final, 1)
     mean = scores.mean().item()
     np.testing.assert_allclose(paid[:-1, 1], slope * seen + offset - mean, atol=3e-3)
@@ -438,7 +439,12 @@ def test_tokens_are_paid_for_changes_of_the_expected_score() -> None:
     assert (paid[:, 0] == 0).all()
     # what is still to come is not correlated with what has been seen
     assert abs(np.corrcoef(paid[:-1, 2], seen)[0, 1]) < 0.01
-    assert utils.spread_scores(scores, torch.full((4001, 3), math.nan), mask)[:-1, 2].tolist() == scores[:-1].tolist()
+    assert (utils.expected_scores(scores, torch.full((4001, 3), math.nan), mask) == 0).all()
+    expected = utils.expected_scores(scores, partial, mask)
+    assert expected[:, 0].tolist() == pytest.approx(expected[:, 1].tolist()), (
+        "before the first lookup: the others' mean"
+    )
+    assert (expected[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("relation", [0.4, 3.0, -1.0])
@@ -449,7 +455,7 @@ def test_predictions_leave_the_response_itself_out(relation: float) -> None:
     final = relation * seen + random.normal(0, 0.2, 10)
     partial = torch.full((10, 2), math.nan)
     partial[:, 0] = torch.tensor(seen)
-    paid = utils.spread_scores(torch.tensor(final).float(), partial, torch.ones(10, 2, dtype=torch.bool))
+    paid = changes(torch.tensor(final).float(), partial, torch.ones(10, 2, dtype=torch.bool))
     for i in range(10):
         x, y = np.delete(seen, i), np.delete(final, i)
         centred = x - x.mean()
@@ -467,14 +473,14 @@ def test_few_long_responses_are_paid_at_the_end() -> None:
     scores, mask = torch.linspace(-1, 1, 9), ragged_mask([4] * 8 + [12], 12)
     partial = torch.full((9, 12), math.nan)
     partial[8, 7] = -0.5
-    assert (utils.spread_scores(scores, partial, mask)[:, :-1][8] == 0).all()
+    assert (changes(scores, partial, mask)[:, :-1][8] == 0).all()
     random = np.random.default_rng(2)
     last, all_of_it = [], []
     for _ in range(300):
         final = torch.tensor(random.uniform(-1, 1, 8)).float()
         partial = torch.full((8, 20), math.nan)
         partial[:, 1::2] = torch.tensor(random.uniform(-1, 1, (8, 10))).float()
-        paid = utils.spread_scores(final, partial, torch.ones(8, 20, dtype=torch.bool))
+        paid = changes(final, partial, torch.ones(8, 20, dtype=torch.bool))
         last.append((paid[:, -1] * final).sum().item())
         all_of_it.append((paid.sum(1) * final).sum().item())
     assert sum(last) / sum(all_of_it) > 0.9
@@ -486,9 +492,9 @@ def test_uninformative_partial_scores_are_not_paid() -> None:
     scores, partial = torch.rand(5000, generator=random), torch.full((5000, 2), math.nan)
     mask = torch.ones(5000, 2, dtype=torch.bool)
     partial[:, 0] = torch.randn(5000, generator=random)
-    assert utils.spread_scores(scores, partial, mask)[:, 0].abs().max() < 0.03
+    assert changes(scores, partial, mask)[:, 0].abs().max() < 0.03
     partial[:, 0] = -scores
-    assert utils.spread_scores(scores, partial, mask)[:, 0].abs().max() < 1e-6
+    assert changes(scores, partial, mask)[:, 0].abs().max() < 1e-6
 
 
 def slow_gae(rewards: Any, values: Any, gamma: float, lam: float) -> list[float]:

@@ -163,7 +163,7 @@ def make_random_models(work: Workload, folder: Path, vocabulary: int = 50257) ->
     word_tokenizer(30522, pad_token="w0").save_pretrained(folder / "reward")
     words = torch.randint(1000, 20000, (4 * work.batch, work.prompt + 8)).tolist()
     words[::4] = [row[: 8 + i % work.prompt] for i, row in enumerate(words[::4])]  # real prompts are ragged, too
-    (folder / "prompts.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words))
+    (folder / "prompts.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words), encoding="utf-8")
     return {"policy_name": str(folder / "policy"), "rm_name": str(folder / "reward"),
             "dataset": str(folder / "prompts.txt")}  # fmt: skip
 
@@ -271,7 +271,7 @@ def measure_peer(command: str) -> dict[str, float]:
 def peer_memory_mb(pid: int) -> float:
     """The most memory that a running process has held so far (Linux; 0 elsewhere)."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     except OSError:
         return 0.0
     return int(found[1]) / 1024 if found else 0.0

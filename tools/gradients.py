@@ -35,7 +35,7 @@ from runtime.cli import numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
 from training.parts import Parts, load_parts, resolve
-from utils import MIN_ROWS_TO_PREDICT, compute_gae, spread_scores, uniforms
+from utils import MIN_ROWS_TO_PREDICT, compute_gae, expected_scores, shape_rewards, uniforms
 
 Way = tuple[int, float]  # reward_every and gae_lambda
 REINFORCE: Way = (0, 1.0)
@@ -122,12 +122,14 @@ def advantages(observed: Observed, way: Way) -> Tensor:
     """What a way makes of the scores: (B, R), without critic and discount."""
     every, lam = way
     scores, mask = observed.scores, observed.seqs.response_mask
+    expected = torch.zeros(mask.shape, device=mask.device)
     if every:
         place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        rewards = spread_scores(scores, torch.where(place % every == 0, observed.partial_scores, math.nan), mask)
+        expected = expected_scores(scores, torch.where(place % every == 0, observed.partial_scores, math.nan), mask)
     else:  # against the mean of the others, so that no response weighs on its own baseline
-        rewards = spread_scores((scores - scores.mean()) * len(scores) / max(1, len(scores) - 1), None, mask)
-    return compute_gae(rewards, torch.zeros_like(rewards), mask, 1.0, lam)[0]
+        scores = (scores - scores.mean()) * len(scores) / max(1, len(scores) - 1)
+    unmoved = torch.zeros_like(expected)
+    return compute_gae(shape_rewards(scores, unmoved, unmoved, mask, 0.0)[0], expected, mask, 1.0, lam)[0]
 
 
 def policy_gradient(policy: GPT2WithValueHead, observed: Observed, way: Way, run_cfg: TrainConfig) -> Tensor:

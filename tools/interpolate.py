@@ -3,6 +3,7 @@
     python -m tools.interpolate ckpts --kl 1 --out ckpts_1_nat        the policy that is 1 nat from base
     python -m tools.interpolate ckpts --curve --csv curve.csv         every point of the curve, as a table and a picture
     python -m tools.interpolate ckpts_a ckpts_b --kl 2 --out both     the average of two runs, at 2 nats
+    python -m tools.interpolate ckpts_a ckpts_b --curve --each        the curves of both, one beside the other
 
 The weights are theta_ref + alpha (theta_policy - theta_ref), where theta_policy is the average over the runs named: the
 linear interpolation towards the initial weights and the averaging of WARP (Rame et al. 2024, arXiv 2406.16768).
@@ -36,6 +37,7 @@ from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, write_atomic
 from runtime.hub import quiet_libraries
+from training.card import write_card
 from training.parts import load_models
 
 FARTHEST = 8.0  # alpha beyond which no KL is looked for
@@ -53,7 +55,9 @@ class InterpolateConfig:
     kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
     out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.")
     curve: bool = opt(False, "Compare with base at every alpha of --alphas.")
+    each: bool = opt(False, "A curve for each run instead of one for their average.")
     alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
+    at_kl: str = opt("1,2,4", "KLs, in nats, at which to print the share of the best gain, read off the curves.")
     csv: str = opt("interpolation.csv", "Table of the curve; a picture of the same name is drawn beside it.")
     frontier: int = opt(16, "Base responses per prompt, for the best possible score on the curve (0: none).")
     n_samples: int = opt(256, "Held-out prompts.")
@@ -76,21 +80,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     run_cfg = evaluation_script.settings_of_run(evaluation)
     models = load_models(run_cfg, str(path))
-    line = Line(models.reference, models.policy, [Path(folder) / "policy_lm" for folder in cfg.runs])
+    groups = [[folder] for folder in cfg.runs] if cfg.each else [cfg.runs]
+    lines = {" + ".join(names): Line(models.reference, models.policy, [Path(name) / "policy_lm" for name in names])
+             for names in groups}  # fmt: skip
     prompts = evaluation_script.held_out_prompts(evaluation, run_cfg, models.tokenizer)
     comparison = Comparison(cfg.seed, run_cfg, models, prompts)
     keep_freed_memory()
     if cfg.kl is not None:
-        write_at_kl(cfg, line, comparison)
+        write_at_kl(cfg, next(iter(lines.values())), comparison)
     if cfg.curve:
-        write_curve(cfg, evaluation, line, comparison)
+        write_curves(cfg, evaluation, lines, comparison)
 
 
 def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
     """Command line -> settings; words before the first flag are runs (raises UserError)."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    cfg = parse_flags(InterpolateConfig, ["--runs", *runs, *words[len(runs) :]] if runs else words, __doc__)
+    cfg = parse_flags(InterpolateConfig, argv, __doc__, first="runs")
     if cfg.kl is None and not cfg.curve:
         raise UserError("nothing to do: ask for --kl NATS --out DIR, or for --curve")
     if cfg.kl is not None and not 0 < cfg.kl < math.inf:
@@ -99,8 +103,11 @@ def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
         raise UserError("out is missing: name the folder to make, --out DIR")
     if cfg.out is not None and Path(cfg.out).exists():
         raise UserError(f"out={cfg.out} exists: remove it or choose another folder")
-    if not all(map(math.isfinite, numbers("alphas", cfg.alphas, float))):
-        raise UserError(f"alphas={cfg.alphas!r} must be finite")
+    if cfg.each and not cfg.curve:
+        raise UserError("each draws one curve per run: say --curve, too")
+    for name in ("alphas", "at_kl"):
+        if not all(map(math.isfinite, numbers(name, getattr(cfg, name), float))):
+            raise UserError(f"{name}={getattr(cfg, name)!r} must be finite")
     for folder in cfg.runs:
         if not is_run(Path(folder)):
             raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
@@ -168,6 +175,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
             line.policy.lm.save_pretrained(folder / "policy_lm")
             comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
             write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")
+            write_card(folder, folder / "policy_lm")
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
@@ -215,35 +223,53 @@ def find_alpha(measure: Callable[[float], float], target: float) -> float:
 # --- the curve ------------------------------------------------------------------------------------------------------
 
 
-def write_curve(cfg: InterpolateConfig, evaluation: EvalConfig, line: Line, comparison: Comparison) -> None:
-    """Compare with base at each alpha; write the table and the picture, and print the table."""
-    run_cfg, models = comparison.run, comparison.models
-    judge = evaluation_script.second_judge(evaluation, run_cfg)
+def write_curves(
+    cfg: InterpolateConfig, evaluation: EvalConfig, lines: dict[str, Line], comparison: Comparison
+) -> None:
+    """Compare with base at each alpha of each line; write the table and the picture, and print what they show."""
+    judge = evaluation_script.second_judge(evaluation, comparison.run)
     batches, draws = batches_of(cfg, comparison), pd.Series(dtype=object)
     if cfg.frontier:
         bar = tqdm(batches, "best possible", unit="batch", dynamic_ncols=True, leave=False)
-        drawn = [text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)]
-        draws = pd.Series(drawn)
-    table, tables = pd.DataFrame(), [None] * len(batches)
-    with tqdm(numbers("alphas", cfg.alphas, float), unit="alpha", dynamic_ncols=True) as bar:
-        for alpha in bar:
-            line.move_to(alpha)
-            tables = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, tables, strict=True)]
-            results = pd.concat(tables)
+        draws = pd.Series([text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)])
+    rows: list[dict[str, Any]] = []
+    known: list[pd.DataFrame | None] = [None] * len(batches)  # base's answers, which all points share
+    points = list(itertools.product(lines, numbers("alphas", cfg.alphas, float)))
+    with tqdm(points, unit="point", dynamic_ncols=True) as bar:
+        for name, alpha in bar:
+            lines[name].move_to(alpha)
+            known = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, known, strict=True)]
+            results = pd.concat(known)
             if judge is not None:
-                for name in ("policy", "base"):
-                    results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
+                for side in ("policy", "base"):
+                    results[f"{side}_judge"] = judge(results[f"{side}_text"].tolist())
             if cfg.frontier:
                 results["base_draws"] = draws
-            summary = summarise(results, models.reward.label, run_cfg.target_label)
-            table = pd.concat([table, pd.DataFrame([row_of(alpha, summary)])], ignore_index=True)
-            tqdm.write(
-                f"alpha {alpha:g}: score {summary['policy']['score_mean']:+.3g} at {summary['kl_seq_exact']:.2f} nats"
-            )
+            summary = summarise(results, comparison.models.reward.label, comparison.run.target_label)
+            rows.append({"run": name, **row_of(alpha, summary)})
+            start = f"{name}, " if len(lines) > 1 else ""
+            figures = f"score {summary['policy']['score_mean']:+.3g} at {summary['kl_seq_exact']:.2f} nats"
+            tqdm.write(f"{start}alpha {alpha:g}: {figures}")
+            table = pd.DataFrame(rows)
             write_atomic(Path(cfg.csv), table.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
     picture = Path(cfg.csv).with_suffix(".png")
     curve_picture(table, summary, picture)
+    if cfg.frontier:
+        print(shares_at(table, numbers("at_kl", cfg.at_kl, float)))
     print(f"written: {cfg.csv}, and to look at: {picture}")
+
+
+def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
+    """Each run's share of the best gain at some KLs, read off between the points of its curve, and the runs' mean."""
+    curves = {str(name): points.sort_values("kl") for name, points in table.groupby("run", sort=False)}
+    rows = {
+        name: [float(np.interp(kl, curve.kl, curve.optimal_share, math.nan, math.nan)) for kl in kls]
+        for name, curve in curves.items()
+    }
+    shares = pd.DataFrame(rows, [f"{kl:g} nat{'s' * (kl != 1)}" for kl in kls]).T
+    if len(shares) > 1:
+        shares.loc["mean"] = shares.mean()
+    return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")
 
 
 def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class MakeConfig:
     label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
     init: str | None = opt(None, "Language model to continue from, with its tokenizer.")
     reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.")
+    lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).")
+    lm_width: int | None = opt(None, "Width of a new language model, with a head for every 64 (default: the size's).")
     lm_steps: int | None = opt(None, "Optimiser steps of the language model (default: the size's).")
     rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).")
     lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).")
@@ -46,7 +48,9 @@ class MakeConfig:
     def recipe(self) -> Recipe:
         """The recipe of the size, with the numbers given on the command line put in."""
         recipe = RECIPES[self.size]
-        lm: dict[str, Any] = {"steps": self.lm_steps, "lr": self.lm_lr}
+        lm: dict[str, Any] = {"steps": self.lm_steps, "lr": self.lm_lr, "layers": self.lm_layers}
+        if self.lm_width is not None:
+            lm |= {"width": self.lm_width, "heads": max(1, self.lm_width // 64)}
         rm: dict[str, Any] = {"steps": self.rm_steps, "lr": self.rm_lr}
         return replace(
             recipe,
@@ -58,10 +62,12 @@ class MakeConfig:
 def read_settings(argv: Sequence[str] | None = None) -> MakeConfig:
     """Command line -> settings (raises UserError)."""
     cfg = parse_flags(MakeConfig, argv, MakeConfig.__doc__)
-    for name in ("lm_steps", "rm_steps", "lm_lr", "rm_lr"):
+    for name in ("lm_layers", "lm_width", "lm_steps", "rm_steps", "lm_lr", "rm_lr"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name}={value} must be more than 0")
+    if cfg.recipe.lm.width % cfg.recipe.lm.heads:
+        raise UserError(f"lm_width={cfg.lm_width} must be a multiple of {cfg.recipe.lm.heads}, one for each head")
     if Path(cfg.out).exists():
         raise UserError(f"out={cfg.out} exists: remove it or choose another folder")
     return cfg

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from runtime.files import check_table_path, read_table, write_atomic
 
 ROOT = Path(__file__).parent.parent
 KEY = ("setting", "seed")  # of a row
+UNSAFE = r'[ /\\:*?"<>|]'  # in the name of a folder, on one system or another
 STEP_COLUMNS = ("step", "episodes", "score_mean", "positive_rate", "kl_seq", "kl_seq_exact", "response_len")
 
 
@@ -119,7 +121,7 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         for argv, note in ((command, "trained.txt"), (judged, "judged.txt")):
             if not was_run(folder / note, shlex.join(argv)):
-                with (folder / "log.txt").open("a") as log:
+                with (folder / "log.txt").open("a", encoding="utf-8") as log:
                     done = subprocess.run(command_line(argv), env=env, stdout=log, stderr=subprocess.STDOUT)
                 if done.returncode:
                     return {**row, "failed": f"code {done.returncode}, see {folder}/log.txt"}
@@ -132,7 +134,7 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
 
 def folder_of(cfg: StudyConfig, name: str, seed: int) -> Path:
     """Where a run is kept."""
-    return Path(cfg.folder) / f"{name.replace(' ', '_').replace('/', '_')}_seed{seed}"
+    return Path(cfg.folder) / f"{re.sub(UNSAFE, '_', name)}_seed{seed}"
 
 
 def add_optimal_share(cfg: StudyConfig) -> None:
@@ -181,7 +183,7 @@ def has_same_base(one: pd.DataFrame, other: pd.DataFrame) -> bool:
 def evaluate_with_draws(cfg: StudyConfig, judged: str, folder: Path) -> list[pd.DataFrame]:
     """Evaluate once more with many base responses per prompt, in a table of its own; nothing where that fails."""
     path = folder / "drawn.csv"
-    with (folder / "log.txt").open("a") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = command_line(
             [*shlex.split(judged), f"--out_csv={path}", f"--frontier={cfg.frontier}"]
         )  # the last one counts

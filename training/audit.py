@@ -16,7 +16,7 @@ from torch import Tensor
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Models
 from reward import Reward, score_responses
-from utils import shape_rewards, uniforms
+from utils import expected_scores, shape_rewards, uniforms
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats; a misplaced token or position costs whole nats
 Finding = tuple[bool, str]
@@ -109,20 +109,15 @@ def _eos(seqs: Sequences, eos_id: int) -> Finding:
 
 
 def _reward_place() -> Finding:
-    """By hand: responses of 1, 2 and 3 tokens with scores 1, 2 and 3."""
+    """By hand: responses of 1, 2 and 3 tokens with scores 1, 2 and 3; and what is expected of 12 others beforehand."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
     rewards, _ = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 1.0)
     placed = torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-    # with partial scores: nothing outside the mask, and a total of the score minus the mean of the others
-    scores, nothing = torch.linspace(-1, 1, 12), torch.zeros(12, 3)
-    mask = torch.ones(12, 3, dtype=torch.bool)
-    mask[0, 1:] = False
-    partial = torch.full((12, 3), torch.nan)
+    scores, partial = torch.linspace(-1, 1, 12), torch.full((12, 3), torch.nan)
     partial[:, 0] = scores / 2
-    rewards, _ = shape_rewards(scores, nothing, nothing, mask, 1.0, partial)
-    expected = scores - (scores.sum() - scores) / 11
-    placed &= bool((rewards[~mask] == 0).all()) and torch.allclose(rewards.sum(1), expected, atol=1e-5)
-    return placed and bool((rewards[1:, 0] != 0).all()), "at the end and along the response"
+    expected = expected_scores(scores, partial, torch.ones(12, 3, dtype=torch.bool))
+    placed &= torch.allclose(expected[:, 0], (scores.sum() - scores) / 11, atol=1e-5)
+    return placed and bool((expected[:, 1].diff() > 0).all()), "and partial scores foretell it"
 
 
 def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:

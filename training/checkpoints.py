@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.files import fsync, remove, sha256
+from runtime.files import fsync, remove, rename, sha256
 
 FILES = ("policy.safetensors", "optimizer.safetensors")
 
@@ -43,7 +43,7 @@ def save_checkpoint(
     fsync(fresh / "state.json")
     fsync(fresh)
     remove(place)
-    fresh.rename(place)
+    rename(fresh, place)
     fsync(folder)
     for old in list_checkpoints(folder)[:-keep_last]:
         remove(old)
@@ -110,7 +110,7 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: Optimizer) -> dict
     for key, value in moments.items():
         name, _, what = key.partition("/")
         weight = found[name]
-        optimizer.state[weight][what] = value.to(weight.device)
+        optimizer.state[weight][what] = value.to(weight.device, copy=True)  # which lets go of the file
     return dict(counters)
 
 

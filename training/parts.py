@@ -13,8 +13,7 @@ from data import PromptStream, load_examples, load_prompts, split_held_out
 from model import GPT2WithValueHead, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import Classifier, load_reward
-from runtime.attention import choose_attention_kernels
+from reward import Classifier, Reward, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.hub import load_tokenizer, require_hub
 
@@ -61,23 +60,37 @@ def load_parts(cfg: TrainConfig) -> Parts:
 
 def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
     """Load policy, reference, reward and tokenizer (raises UserError); eval.py names a tuned policy by its path."""
-    choose_attention_kernels()
-    setting, policy_name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
-    revision = None if policy_path else cfg.policy_revision
-    dtype, policy_name = getattr(torch, cfg.dtype), resolve_name(policy_name)
-    tokenizer = load_tokenizer(setting, policy_name, revision)
-    policy = GPT2WithValueHead.from_pretrained(policy_name, setting, dtype, revision).to(cfg.device)
-    ref_name = resolve_name(cfg.ref_name or cfg.policy_name)
-    reference = load_reference(ref_name, dtype=dtype, revision=cfg.ref_revision).to(cfg.device)
+    policy, tokenizer = load_policy(cfg, policy_path)
+    reference = load_base(cfg)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
+    return Models(policy, reference, load_run_reward(cfg), tokenizer)
+
+
+def load_policy(cfg: TrainConfig, policy_path: str | None = None) -> tuple[GPT2WithValueHead, PreTrainedTokenizerBase]:
+    """Load the policy to start from, or a tuned one by its path, with its tokenizer (raises UserError)."""
+    setting, name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
+    revision, name = None if policy_path else cfg.policy_revision, resolve_name(name)
+    tokenizer = load_tokenizer(setting, name, revision)
+    policy = GPT2WithValueHead.from_pretrained(name, setting, getattr(torch, cfg.dtype), revision)
+    return policy.to(cfg.device), tokenizer
+
+
+def load_base(cfg: TrainConfig) -> GPT2WithValueHead:
+    """Load the frozen reference (raises UserError)."""
+    name = resolve_name(cfg.ref_name or cfg.policy_name)
+    return load_reference(name, dtype=getattr(torch, cfg.dtype), revision=cfg.ref_revision).to(cfg.device)
+
+
+def load_run_reward(cfg: TrainConfig) -> Reward:
+    """Load the reward (raises UserError)."""
     reward = load_reward(
-        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, dtype, cfg.rm_revision,
-        cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
+        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, getattr(torch, cfg.dtype),
+        cfg.rm_revision, cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )  # fmt: skip
     if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
         trained_on = "prompt + response" if reward.on_prompt else "responses alone"
         print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
-    return Models(policy, reference, reward, tokenizer)
+    return reward
 
 
 def check_fit(

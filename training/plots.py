@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 from reward import score_title
-from runtime.files import read_table
+from runtime.files import read_table, rename
 
 VALUE_FIT = "value fit (explained variance, cut at −1)"  # where returns hardly differ it falls without bound
 
@@ -45,4 +45,4 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     figure.supxlabel("PPO step", fontsize=10)
     partial = picture.with_name(f".{picture.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
-    partial.replace(picture)
+    rename(partial, picture)

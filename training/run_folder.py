@@ -28,6 +28,7 @@ from reward import ScoreScale, score_title
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
 from runtime.hub import resolved_commit
+from training.card import write_card
 from training.checkpoints import (
     find_corruption,
     list_checkpoints,
@@ -38,9 +39,10 @@ from training.checkpoints import (
 )
 from training.diagnostics import Diagnostics
 from training.plots import plot_curves
+from training.reporting import Trackers, require_trackers
 
 OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
-             "value_head.safetensors", "best", "state", "tensorboard")  # fmt: skip
+             "value_head.safetensors", "best", "state", "tensorboard", "wandb")  # fmt: skip
 EXPORTED = "exported"  # a file in the checkpoint whose policy is the one in policy_lm
 TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # they grow, and are cut back on resume
 SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # may change without a note
@@ -62,8 +64,7 @@ class Found:
 
 def inspect_run_folder(cfg: TrainConfig) -> Found:
     """Refuse a folder that cannot be written or already holds a run; find the checkpoint to resume from (UserError)."""
-    if cfg.report_to == "tensorboard":
-        tensorboard_writer()
+    require_trackers(cfg.trackers)
     if cfg.check:
         return Found()
     path = Path(cfg.ckpt_dir)
@@ -225,7 +226,7 @@ def restore(
 
 
 class RunFolder:
-    """The tables, pictures, checkpoints and exported policy of a run; its constructor writes nothing."""
+    """The tables, pictures, checkpoints and exported policy of a run; its constructor writes none of them."""
 
     def __init__(self, cfg: TrainConfig, models: Models, optimizer: Optimizer, counters: dict[str, Any]) -> None:
         """Take over a folder that is ready; counters are those of the checkpoint resumed from, if any."""
@@ -238,18 +239,14 @@ class RunFolder:
         if (self.path / "metrics.csv").exists():  # so that no warning is given a second time
             for row in pd.read_csv(self.path / "metrics.csv").to_dict("records"):
                 self.diagnostics.warnings(row)
-        self.board: Any = None
-        if cfg.report_to == "tensorboard":
-            self.board = tensorboard_writer()(self.path / "tensorboard", purge_step=self.counters["step"] + 1)
+        self.trackers = Trackers(cfg, self.path)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.csv, and print a warning for what looks wrong."""
         append_row(self.path / "metrics.csv", row)
         for warning in self.diagnostics.warnings(row):
             tqdm.write(f"step {row['step']}: {warning}")
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
+        self.trackers.add_metrics(row)
 
     def append_evaluation(self, step: int, row: dict[str, float]) -> None:
         """Append an evaluation to eval.csv, and save the policy in best/ if it is the best one within the KL budget."""
@@ -266,11 +263,13 @@ class RunFolder:
         """Append rows to samples.csv."""
         for row in rows:
             append_row(self.path / "samples.csv", row)
+        self.trackers.add_samples(rows)
 
     def plot(self) -> None:
         """Draw the curves so far."""
         if (self.path / "metrics.csv").exists():
             plot_curves(self.path / "metrics.csv", self.path / "curves.png", self.models.reward.label)
+            self.trackers.add_picture(self.path / "curves.png")
 
     def save(self, counters: dict[str, Any]) -> None:
         """Write a checkpoint, then replace the exported policy, critic and tokenizer, and the picture."""
@@ -288,19 +287,19 @@ class RunFolder:
         self.seconds_saving += time.perf_counter() - begun
 
     def _save_policy(self) -> Path:
-        """Write policy, critic and tokenizer into a temporary folder, and wait until they are on the disk."""
+        """Write policy, critic, tokenizer and card into a temporary folder, and wait until they are on the disk."""
         fresh = self.path / ".partial"
         remove(fresh)
         self.models.policy.save_pretrained(fresh)
         self.models.tokenizer.save_pretrained(fresh / "policy_lm")
+        write_card(self.path, fresh / "policy_lm")
         for path in fresh.rglob("*"):
             fsync(path)
         return fresh
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
+        """Close what report_to has opened."""
+        self.trackers.close()
 
 
 def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
@@ -311,15 +310,6 @@ def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
             return float(row["score_mean"])
     remove(best)
     return -math.inf
-
-
-def tensorboard_writer() -> Any:
-    """TensorBoard's writer class (raises UserError where the package is missing)."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("report_to=tensorboard needs a package: pip install tensorboard, or leave it out") from None
-    return SummaryWriter
 
 
 def describe(cfg: TrainConfig) -> dict[str, Any]:
@@ -354,7 +344,7 @@ def git_commit() -> str | None:
     """The commit of this code, where it is a git checkout and git is installed."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -26,6 +26,7 @@ from reward import UNSCALED, score_title, show_score
 from runtime.cli import Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
+from runtime.files import WINDOWS
 from training.checkpoints import Snapshot
 from training.parts import Parts
 from training.run_folder import Found, RunFolder, open_run_folder
@@ -76,7 +77,8 @@ def _disk_errors_stop(cfg: TrainConfig) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (OSError, SafetensorError) as error:
-        line = f"error: ckpt_dir={cfg.ckpt_dir} cannot be written ({error}): make room, then {how_to_resume(cfg)}"
+        remedy = "close what has it open" if WINDOWS and isinstance(error, PermissionError) else "make room"
+        line = f"error: ckpt_dir={cfg.ckpt_dir} cannot be written ({error}): {remedy}, then {how_to_resume(cfg)}"
         raise Stopped(1, line) from error
 
 

@@ -10,7 +10,7 @@ from config import UserError
 import pytest
 
 import train
-from runtime.files import append_row, lock, new_folder, spreadsheet_safe
+from runtime.files import append_row, fsync, lock, new_folder, spreadsheet_safe, write_atomic
 
 
 def test_texts_never_become_formulas() -> None:
@@ -18,6 +18,7 @@ def test_texts_never_become_formulas() -> None:
         assert spreadsheet_safe(text) == "'" + text
     for text in ("", " =1", "plain", "'quoted"):
         assert spreadsheet_safe(text) == text
+    assert spreadsheet_safe("=\0x") == "'=\ufffdx"
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
@@ -71,3 +72,41 @@ def test_append_row_leaves_no_half_row_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left"):
         append_row(table, {"step": 2})
     assert table.read_bytes() == before
+
+
+def test_a_file_that_another_program_has_open_is_replaced_once_it_lets_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows has it: until then it refuses. Elsewhere a refusal is final, and comes at once."""
+    refusals = iter([PermissionError("in use")] * 2)
+    replace, waited = Path.replace, []
+
+    def refuse(source: Path, target: Path) -> Path:
+        if error := next(refusals, None):
+            raise error
+        return replace(source, target)
+
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "a.csv", "new")
+    monkeypatch.setattr("runtime.files.WINDOWS", True)
+    write_atomic(tmp_path / "a.csv", "new")
+    assert (tmp_path / "a.csv").read_text() == "new"
+    assert len(waited) == 1
+    refusals = iter([PermissionError("in use")] * 99)
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "a.csv", "newer")
+    assert sum(waited) < 5
+
+
+def test_only_files_are_flushed_where_folders_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    (tmp_path / "file").write_text("x")
+    for windows, expected in ((False, 2), (True, 1)):
+        monkeypatch.setattr("runtime.files.WINDOWS", windows)
+        for path in (tmp_path, tmp_path / "file"):
+            fsync(path)
+        assert len(flushed) == expected
+        flushed.clear()

@@ -14,7 +14,7 @@ import torch
 from conftest import run_eval
 from safetensors.torch import load_file, save_file
 
-from tools.interpolate import CLOSE, FARTHEST, Line, find_alpha, main
+from tools.interpolate import CLOSE, FARTHEST, Line, find_alpha, main, shares_at
 from training.parts import GPT2WithValueHead
 
 SAME = ("--n_samples", "20", "--batch_size", "8", "--device", "cpu", "--dtype", "float32", "--seed", "7")
@@ -106,9 +106,43 @@ def test_the_curve_is_what_eval_measures(finished_run: Path, classifier_dir: Pat
     assert csv.with_suffix(".png").stat().st_size > 5000
 
 
+def test_each_run_can_have_its_own_curve(
+    finished_run: Path, gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice, csv = another_run(finished_run, tmp_path / "twice", 1.0), tmp_path / "curves.csv"
+    base, end = weights(gpt2_dir), weights(finished_run / "policy_lm")
+    farther = {name: 2 * weight - base[name] for name, weight in end.items()}
+    save_file(farther, twice / "policy_lm" / "model.safetensors", metadata={"format": "pt"})
+    same = ("--curve", "--judge", "none", "--frontier", "4", *SAME)
+    main(
+        [str(finished_run), str(twice), "--each", "--alphas", "0.5,1,2", "--at_kl", "0.01,99", "--csv", str(csv), *same]
+    )
+    out = capsys.readouterr().out
+    table = pd.read_csv(csv)
+    assert table.run.tolist() == [str(finished_run)] * 3 + [str(twice)] * 3
+    assert table.kl[2] == pytest.approx(table.kl[4], rel=1e-3), "half the way on a line twice as long"
+    line = next(line for line in out.splitlines() if line.startswith(str(twice)) and "alpha" not in line)
+    own = table[table.run == str(twice)].sort_values("kl")
+    expected = 100 * np.interp(0.01, own.kl, own.optimal_share, np.nan)
+    assert line.split()[1:] == ["-" if np.isnan(expected) else f"{expected:.1f}", "-"]
+    assert out.splitlines()[-2].startswith("mean")
+    assert csv.with_suffix(".png").stat().st_size > 5000
+
+
+def test_shares_are_read_off_between_the_points_of_each_curve() -> None:
+    table = pd.DataFrame(
+        {"run": ["a", "a", "b", "b"], "kl": [1.0, 3.0, 1.0, 5.0], "optimal_share": [0.6, 0.8, 0.7, 0.9]}
+    )
+    _, first, second, mean = [line for line in shares_at(table, [2, 4]).splitlines() if line[0] != "%"]
+    assert first.split() == ["a", "70.0", "-"]
+    assert second.split() == ["b", "75.0", "85.0"]
+    assert mean.split() == ["mean", "72.5", "85.0"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "nothing to do"), (["--kl", "1"], "out is missing"), (["--kl", "0", "--out", "x"], "kl=0.0 must"),
+    [([], "nothing to do"), (["--each", "--kl", "1", "--out", "x"], "each draws one curve"),
+     (["--kl", "1"], "out is missing"), (["--kl", "0", "--out", "x"], "kl=0.0 must"),
      (["--kl", "1", "--out", "."], "out=. exists"), (["nowhere", "--curve"], "runs: nowhere is not"),
      (["--curve", "--alphas", "0,x"], "alphas='0,x'"), (["--curve", "--alphas", "0,nan"], "alphas='0,nan'")],
 )  # fmt: skip

@@ -27,6 +27,12 @@ def test_same_seed_makes_the_same_models(labelled_csv: Path, made_models: Path, 
         assert (again / file).read_bytes() == (made_models / file).read_bytes()
 
 
+def test_the_shape_of_the_language_model_can_be_chosen(labelled_csv: Path, tmp_path: Path) -> None:
+    folder = make_models(labelled_csv, tmp_path / "out", "--lm_layers", "1", "--lm_width", "192")
+    config = json.loads((folder / "policy" / "config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["n_head"]) == (1, 192, 3)
+
+
 def test_rows_without_label_go_to_the_language_model_only(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     texts, labels = tiny_reviews.generate_reviews(60, seed=0)
@@ -50,6 +56,7 @@ def test_wrong_input_is_refused_in_one_line(labelled_csv: Path, tmp_path: Path) 
         "holds 80 different": ["--label_column", "text"],
         "no text": ["--dataset", str(tmp_path / "empty.csv")],
         "lm_steps=0": ["--lm_steps", "0"],
+        "lm_width=200": ["--lm_width", "200"],
         "rm_lr=nan": ["--rm_lr", "nan"],
         "--size": ["--size", "huge"],
         "--colour": ["--colour", "red"],

@@ -10,6 +10,7 @@ from conftest import run
 from torch import Tensor
 
 from model import GPT2WithValueHead, Sequences, sample_responses
+from utils import shape_rewards
 
 
 def test_check_prints_a_line_per_fact_and_writes_nothing(
@@ -46,10 +47,17 @@ def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_the_end(scores: Tensor, partial: Tensor | None, response_mask: Tensor) -> Tensor:
-        return torch.zeros(response_mask.shape).index_fill(1, torch.tensor([-1]), 1) * scores[:, None]
+    def in_the_last_column(scores: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        rewards, kl = shape_rewards(scores, *others)
+        return torch.zeros_like(rewards).index_fill(1, torch.tensor([-1]), 1) * scores[:, None], kl
 
-    monkeypatch.setattr("utils.spread_scores", at_the_end)
+    monkeypatch.setattr("training.audit.shape_rewards", in_the_last_column)
+
+
+def break_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "training.audit.expected_scores", lambda scores, partial, mask: scores[:, None].expand(mask.shape)
+    )
 
 
 def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +68,8 @@ def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
     ("damage", "fact"),
     [
         (break_positions, "padding|cross-entropy"), (break_shift, "cross-entropy"), (break_dropout, "cross-entropy"),
-        (break_temperature, "the one scored"), (break_reward_place, "last real token"), (break_critic, "critic"),
+        (break_temperature, "the one scored"), (break_reward_place, "last real token"),
+        (break_expectation, "last real token"), (break_critic, "critic"),
     ],
 )  # fmt: skip
 def test_check_refuses_to_train_when_a_fact_fails(

@@ -74,9 +74,3 @@ def test_check_fit_names_what_does_not_fit(tokenizer: PreTrainedTokenizerFast) -
     without.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         check_fit(policy, make_policy(n), without, 64)
-
-
-def test_loading_chooses_attention_that_plans_nothing(flags: dict[str, str]) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    run(flags, "--check")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -5,8 +5,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from config import TrainConfig, UserError, parse_config
 
@@ -221,42 +219,6 @@ def test_best_is_the_highest_sentiment_within_the_kl_budget(
     assert any(not torch.equal(best[name], final[name]) for name in best)
     assert all(torch.equal(best[name], weights[-2 if len(weights) > 3 else 1][name]) for name in best)
     assert AutoModelForCausalLM.from_pretrained(folder / "best" / "policy_lm")
-
-
-def test_tensorboard_gets_the_columns_of_metrics_or_the_package_is_named(
-    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is missing
-    with pytest.raises(SystemExit) as stop:
-        run(flags, "--report_to", "tensorboard")
-    assert stop.value.code == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
-    assert not Path(flags["ckpt_dir"]).exists()
-
-    rows: list[tuple[str, float, int]] = []
-    closed: list[bool] = []
-
-    class Writer:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            assert folder == Path(flags["ckpt_dir"]) / "tensorboard"
-            rows[:] = [row for row in rows if row[2] < purge_step]
-
-        def close(self) -> None:
-            closed.append(True)
-
-        def add_scalar(self, *row: Any) -> None:
-            rows.append(row)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    folder = run(flags, "--report_to", "tensorboard")
-    metrics = pd.read_csv(folder / "metrics.csv")
-    assert {name for name, _, _ in rows} == set(metrics.columns)
-    found = [value for name, value, _ in rows if name == "score_mean"]
-    assert found == pytest.approx(metrics.score_mean.tolist())
-    shutil.rmtree(folder / "state" / "step_000003")  # so that the last step is taken again
-    run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
-    assert [step for name, _, step in rows if name == "score_mean"] == [1, 2, 3]
-    assert closed == [True, True]
 
 
 def test_a_folder_with_a_run_is_refused_without_overwrite(

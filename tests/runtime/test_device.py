@@ -1,0 +1,44 @@
+"""Which device and precision `auto` takes, and memory in the right unit on each system."""
+
+import resource
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from runtime.device import keep_freed_memory, peak_memory_mb
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_megabytes_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=500 * 2**20 // unit))
+    assert peak_memory_mb("cpu") == 500
+
+
+def test_peak_memory_on_windows_is_the_first_size_of_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PROCESS_MEMORY_COUNTERS begins with its own size and a count, 32 bits each, and the peak follows."""
+
+    class GetCurrentProcess:
+        def __call__(self) -> int:
+            return 2**64 - 1  # its handle for this process
+
+    def counters(process: object, found: list[int], size: int) -> int:
+        assert (found[0], size) == (72, 72)
+        found[1] = 300 * 2**20
+        return 1
+
+    library = SimpleNamespace(GetCurrentProcess=GetCurrentProcess(), K32GetProcessMemoryInfo=counters)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("ctypes.WinDLL", lambda name: library, raising=False)
+    assert peak_memory_mb("cpu") == 300
+
+
+def test_a_system_without_glibc_keeps_its_own_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (TypeError, AttributeError, OSError):  # Windows, macOS, none at all
+
+        def refuse(name: None, error: type[Exception] = error) -> None:
+            raise error
+
+        monkeypatch.setattr("ctypes.CDLL", refuse)
+        keep_freed_memory()

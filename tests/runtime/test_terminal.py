@@ -1,0 +1,65 @@
+"""What is written to a terminal: colours only where they may be, no text lost, no line too long, no foreign escapes."""
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side, wrap
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "shades"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)  # fmt: skip
+def test_colours_are_for_terminals_that_have_and_want_them(
+    variables: dict[str, str], shades: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert can_shade(Terminal()) is shades
+    assert not can_shade(io.StringIO()), "a pipe or a file"
+
+
+@given(st.text(alphabet="ab é\n", max_size=60), st.integers(1, 12))
+def test_wrapping_loses_nothing_but_blanks_and_keeps_the_width(text: str, width: int) -> None:
+    lines = wrap(cells([(text, 0.0)]), width)
+    assert all(len(line) <= width for line in lines)
+    joined = "".join(char for line in lines for char, _ in line)
+    assert joined.replace(" ", "") == "".join(text.split())
+    assert not any(line and line[0][0] == " " for line in lines)
+
+
+def test_words_stay_whole_where_they_fit_and_empty_lines_stay() -> None:
+    lines = wrap(cells([("one two three\n\nabcdefghijkl", 0.0)]), 8)
+    assert ["".join(char for char, _ in line) for line in lines] == ["one two", "three", "", "abcdefgh", "ijkl"]
+
+
+def test_shades_follow_the_numbers_and_are_off_where_asked() -> None:
+    pieces = [("a", 0.0), ("b", 0.06), ("c", 0.06), ("d", 9.0)]
+    levels = [colour for _, colour in SHADES]
+    assert paint(cells(pieces), True) == (f"a\x1b[30;48;5;{levels[0]}mbc\x1b[0m\x1b[30;48;5;{levels[-1]}md\x1b[0m")
+    assert paint(cells(pieces), False) == "abcd"
+
+
+def test_texts_cannot_steer_the_terminal() -> None:
+    assert "\x1b" not in paint(cells([("\x1b[2J\x07\r\x9b1m", 0.0)]), False)
+
+
+def test_columns_stand_beside_each_other_or_below_where_it_is_narrow() -> None:
+    columns = [("left", cells([("one two three", 0.0)])), ("right", cells([("four", 3.0)]))]
+    wide = side_by_side(columns, 80, False).splitlines()
+    assert re.fullmatch(r"left +right", wide[0])
+    assert re.fullmatch(r"one two three +four", wide[1])
+    assert side_by_side(columns, 30, False).splitlines() == ["left", "one two three", "right", "four"]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", side_by_side(columns, 80, True))
+    assert plain.splitlines() == wide, "shading moves nothing"

@@ -1,0 +1,259 @@
+"""Tries a prompt on trained policies and their base, with the same random numbers, and shows where they differ.
+
+    python -m tools.sample --prompt "This film"                     ckpts/policy_lm beside its base
+    python -m tools.sample ckpts_a ckpts_b --prompt "This film"     several runs, or any policies, at once
+    python -m tools.sample --n 3 --top_k 50 --score                 asks for prompts; three responses each, with scores
+    cat prompts.txt | python -m tools.sample --json                 a JSON object per response
+
+Decoding that no flag sets is that of the first policy's run. KL is the exact one of each token, summed over a response.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from config import EvalConfig, TrainConfig, UserError, is_run, opt
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data import pad_left
+from eval import settings_of_run
+from model import GPT2WithValueHead, Sequences, check_fit, evaluate_both, sample_responses
+from reward import Reward, score_responses, show_score
+from runtime.cli import parse_flags, run
+from runtime.device import enough_memory
+from runtime.hub import quiet_libraries
+from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
+from training.parts import load_base, load_policy, load_run_reward
+from utils import uniforms
+
+DECODING = ("temperature", "top_k", "top_p", "max_new_tokens")
+BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Settings of `python -m tools.sample`."""
+
+    policy_path: list[str] = field(
+        default_factory=lambda: [EvalConfig.policy_path],
+        metadata={"help": "Policies: folders of runs, or any GPT-2; --policy_path may be left out."},
+    )
+    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: that of each policy's run).")
+    prompt: str | None = opt(None, "What to continue (default: every line that is typed or piped in).")
+    n: int = opt(1, "Responses per prompt and model.")
+    temperature: float | None = opt(None, "Sampling temperature (default: the run's).")
+    top_k: int | None = opt(None, "Sample among the k likeliest tokens only (default: the run's).")
+    top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
+    max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
+    seed: int = opt(0, "Seed of the random numbers, which are the same for all models.")
+    score: bool = opt(False, "Score the responses with the reward of the first policy's run.")
+    rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.")
+    json: bool = opt(False, "Write a JSON object per response and nothing else.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response: kl is its exact KL to base in nats, tokens are its pieces with theirs; score is None if unscored.
+
+    ended says that the model ended it, before max_new_tokens.
+    """
+
+    prompt: str
+    model: str
+    response: str
+    kl: float
+    score: float | None
+    ended: bool
+    tokens: list[tuple[str, float]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Let all models answer each prompt (raises UserError)."""
+    cfg = parse_flags(SampleConfig, argv, __doc__, first="policy_path")
+    if cfg.n < 1:
+        raise UserError(f"n={cfg.n} must be at least 1")
+    quiet_libraries()
+    with redirect_stdout(sys.stderr) if cfg.json else nullcontext():  # notes must not get among the objects
+        models = load(cfg)
+    asks = cfg.prompt is None and sys.stdin.isatty()
+    if can_shade(sys.stdout) and not cfg.json:
+        scale = (paint([(char, least) for char in f" {least:g} "], True) for least, _ in SHADES)
+        print("KL of each token to base, from so many nats on:", *scale, end="\n\n")
+    for draw, prompt in enumerate(prompts(cfg.prompt)):
+        try:
+            answers = models.respond(prompt, draw)
+        except UserError as error:
+            if not asks:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if cfg.json:
+            print("\n".join(json.dumps(asdict(one)) for row in answers for one in row), flush=True)
+        else:
+            print(shown(answers, models.label), flush=True)
+
+
+def prompts(prompt: str | None) -> Iterator[str]:
+    """The prompt of the command line, else the lines of the standard input until it ends; empty ones are left out."""
+    if prompt is not None:
+        yield prompt
+    elif not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    else:
+        with suppress(ImportError):
+            import readline  # noqa: F401 (input then has a history; not on every system)
+        print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
+        while True:
+            try:
+                line = input("> " if sys.stdout.isatty() else "")
+            except (EOFError, KeyboardInterrupt) as end:
+                print(file=sys.stderr)
+                if isinstance(end, EOFError):
+                    return
+                raise
+            if line.strip():
+                yield line
+
+
+# --- the models -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A policy with its tokenizer, and the base that it is measured against; a base's base is itself."""
+
+    name: str
+    lm: GPT2WithValueHead
+    base: GPT2WithValueHead
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """Bases and policies that answer the same prompts, and how they decode; a reward if they are scored."""
+
+    models: list[Model]
+    run: TrainConfig
+    reward: Reward | None
+    n: int
+    seed: int
+
+    @property
+    def label(self) -> str | None:
+        """The label whose probability is scored, if any."""
+        return None if self.reward is None else self.reward.label
+
+    def respond(self, prompt: str, draw: int) -> list[list[Response]]:
+        """n rows of one response per model; the draw-th prompt has random numbers of its own (raises UserError)."""
+        with enough_memory("n or max_new_tokens"):
+            columns = [self._respond(model, prompt, draw) for model in self.models]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _respond(self, model: Model, prompt: str, draw: int) -> list[Response]:
+        run_cfg, tokenizer = self.run, model.tokenizer
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        context = min(lm.lm.config.n_positions for lm in (model.lm, model.base))
+        if not ids:
+            raise UserError("prompt is empty: give it a few words")
+        if len(ids) + run_cfg.max_new_tokens > context:
+            raise UserError(
+                f"prompt has {len(ids)} tokens, which with max_new_tokens={run_cfg.max_new_tokens} is more than the "
+                f"context of {context}: shorten it, or lower max_new_tokens"
+            )
+        seqs = sample_responses(
+            model.lm, *pad_left([ids] * self.n), uniforms(self.seed, draw, self.n, run_cfg.max_new_tokens),
+            eos_id=int(tokenizer.eos_token_id), temperature=run_cfg.temperature, top_k=run_cfg.top_k,
+            top_p=run_cfg.top_p,
+        )  # fmt: skip
+        texts, scores = seqs.texts(tokenizer), self._scores(seqs, tokenizer)
+        kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else evaluate_both(model.lm, model.base, seqs)[4]
+        rows = [_real(x, seqs) for x in (seqs.responses, kl)]
+        return [
+            Response(
+                prompt, model.name, text, round(sum(kls), 4), score, tokens[-1] == tokenizer.eos_token_id,
+                list(zip(pieces(tokenizer, tokens), (round(x, 4) for x in kls), strict=True)),
+            )
+            for text, score, tokens, kls in zip(texts, scores, *rows, strict=True)
+        ]  # fmt: skip
+
+    def _scores(self, seqs: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[float] | list[None]:
+        if self.reward is None:
+            return [None] * self.n
+        texts = seqs.texts(tokenizer, self.run.reward_on_prompt)
+        return score_responses(self.reward, texts, seqs.prompt_texts(tokenizer), self.run.rm_name).tolist()
+
+
+def _real(x: Tensor, seqs: Sequences) -> list[list[float]]:
+    return [row[keep].tolist() for row, keep in zip(x.cpu(), seqs.response_mask.cpu(), strict=True)]
+
+
+def load(cfg: SampleConfig) -> ModelSet:
+    """Load the policies, each base once, and the reward if scores are wanted (raises UserError)."""
+    scored = cfg.score or cfg.rm_name is not None
+    policies: list[Model] = []
+    bases: dict[tuple[str, str | None], Model] = {}
+    runs: list[TrainConfig] = []
+    for path in dict.fromkeys(cfg.policy_path):
+        policy_path = str(Path(path) / "policy_lm") if is_run(Path(path)) else path
+        evaluation = EvalConfig(
+            policy_path=policy_path, ref_name=cfg.ref_name, rm_name=cfg.rm_name, seed=cfg.seed, device=cfg.device,
+            dtype=cfg.dtype, **{name: getattr(cfg, name) for name in DECODING},
+        )  # fmt: skip
+        runs.append(settings_of_run(evaluation, with_reward=scored and not runs))
+        lm, tokenizer = load_policy(runs[-1], policy_path)
+        key = str(runs[-1].ref_name), runs[-1].ref_revision
+        if key not in bases:
+            base = load_base(runs[-1])
+            bases[key] = Model(BASE, base, base, tokenizer)
+        policies.append(Model(path, lm, bases[key].lm, tokenizer))
+        check_fit(lm, bases[key].lm, tokenizer, runs[-1].max_new_tokens + 1)
+    if len(bases) > 1:
+        bases = {key: replace(model, name=f"{BASE} {key[0]}") for key, model in bases.items()}
+    reward = load_run_reward(runs[0]) if scored else None
+    return ModelSet([*bases.values(), *policies], runs[0], reward, cfg.n, cfg.seed)
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[float]) -> list[str]:
+    """The text of each token; that of a character which several tokens spell is with the last of them."""
+    found: list[str] = []
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(int(token))
+        text = tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
+        found.append(text if whole else "")
+        pending = [] if whole else pending
+    return found
+
+
+def shown(answers: list[list[Response]], label: str | None) -> str:
+    """A prompt and its responses, side by side, each token shaded by its KL where the terminal can do so."""
+    shaded, width = can_shade(sys.stdout), shutil.get_terminal_size((100, 24)).columns
+    blocks = [paint(cells([(answers[0][0].prompt, 0.0)]), False)]
+    for row in answers:
+        blocks.append(side_by_side([(heading(one, label), cells(one.tokens)) for one in row], width, shaded))
+    return "\n\n".join(blocks) + "\n"
+
+
+def heading(one: Response, label: str | None) -> str:
+    """The model, its KL and its score."""
+    kl = [] if one.model.startswith(BASE) else [f"{one.kl:.2f} nats"]
+    score = [] if one.score is None else [show_score(one.score, label)]
+    return f"[{', '.join([*kl, *score, one.model])}]" if kl or score else f"[{one.model}]"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
