@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # cuDNN's attention plans anew for every shape, of which a step has many, and is known to return NaN gradients for some
 # masks: torch must not choose it on CUDA.
 torch.backends.cuda.enable_cudnn_sdp(False)
