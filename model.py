@@ -45,8 +45,7 @@ class Sequences:
 
     tokens (B, T) int64 and attention_mask (B, T) bool; response_mask (B, R) is True up to and including the first EOS;
     logprobs (B, R) are the sampler's own; support (B, R, V) bool marks what top-k or top-p let through (None: all).
-    lengths (B,) are those of the responses and always on the CPU: so which tokens are real is known without waiting for
-    a GPU.
+    lengths (B,) of the responses are always on the CPU, where nothing waits for a GPU to know which tokens are real.
     """
 
     tokens: Tensor
@@ -62,6 +61,7 @@ class Sequences:
             object.__setattr__(self, "lengths", self.response_mask.sum(1).cpu())
         assert self.tokens.shape == self.attention_mask.shape
         assert self.response_mask.shape == self.logprobs.shape
+        assert self.response_mask.device.type != "cpu" or torch.equal(self.lengths, self.response_mask.sum(1))
         assert self.attention_mask.dtype == self.response_mask.dtype == torch.bool
 
     @property
@@ -76,8 +76,8 @@ class Sequences:
 
     def real_tokens(self) -> Tensor:
         """Where the real response tokens are among the flattened (B * R), in order."""
-        real = torch.arange(self.response_mask.shape[1]) < self.lengths[:, None]
-        return real.flatten().nonzero().squeeze(1).to(self.tokens.device, non_blocking=True)
+        real = (torch.arange(self.response_mask.shape[1]) < self.lengths[:, None]).flatten()
+        return real.nonzero().squeeze(1).to(self.tokens.device, non_blocking=True)
 
     @cached_property
     def token_lists(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -1,14 +1,10 @@
-"""Attention: the kernel that computes it fastest on each device, and none that plans or errs."""
+"""Attention, by the formula or the kernel that computes it faster."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# cuDNN's attention plans anew for every shape, of which a step has many, and is known to return NaN gradients for some
-# masks: torch must not choose it on CUDA.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -19,10 +19,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def resolve_device(device: str) -> Literal["cpu", "cuda"]:
-    """auto -> cuda where present, else cpu (raises UserError where cuda was asked for and is missing)."""
+    """auto -> cuda where present, else cpu (raises UserError where cuda was asked for and is missing).
+
+    On CUDA torch may not choose cuDNN's attention from then on: it plans anew for every shape, of which a step has
+    many, and is known to return NaN gradients for some masks.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return "cuda"
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:

@@ -31,12 +31,12 @@ from eval import Comparison
 from evaluation.intervals import bootstrap_ci
 from evaluation.studies import curve_picture
 from evaluation.summary import summarise
-from model import GPT2WithValueHead, evaluate_both, load_gpt2
+from model import GPT2WithValueHead, evaluate_both
 from pretrain.models import quiet_saving
 from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, write_atomic
-from runtime.hub import quiet_libraries
+from runtime.hub import load_gpt2, quiet_libraries
 from training.card import write_card
 from training.parts import load_models
 

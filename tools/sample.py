@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase
 
 from data import pad_left
 from eval import settings_of_run
-from model import GPT2WithValueHead, Sequences, check_fit, evaluate_both, sample_responses
+from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from reward import Reward, score_responses, show_score
 from runtime.cli import parse_flags, run
 from runtime.device import enough_memory
 from runtime.hub import quiet_libraries
 from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
-from training.parts import load_base, load_policy, load_run_reward
+from training.parts import check_fit, load_base, load_policy, load_run_reward
 from utils import uniforms
 
 DECODING = ("temperature", "top_k", "top_p", "max_new_tokens")

@@ -56,7 +56,3 @@ def test_attention_is_written_out_in_bfloat16_on_the_cpu_only(monkeypatch: pytes
     policy.dtype = torch.bfloat16
     policy.evaluate_responses(sample(policy))
     assert set(calls) == {torch.bfloat16}
-
-
-def test_torch_does_not_choose_cudnn() -> None:
-    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -5,8 +5,22 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from runtime.device import keep_freed_memory, peak_memory_mb
+from runtime.device import keep_freed_memory, peak_memory_mb, resolve_device
+
+
+def test_torch_may_not_choose_cudnns_attention_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert resolve_device("cpu") == "cpu"
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert resolve_device("auto") == "cuda"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
