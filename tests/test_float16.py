@@ -1,4 +1,4 @@
-"""Float16, as auto takes it on GPUs without fast bfloat16: the facts of DESIGN.md under autocast on the CPU, and scaling.
+"""Float16, as auto takes it on GPUs without fast bfloat16: the facts under autocast on the CPU, and scaling.
 
 Float16 has 11 significant bits. On these models, whose weights are made large on purpose, that is 0.03 nats per token.
 """
@@ -268,16 +268,15 @@ def overflow_on_one_rank(folder: Path) -> None:
         policy.lm.transformer.h[0].ln_1.weight.register_hook(overflow)
         row = ppo_update(policy, build_optimizer(policy, CFG), rollout, CFG, 1, scaler)
     torch.save([weight.detach() for weight in policy.parameters()], folder / f"weights_{rank}.pt")
-    (folder / f"row_{rank}.txt").write_text(
-        f"{row['updates']} {row['skipped']} {row['overflows']} {scaler.get_scale()}"
-    )
+    found = [row[name] for name in ("updates", "skipped", "overflows")]
+    (folder / f"row_{rank}.txt").write_text(f"{found} {scaler.get_scale()}")
 
 
 def test_ranks_agree_on_an_overflow_that_one_of_them_has(tmp_path: Path) -> None:
     said = tmp_path / "said.txt"
     assert as_processes(2, partial(overflow_on_one_rank, tmp_path), said) == [0, 0], said.read_text()
     rows = [(tmp_path / f"row_{rank}.txt").read_text() for rank in range(2)]
-    assert rows == ["3 0 1 32768.0"] * 2
+    assert rows == ["[3, 0, 1] 32768.0"] * 2
     for a, b in zip(*(torch.load(tmp_path / f"weights_{rank}.pt") for rank in range(2)), strict=True):
         assert torch.equal(a, b)
 
