@@ -53,7 +53,7 @@ class StudyConfig:
     frontier: int = opt(0, "Base responses per prompt, drawn once for all runs, for the best possible reward.")
     jobs: int = opt(1, "Runs at a time.")
     folder: str = opt("study", "Where the runs are kept.")
-    csv: str = opt("results/study.csv", "The table; a picture of the same name is drawn beside it.")
+    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.")
     draw: str | None = opt(None, "Only print and draw this table.")
 
 
