@@ -10,13 +10,13 @@ import math
 import os
 import sys
 import typing
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 # Threads that wait should sleep: where another program wants the cores too, spinning makes torch several times slower.
 # torch reads this once, when it is imported; pyproject.toml makes the linter put imports from this file before it.
@@ -64,15 +64,13 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of `python train.py`."""
+    """Settings of `python train.py`, which tunes GPT-2 by PPO towards a reward; the defaults are in config.py."""
 
     preset: str = opt(
         "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
     )
 
-    policy_name: str = opt(
-        "gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, against what, on what"
-    )
+    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what")
     ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
@@ -122,9 +120,7 @@ class TrainConfig:
     min_prompt_len: int = opt(8, "Reviews with fewer tokens than this are left out.")
     max_new_tokens: int = opt(64, "Longest response, in tokens.")
 
-    temperature: float = opt(
-        1.0, "Divides the logits, in sampling and scoring alike.", "What is sampled from, and scored"
-    )
+    temperature: float = opt(1.0, "Divides the logits, in sampling and scoring alike.", "What is sampled from")
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
@@ -321,27 +317,29 @@ PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny"
 PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+class HelpFormatter(RawDescriptionHelpFormatter):
     """Help with defaults and one spelling of each flag."""
 
     def _format_action_invocation(self, action: Action) -> str:
-        spellings = [flag for flag in action.option_strings if "_" in flag] or action.option_strings
         one = copy.copy(action)
-        one.option_strings = spellings
+        one.option_strings = [flag for flag in action.option_strings if "_" in flag] or action.option_strings
         return super()._format_action_invocation(one)
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        return action.help if default in (None, "", SUPPRESS) else f"{action.help} (default: {default})"
 
 
 class OneLineParser(HfArgumentParser):
     """A parser of command lines whose errors are UserErrors; its help has headings, and the flags in `first` on top."""
 
-    def __init__(self, cls: type, description: str | None, first: Sequence[str] = ()) -> None:
-        """Flags for the fields of a dataclass."""
-        self.first, self.heading, self.groups = first, "settings", dict[str, Any]()
-        usage = "%(prog)s [--setting value ...]"
-        super().__init__(cls, allow_abbrev=False, description=description, usage=usage, formatter_class=HelpFormatter)
+    def __init__(self, cls: type, about: str | None, first: Sequence[str] = (), words: str = "") -> None:
+        """Flags for the fields of a dataclass; `words` names the one that takes the words before the first flag."""
+        self.first, self.heading, self.groups = first, "Settings", dict[str, Any]()
+        script = Path(sys.argv[0])
+        name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
+        usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
+        super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
 
     def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
         """Add a flag under its heading, or under that of the flag before."""
@@ -352,6 +350,9 @@ class OneLineParser(HfArgumentParser):
         title = "What matters first" if flags[0].removeprefix("--") in self.first else self.heading
         if title not in self.groups:
             self.groups[title] = self.add_argument_group(title)
+        if "type" in about and not about.get("choices"):
+            kinds = {str: "TEXT", int: "N", float: "X", string_to_bool: "true|false"}
+            about["metavar"] = kinds.get(about["type"], "VALUE")
         added: Action = self.groups[title].add_argument(*flags, **about)
         return added
 

@@ -341,8 +341,7 @@ class _Sampler:
         self.tokens = torch.zeros(batch, prompt_len + width, dtype=torch.long, device=device)
         self.attention_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.logprobs = torch.zeros(batch, width, device=device)
-        truncated = warp[1] > 0 or warp[2] < 1
-        shape = (batch, width, len(self.embedding))
+        shape, truncated = (batch, width, len(self.embedding)), warp[1] > 0 or warp[2] < 1
         self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
         # what the next step needs, one row per unfinished response
         self.uniforms = torch.zeros(batch, width, dtype=widest_float(device), device=device)

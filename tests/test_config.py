@@ -1,6 +1,7 @@
 """Every setting has help and a range, and what is wrong is refused in one line that names it."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
+from config import FIRST, PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
 
 import pytest
 
@@ -168,6 +169,20 @@ def test_every_setting_has_help_and_is_a_flag(cls: type, capsys: pytest.CaptureF
         assert help_text.endswith("."), field.name
         assert f"--{field.name}" in out
         assert help_text.split()[0] in out
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_help_shows_every_flag_once_and_what_matters_first(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(cls, ["--help"])
+    groups = capsys.readouterr().out.split("\n\n")
+    titles = [group.split(":\n")[0].strip() for group in groups]
+    flags = {title: re.findall(r"^  --(\w+)", group, re.MULTILINE) for title, group in zip(titles, groups, strict=True)}
+    assert titles[3] == "What matters first"
+    assert set(flags["What matters first"]) == set(FIRST[cls])
+    assert "Settings" not in titles, "every other flag has a heading"
+    assert sorted(itertools.chain(*flags.values())) == sorted(field.name for field in dataclasses.fields(cls))
+    assert all(2 <= len(flags[title]) <= 12 for title in titles[3:])
 
 
 def test_minibatch_size_must_divide_batch_size() -> None:
