@@ -198,7 +198,7 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     matmul, copy = ceilings(cfg)
     work = flops(models, cfg)
     weights = sum(p.numel() for p in models.policy.lm.parameters())
-    read = weights * (2 if cfg.dtype == "bfloat16" else 4)
+    read = weights * (4 if cfg.dtype == "float32" else 2)
     floor = sum(work.values()) / matmul / world_size() + cfg.max_new_tokens * read / copy
     return {
         "processes": world_size(), "weights": weights,

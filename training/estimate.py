@@ -8,34 +8,35 @@ from model import GPT2WithValueHead
 from ppo import Models
 from reward import Classifier
 from runtime.device import matmul_rate
+from runtime.distributed import world_size
 
-SLOWDOWN = 2.0  # steps take 1.8 to 2.5 times as long as their matrix products (results/benchmark.csv)
-LONG = 1800.0  # seconds that nobody minds
+SLOWDOWN = 2.0  # steps take 1.8 to 2.5 times as long as their matrix products would (results/benchmark.csv)
+LONG = 1800.0  # seconds: what is shorter needs no word
 SLOWEST = 5e9  # FLOP/s that every CPU reaches: where that suffices nothing need be measured
 
 
 def note_slow_run(models: Models, cfg: TrainConfig, steps: int) -> str | None:
     """A line that says about how long so many steps will take here and what to do instead; None unless that is long."""
-    if cfg.device != "cpu":
+    if cfg.device != "cpu" or world_size() > 1:
         return None
-    work = sum(flops(models, cfg).values())
+    work = SLOWDOWN * sum(flops(models, cfg).values())
     if steps * work / SLOWEST < LONG:
         return None
-    seconds = SLOWDOWN * work / matmul_rate(cfg.device, getattr(torch, cfg.dtype))
+    seconds = work / matmul_rate("cpu", getattr(torch, cfg.dtype), size=1024)
     if steps * seconds < LONG:
         return None
     return (
-        f"without a GPU this will take about {duration(steps * seconds)} ({steps} steps of {duration(seconds)}): "
-        "for a first try take --preset tiny, a smaller --policy_name or fewer --total_steps"
+        f"without a GPU this will take about {duration(steps * seconds)} ({steps} steps of {duration(seconds)}): for a "
+        "first try take --preset tiny, a smaller --policy_name and --rm_name, or fewer --total_steps"
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, with two digits at most."""
+    """Seconds in words: 90 s, 5 minutes, 3 hours, 2 days."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:

@@ -228,7 +228,7 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     scale = parts.models.score_scale
     if scale != UNSCALED:
         print(f"scores are paid as (score {-scale.mean:+.4g}) / {scale.std:.4g}, which standardises those of the base")
-    if is_main_process() and (note := note_slow_run(parts.models, cfg, cfg.total_steps - step)):
+    if note := note_slow_run(parts.models, cfg, cfg.total_steps - step):
         print(note)
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
