@@ -124,8 +124,9 @@ class TrainConfig:
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
-    # On real reviews these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds (results/study_imdb.csv). With lr 2e-5
-    # one run ended at +0.63 and 1.9 nats; with 5e-5 it ended at +0.68 and 2.4 (results/tried.csv)
+    # In 40 steps on real reviews (64 + 48 tokens) these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds
+    # (results/study_imdb.csv). With lr 2e-5 one run ended at +0.63 and 1.9 nats; with 5e-5 it ended at +0.68 and 2.4
+    # (results/tried.csv)
     lr: float = opt(5e-5, "AdamW step size.", "PPO")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
@@ -282,7 +283,7 @@ def _check_type(name: str, value: object, hint: Any) -> None:
 PRESETS: dict[type, dict[str, Any]] = {}
 PRESETS[TrainConfig] = {
     "default": TrainConfig(),
-    # The score is paid on the last token, as in the formula; in so small a world that reaches 96 % of the best possible
+    # The score is paid on the last token, as in the formula; in so small a world that reaches +0.96 of at most +1
     "tiny": TrainConfig(
         preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
         max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
@@ -312,8 +313,8 @@ FIRST = {  # in --help
 PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
 
 
-# A Python reward judges finished texts: scores of unfinished ones would be 63 more calls a step and mean little. It is
-# paid on the last token, with settings that are good for that, unless --reward_every is given
+# A Python reward judges finished texts: scores of unfinished ones would mean little, and be up to 63 more texts per
+# response. It is paid on the last token, with settings that are good for that, unless --reward_every is given
 PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
 
 
@@ -424,7 +425,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return {f.name: found[f.name] for f in fields(TrainConfig) if "total_steps" in found and f.name in found}
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): mend it, or leave out what refers to it") from None
+        raise UserError(f"{path} is damaged ({error}): fix it, or leave out what refers to it") from None
 
 
 def refuse_code(config_json: Path, rm_name: str) -> str:
@@ -445,4 +446,4 @@ def _check_saved(cls: type[Config], saved: dict[str, Any], path: Path) -> None:
     try:
         cls(**saved)
     except UserError as error:
-        raise UserError(f"{path} is damaged ({error}): mend it, or start anew without --resume") from None
+        raise UserError(f"{path} is damaged ({error}): fix it, or start anew without --resume") from None

@@ -95,7 +95,7 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
     try:
         run = TrainConfig(**saved_settings(home / "config.json")) if home else TrainConfig()
     except UserError as error:
-        raise UserError(f"{home}/config.json is damaged ({error}): mend it, or move the policy elsewhere") from None
+        raise UserError(f"{home}/config.json is damaged ({error}): fix it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         print(f"note: {cfg.policy_path} is not part of a run, so train.py's defaults apply where no flag is given")
     if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:

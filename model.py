@@ -46,7 +46,7 @@ class Sequences:
 
     tokens (B, T) int64 and attention_mask (B, T) bool; response_mask (B, R) is True up to and including the first EOS;
     logprobs (B, R) are the sampler's own; support (B, R, V) bool marks what top-k or top-p let through (None: all).
-    lengths (B,) of the responses are always on the CPU, where nothing waits for a GPU to know which tokens are real.
+    lengths (B,) of the responses stay on the CPU, so that finding the real tokens never waits for a GPU.
     """
 
     tokens: Tensor
@@ -431,7 +431,7 @@ class _Sampler:
     def sequences(self) -> Sequences:
         """The sampled sequences, cut to the longest response; copies, because the next rollout writes here again."""
         lengths = self.attention_mask[:, self.prompt_len :].sum(1).cpu()
-        width = int(lengths.max())
+        width = int(lengths.max()) if len(lengths) else 1  # a rank may have no rows
         mask = self.attention_mask[:, : self.prompt_len + width].clone()
         return Sequences(
             self.tokens[:, : mask.shape[1]].clone(), mask, mask[:, self.prompt_len :], self.logprobs[:, :width].clone(),

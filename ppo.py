@@ -162,7 +162,7 @@ class Rollout:
         return self.sequences.response_mask
 
     def metrics(self) -> dict[str, float]:
-        """Averages over responses or, for kl_token and entropy, over real tokens; distinct_rate is a share of them."""
+        """Averages over responses or, for kl_token and entropy, real tokens; and the share of different responses."""
         means = {
             "score_mean": self.scores.mean(),
             **({"positive_rate": (self.scores > 0).float().mean()} if self.has_label else {}),
@@ -229,7 +229,8 @@ def ppo_loss(
     """PPO's clipped surrogate, clipped value loss and entropy bonus, summed over real tokens / token_count.
 
     token_count is that of the whole minibatch, so the losses of its micro-batches add up to its mean. Returns the loss
-    (scalar) and sums over real tokens for the statistics (Schulman et al. 2017, eq. 7 and 9).
+    (scalar) and sums over real tokens for the statistics (Schulman et al. 2017, eq. 7 and 9; the clipped value loss is
+    that of OpenAI's baselines).
     """
     mask = batch.sequences.response_mask
     log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0)
@@ -408,7 +409,7 @@ class UpdateStats:
 
 
 def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over policy and critic; eps 1e-5 damps the first steps, and there is no weight decay."""
+    """AdamW over policy and critic, with eps 1e-5 as in OpenAI's PPO and without weight decay."""
     return torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
 

@@ -117,9 +117,8 @@ class Classifier:
         if cut_left:
             self.tokenizer.truncation_side = "left"
         self.batch_size, self.dtype = batch_size, dtype
-        self.on_prompt: bool | None = getattr(
-            self.model.config, "reward_on_prompt", None
-        )  # as it was trained, if known
+        # whether it was trained on prompt and response, if known
+        self.on_prompt: bool | None = getattr(self.model.config, "reward_on_prompt", None)
         longest = getattr(self.model.config, "max_position_embeddings", 512)
         self.max_length = min(self.tokenizer.model_max_length, longest)
 
@@ -292,8 +291,9 @@ class PythonReward:
             signature = inspect.signature(self.function)
         except ValueError:  # some functions written in C have none
             return False
-        needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in (0, 1, 3)]
-        places = [p for p in signature.parameters.values() if p.kind in (0, 1)]
+        places = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
+        needed = [p for p in (*places, *named) if p.default is p.empty]
         both = len(needed) == 2 or any(p.name == "prompts" for p in places[1:2]) or any(
             p.kind == p.VAR_POSITIONAL for p in signature.parameters.values()
         )  # fmt: skip
@@ -313,14 +313,14 @@ class PythonReward:
             what = type(found).__name__ if scores is None else f"{type(found).__name__} of shape {tuple(scores.shape)}"
             raise UserError(
                 f"rm_name={self.name} returned {what} instead of one real number for each of {n} responses, "
-                f"{self._place()}: mend it"
+                f"{self._place()}: fix it"
             )
         for i, score in enumerate(scores.tolist()):
             if not np.isfinite(score):
                 text = " ".join(responses[i].split())[:60]
                 raise UserError(
                     f"rm_name={self.name} returned {score} for response {i + 1} of {n} ({text!r}), {self._place()}: "
-                    "mend it"
+                    "fix it"
                 )
         return scores
 
@@ -333,7 +333,7 @@ class PythonReward:
             raise
         except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"rm_name={self.name} {what} ({reason}), {self._place(error)}: mend it") from error
+            raise UserError(f"rm_name={self.name} {what} ({reason}), {self._place(error)}: fix it") from error
 
     def _place(self, error: BaseException | None = None) -> str:
         """Function, file and line: of the user's code that raised an error, else where the function begins."""

@@ -66,7 +66,7 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
     """Take the steps that are left."""
     policy, optimizer = parts.models.policy, session.optimizer
     if cfg.eval_every and not session.evaluated:
-        session.add_evaluation(evaluate_held_out(parts, cfg))
+        session.add_evaluation(evaluate_held_out(parts, cfg, session.kl.coef))
 
     for step in session.steps():
         # act and score
@@ -80,19 +80,19 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
         if session.is_due(cfg.sample_every):
             session.add_samples(partial(sample_rows, parts, rollout, cfg, step))
         if session.is_due(cfg.eval_every):
-            session.add_evaluation(evaluate_held_out(parts, cfg))
+            session.add_evaluation(evaluate_held_out(parts, cfg, session.kl.coef))
         if session.is_due(cfg.save_every):
             session.save()
 
 
-def evaluate_held_out(parts: Parts, cfg: TrainConfig) -> dict[str, float]:
-    """Averages over the held-out prompts, always sampled with the same random numbers."""
+def evaluate_held_out(parts: Parts, cfg: TrainConfig, kl_coef: float) -> dict[str, float]:
+    """Averages over the held-out prompts, always sampled with the same random numbers; kl_coef is that of this step."""
     ids, mask = parts.held_out.batch(1)
     noise = uniforms(cfg.seed, 0, len(ids), cfg.max_new_tokens)
     whole = replace(cfg, reward_every=0)  # whole responses only: averages need no more
     batches = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.batch_size))
     return Rollout.cat(
-        [collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, cfg.kl_coef) for rows in batches]
+        [collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef) for rows in batches]
     ).metrics()
 
 

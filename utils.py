@@ -122,8 +122,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at `uniform`; also return its log-probability.
 
     logits (B, V), uniform (B,) in [0, 1]; returns tokens (B,) int64 and logprobs (B,). The draw has two levels, blocks
-    of 256 tokens and then the tokens of one block. So the running sums are exact in float64, good in float32, and cost
-    one pass over the vocabulary.
+    of 256 tokens and then the tokens of one block. So the running sums are precise, and cost one pass over the
+    vocabulary.
     """
     wide = widest_float(logits.device)
     probs = logits.softmax(-1)
@@ -172,6 +172,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = all_logprobs.gather(1, tokens[:, None]).squeeze(1)
         entropy = torch.zeros_like(logprobs)
         if with_entropy:
+            # the first argument is overwritten, and the backward pass needs the logs
             entropy = -_expectation(all_logprobs.exp(), all_logprobs, support, len(weight))
         else:
             ctx.mark_non_differentiable(entropy)
@@ -205,7 +206,7 @@ def compare_policies(
     """Policy and reference at the same tokens: logprobs, ref_logprobs, entropy and exact KL(policy || reference).
 
     Shapes as in token_logprobs, embeddings (V, H) as output_embedding returns them; each result is (N,) float32, the KL
-    in nats over the whole vocabulary.
+    in nats over the whole vocabulary. With a support both are renormalised on the tokens that the policy could choose.
     """
     all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
     all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
@@ -281,7 +282,8 @@ def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tenso
     scores (B,); partial_scores (B, R) hold the score of the unfinished response up to a token, NaN where it was not
     scored. A regression over the other responses, one per column, turns them into expected final scores. Before the
     first of them the mean of the other scores is expected. This is a critic: nothing in it depends on the tokens to
-    come, and as values in GAE it leaves the optimal policy as it is (Ng et al. 1999).
+    come. With lambda 1 it changes the noise of the advantages and nothing else. Below 1 its errors bias them, as any
+    critic's do: what it foresees k tokens late counts lambda^k.
     """
     ends = response_mask.sum(1, keepdim=True) - 1
     known = ~partial_scores.isnan() & (torch.arange(partial_scores.shape[1], device=ends.device) < ends)
@@ -296,16 +298,17 @@ def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tenso
 
 
 def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
-    """Predict each y (n,) from its x (n,) by ridge regression on all other pairs.
+    """Predict each y (n,) from its x (n,) by ridge regression on all other pairs; slopes are limited to [0, 1].
 
-    Leaving one pair out multiplies its error by 1 / (1 - leverage). A slope outside [0, 1] is set to the nearer end.
+    A penalty of 1 means little once the squares of x add up to more. A better start of a response does not foretell a
+    worse end, nor an even better one: beyond the limits a slope is noise. No prediction depends on its own y.
     """
-    centred = x - x.mean()
+    n, centred = len(x), x - x.mean()
     total = centred.square().sum() + 1
     slope = (centred * (y - y.mean())).sum() / total
-    clamped = slope.clamp(0, 1)
-    leverage = 1 / len(x) + torch.where(slope == clamped, centred.square() / total, 0)
-    return y - (y - y.mean() - clamped * centred) / (1 - leverage)
+    error = y - y.mean() - slope * centred
+    slopes = slope - centred * error / (total * (1 - 1 / n - centred.square() / total))  # without the own pair
+    return (y.sum() - y) / (n - 1) + slopes.clamp(0, 1) * centred * n / (n - 1)
 
 
 @on_cpu

@@ -133,7 +133,8 @@ def plane(done: pd.DataFrame, steps: pd.DataFrame | None) -> Figure:
                 ends = smooth["mean"].index, smooth["min"], smooth["max"]
                 while_training.fill_between(*ends, color=colours.get(setting), alpha=0.2)
         while_training.set_xscale("log")
-    while_training.set(xlabel="episodes", title="batches while training (mean of 5; band: lowest to highest seed)")
+    title = "batches while training (running mean of 5 steps; band: lowest to highest seed)"
+    while_training.set(xlabel="episodes", title=title)
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure

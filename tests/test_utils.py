@@ -463,7 +463,7 @@ def test_the_expected_score_is_a_regression_on_the_partial_score() -> None:
     assert (expected[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("relation", [0.4, 3.0, -1.0])
+@pytest.mark.parametrize("relation", [0.4, 3.0, -1.0, 1.25, -0.05])
 def test_predictions_leave_the_response_itself_out(relation: float) -> None:
     """Against a fit to the other 9 responses, one by one: ridge 1 on the slope, which stays between 0 and 1."""
     random = np.random.default_rng(1)
@@ -472,16 +472,17 @@ def test_predictions_leave_the_response_itself_out(relation: float) -> None:
     partial = torch.full((10, 2), math.nan)
     partial[:, 0] = torch.tensor(seen)
     paid = changes(torch.tensor(final).float(), partial, torch.ones(10, 2, dtype=torch.bool))
+    slopes = []
     for i in range(10):
         x, y = np.delete(seen, i), np.delete(final, i)
         centred = x - x.mean()
-        slope = (centred * (y - y.mean())).sum() / ((centred**2).sum() + 1)
-        if 0 < relation < 1:
-            assert 0 < slope < 1, "else the limits would hide the regression"
-        limited = 0.0 if relation < 0 else 1.0 if relation > 1 else slope
-        expected = y.mean() + limited * (seen[i] - x.mean())
+        slopes.append((centred * (y - y.mean())).sum() / ((centred**2).sum() + 1))
+        expected = y.mean() + np.clip(slopes[-1], 0, 1) * (seen[i] - x.mean())
         assert paid[i, 0] == pytest.approx(expected - y.mean(), abs=1e-5)
         assert paid[i].sum() == pytest.approx(final[i] - y.mean(), abs=1e-5)
+    within = [0 < slope < 1 for slope in slopes]
+    assert any(within) == (relation in (0.4, 1.25, -0.05))
+    assert all(within) == (relation == 0.4), "near a limit the response itself decides whether it is reached"
 
 
 def test_few_long_responses_are_paid_at_the_end() -> None:

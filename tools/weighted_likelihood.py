@@ -19,7 +19,6 @@ from config import TrainConfig, UserError, opt, parse_config
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -34,7 +33,7 @@ from runtime.files import new_folder, write_atomic
 from runtime.hub import quiet_libraries
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import describe, describe_reward
-from utils import uniforms
+from utils import output_embedding, uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +151,8 @@ def weighted_loss(policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs:
 
 def _vocabulary_logprobs(model: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """Log-probabilities (tokens, V) float32 at every real response token."""
-    with model.autocast():
-        logits = F.linear(model.response_hidden(seqs)[seqs.response_mask], model.lm.lm_head.weight)
-    return torch.log_softmax(logits.float(), -1)
+    hidden = model.response_hidden(seqs)[seqs.response_mask].to(model.dtype)
+    return torch.log_softmax((hidden @ output_embedding(model.lm.lm_head.weight, model.dtype).T).float(), -1)
 
 
 if __name__ == "__main__":

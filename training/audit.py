@@ -6,6 +6,7 @@ wrong thing without a sign of it. Most published bugs of PPO on language models 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from config import TrainConfig, UserError
 
@@ -19,7 +20,8 @@ from reward import Reward, score_responses
 from utils import expected_scores, shape_rewards, uniforms
 
 # nats; a misplaced token or position costs whole nats
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+SAME = 1e-3  # nats in any precision, where the same is computed twice
 Finding = tuple[bool, str]
 
 
@@ -60,9 +62,9 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     mask, tolerance = seqs.response_mask, TOLERANCE[policy.dtype]
     logprobs, _, values, _, _ = evaluate_both(policy, reference, seqs)
 
-    def gap(a: Tensor, b: Tensor) -> Finding:
+    def gap(a: Tensor, b: Tensor, allowed: float = tolerance) -> Finding:
         difference = float(torch.where(mask, (a - b).abs(), 0).max())
-        return difference <= tolerance, f"largest difference {difference:.1e}"
+        return difference <= allowed, f"largest difference {difference:.1e}"
 
     yield (
         "a token's log-probability is the library's own cross-entropy",
@@ -70,8 +72,9 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     )
     yield "the distribution sampled from is the one scored", lambda: gap(logprobs, seqs.logprobs)
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
-    yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0])
-    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, evaluate_both(policy, reference, seqs)[0])
+    yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0], SAME)
+    again = partial(evaluate_both, policy, reference, seqs)
+    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, again()[0], SAME)
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)

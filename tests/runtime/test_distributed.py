@@ -33,7 +33,7 @@ ROOT = Path(train.__file__).parent
 
 
 STEPS = {"total_steps": "20", "batch_size": "9", "minibatch_size": "3", "ppo_epochs": "2", "max_new_tokens": "8",
-         "save_every": "20", "eval_every": "10", "eval_prompts": "4", "sample_every": "20",
+         "save_every": "20", "eval_every": "10", "eval_prompts": "2", "sample_every": "20",
          "adaptive_kl_target": "0.5", "lr": "2e-4"}  # fmt: skip
 
 

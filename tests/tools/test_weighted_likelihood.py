@@ -99,3 +99,13 @@ def test_it_leaves_a_run_that_eval_and_interpolate_take(
 def test_wrong_input_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         main([*(["--out", str(tmp_path / "x")] if "--out" not in words else []), *words])
+
+
+def test_a_common_offset_of_the_embedding_costs_bfloat16_nothing() -> None:
+    """GPT-2's rows share a large offset, and logits that hold it are too coarse to tell tokens apart."""
+    policy, reference, seqs, weights = make_policy(VOCAB), make_policy(VOCAB, seed=1), every_response(), torch.rand(85)
+    exact = weighted_loss(policy, reference, seqs, weights)
+    for lm in (policy.lm, reference.lm):
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight + 30)  # not tied: inputs stay as they are
+    policy.dtype = reference.dtype = torch.bfloat16
+    torch.testing.assert_close(weighted_loss(policy, reference, seqs, weights), exact, rtol=0.03, atol=0)
