@@ -15,8 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runtime.hub import require_hub
+from runtime.terminal import progress
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+PORTION = 1000  # texts tokenized at a time
 
 
 def is_file(dataset: str) -> bool:
@@ -151,10 +153,10 @@ def load_prompts(
     """
     window = 8 * max_prompt_len  # characters; nearly always enough, so that long reviews are not tokenised whole
     heads = [_head(text, window) for text in texts]
-    prompts = _tokenize(tokenizer, heads)
+    prompts = tokenize(tokenizer, heads)
     for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
         if head != text and len(prompts[i]) < max_prompt_len:
-            prompts[i] = _tokenize(tokenizer, [text])[0]
+            prompts[i] = tokenize(tokenizer, [text])[0]
     prompts = [ids[:max_prompt_len] for ids in prompts if len(ids) >= min_prompt_len]
     if not prompts:
         raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
@@ -167,10 +169,13 @@ def _head(text: str, window: int) -> str:
     return text if len(text) <= window or len(parts) < 2 else parts[0]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:  # which the library refuses
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens; a bar shows the way through many."""
+    found: list[list[int]] = []
+    for first in progress(range(0, len(texts), PORTION), "tokenizing", "batch"):
+        some = list(texts[first : first + PORTION])
+        found += tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return found
 
 
 def split_held_out(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
