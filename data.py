@@ -18,7 +18,6 @@ from runtime.hub import require_hub
 from runtime.terminal import progress
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-PORTION = 1000  # texts tokenized at a time
 
 
 def is_file(dataset: str) -> bool:
@@ -163,6 +162,9 @@ def load_prompts(
     return prompts
 
 
+AT_A_TIME = 1000  # texts: what the tokenizer keeps of each until it returns is many times its tokens
+
+
 def _head(text: str, window: int) -> str:
     """The first `window` characters, cut before white space, which no token of GPT-2 spans."""
     parts = text[:window].rsplit(None, 1)
@@ -172,8 +174,8 @@ def _head(text: str, window: int) -> str:
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens; a bar shows the way through many."""
     found: list[list[int]] = []
-    for first in progress(range(0, len(texts), PORTION), "tokenizing", "batch"):
-        some = list(texts[first : first + PORTION])
+    for first in progress(range(0, len(texts), AT_A_TIME), "tokenizing", "batch"):
+        some = list(texts[first : first + AT_A_TIME])
         found += tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return found
 

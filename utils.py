@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.device import on_cpu, widest_float
 
 T = TypeVar("T")
-CHUNK_FLOATS = 24_000_000  # logits in memory at a time, 96 MB in float32: large products are fast, and memory stays low
+CHUNK_FLOATS = 16_000_000  # logits in memory at a time, 64 MB in float32: large products, and little memory
 GPU_CHUNK_FLOATS = 100_000_000  # a GPU has more to do at a time before it is busy
 MIN_ROWS_TO_PREDICT = 8  # responses that a regression needs to predict scores from
 BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled from in two levels

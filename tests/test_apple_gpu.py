@@ -58,7 +58,7 @@ def a_run(parts: Parts) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
         rollout = collect_rollout(models, parts.prompts.batch(step), noise, cfg, cfg.kl_coef)
         update = ppo_update(models.policy, optimizer, rollout, cfg, step)
         rows.append({**rollout.metrics(), **update, "seconds_update": 0})
-    rows += [*train.sample_rows(parts, rollout, cfg, 2), train.evaluate_held_out(parts, cfg)]
+    rows += [*train.sample_rows(parts, rollout, cfg, 2), train.evaluate_held_out(parts, cfg, cfg.kl_coef)]
     return rows, [weight.detach().cpu() for weight in models.policy.parameters()]
 
 

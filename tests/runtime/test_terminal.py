@@ -105,6 +105,6 @@ def test_texts_are_tokenized_alike_in_portions(
     texts = [f"{i} a film" * (i % 4) for i in range(23)]
     whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     for portion in (1, 7, 1000):
-        monkeypatch.setattr(data, "PORTION", portion)
+        monkeypatch.setattr(data, "AT_A_TIME", portion)
         assert data.tokenize(tokenizer, texts) == whole
     assert data.tokenize(tokenizer, []) == []
