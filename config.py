@@ -4,18 +4,19 @@ Edit the defaults here, or pass a flag of the same name: `python train.py --lr 1
 project names a flag. This file needs no torch.
 """
 
+import copy
 import json
 import math
 import os
 import sys
 import typing
-from argparse import ArgumentParser
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 # Threads that wait should sleep: where another program wants the cores too, spinning makes torch several times slower.
 # torch reads this once, when it is imported; pyproject.toml makes the linter put imports from this file before it.
@@ -31,9 +32,9 @@ class UserError(Exception):
     """Wrong input, in one line that names the setting or file and the remedy; the program ends with exit code 2."""
 
 
-def opt(default: T, help: str) -> T:
-    """A dataclass field whose help text is also that of its flag."""
-    return typing.cast(T, field(default=default, metadata={"help": help}))
+def opt(default: T, help: str, heading: str = "") -> T:
+    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help."""
+    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading}))
 
 
 # The range of a number: the words for the error message, and the test. NaN fails every one of them.
@@ -63,14 +64,13 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of `python train.py`."""
+    """Settings of `python train.py`, which tunes GPT-2 by PPO towards a reward; the defaults are in config.py."""
 
     preset: str = opt(
         "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
     )
 
-    # What is trained, against what, on what
-    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.")
+    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what")
     ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
@@ -97,8 +97,7 @@ class TrainConfig:
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")
 
-    # Where and how it runs
-    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.")
+    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs")
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
         None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints."
@@ -106,13 +105,12 @@ class TrainConfig:
     allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
     seed: int = opt(0, "Every random choice is a function of this seed and the step.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt(
-        "auto", "Precision of matrix products; auto takes bfloat16 where the hardware multiplies it fast."
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt(
+        "auto", "Precision of matrix products; auto takes bfloat16 or float16 where the hardware is fast at them."
     )
 
-    # Size of the run
-    total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.")
+    total_steps: int = opt(200, "PPO steps; each samples one response to batch_size prompts.", "Size of the run")
     batch_size: int = opt(64, "Prompts per step.")
     ppo_epochs: int = opt(2, "Passes over each step's responses.")
     minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
@@ -122,15 +120,14 @@ class TrainConfig:
     min_prompt_len: int = opt(8, "Reviews with fewer tokens than this are left out.")
     max_new_tokens: int = opt(64, "Longest response, in tokens.")
 
-    # The sampling distribution, which is also the one that is scored
-    temperature: float = opt(1.0, "Divides the logits, in sampling and scoring alike.")
+    temperature: float = opt(1.0, "Divides the logits, in sampling and scoring alike.", "What is sampled from")
     top_k: int = opt(0, "Sample among the k likeliest tokens only (0: all).")
     top_p: float = opt(1.0, "Sample among the likeliest tokens that hold this much probability (1: all).")
 
-    # PPO. In 40 steps on real reviews (64 + 48 tokens) these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds
+    # In 40 steps on real reviews (64 + 48 tokens) these give +0.66 at 2.2 nats, sd 0.03 over 10 seeds
     # (results/study_imdb.csv). With lr 2e-5 one run ended at +0.63 and 1.9 nats; with 5e-5 it ended at +0.68 and 2.4
     # (results/tried.csv)
-    lr: float = opt(5e-5, "AdamW step size.")
+    lr: float = opt(5e-5, "AdamW step size.", "PPO")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
@@ -146,8 +143,7 @@ class TrainConfig:
     max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.")
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.")
 
-    # What is saved and reported
-    save_every: int = opt(50, "Steps between checkpoints, from which --resume continues.")
+    save_every: int = opt(50, "Steps between checkpoints, from which --resume continues.", "What is saved and reported")
     keep_last: int = opt(2, "Checkpoints kept for --resume; more than one guards against a damaged disk.")
     sample_every: int = opt(10, "Steps between rows of samples.csv, one of them printed, and pictures.")
     eval_every: int = opt(20, "Steps between evaluations on held-out prompts (0: none).")
@@ -204,7 +200,9 @@ class EvalConfig:
     """Settings of `python eval.py`; unset ones are taken from the run that made the policy."""
 
     preset: str = opt("default", "Named set of values to start from: default or tiny.")
-    policy_path: str = opt("ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.")
+    policy_path: str = opt(
+        "ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.", "What is compared, on what"
+    )
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
@@ -213,19 +211,24 @@ class EvalConfig:
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
-    judge: str = opt("labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.")
+    judge: str = opt(
+        "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
+        "How it is measured",
+    )  # fmt: skip
     frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
     batch_size: int = opt(100, "Prompts per forward pass.")
-    max_prompt_len: int | None = opt(None, "Tokens kept of each review as its prompt (default: the run's).")
+    max_prompt_len: int | None = opt(
+        None, "Tokens kept of each review as its prompt (default: the run's).", "Lengths and sampling"
+    )
     min_prompt_len: int | None = opt(None, "Reviews with fewer tokens are left out (default: the run's).")
     max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
     temperature: float | None = opt(None, "Sampling temperature (default: the run's).")
     top_k: int | None = opt(None, "Sample among the k likeliest tokens only (default: the run's).")
     top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
-    seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.", "Where and how it runs")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     out_csv: str = opt(
         "eval_results.csv",
         "One row per prompt; eval_summary.json and eval_report.html, named after it, are written beside it.",
@@ -303,6 +306,10 @@ PRESETS[TrainConfig] = {
         adaptive_kl_target=4.8, gamma=0.99, reward_every=0, gae_lambda=0.95,
     ),
 }  # fmt: skip
+FIRST = {  # in --help
+    TrainConfig: ("preset", "policy_name", "rm_name", "dataset", "ckpt_dir", "resume", "total_steps", "lr", "kl_coef"),
+    EvalConfig: ("preset", "policy_path", "rm_name", "dataset", "frontier", "n_samples", "out_csv"),
+}
 PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
 
 
@@ -311,8 +318,44 @@ PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny"
 PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
 
 
+class HelpFormatter(RawDescriptionHelpFormatter):
+    """Help with defaults and one spelling of each flag."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        one = copy.copy(action)
+        one.option_strings = [flag for flag in action.option_strings if "_" in flag] or action.option_strings
+        return super()._format_action_invocation(one)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        return action.help if default in (None, "", SUPPRESS) else f"{action.help} (default: {default})"
+
+
 class OneLineParser(HfArgumentParser):
-    """A parser of command lines whose errors are UserErrors."""
+    """A parser of command lines whose errors are UserErrors; its help has headings, and the flags in `first` on top."""
+
+    def __init__(self, cls: type, about: str | None, first: Sequence[str] = (), words: str = "") -> None:
+        """Flags for the fields of a dataclass; `words` names the one that takes the words before the first flag."""
+        self.first, self.heading, self.groups = first, "Settings", dict[str, Any]()
+        script = Path(sys.argv[0])
+        name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
+        usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
+        super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
+
+    def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
+        """Add a flag under its heading, or under that of the flag before."""
+        if flags[0] == "-h":
+            return ArgumentParser.add_argument(self, *flags, **about)
+        if heading:
+            self.heading = heading
+        title = "What matters first" if flags[0].removeprefix("--") in self.first else self.heading
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        if "type" in about and not about.get("choices"):
+            kinds = {str: "TEXT", int: "N", float: "X", string_to_bool: "true|false"}
+            about["metavar"] = kinds.get(about["type"], "VALUE")
+        added: Action = self.groups[title].add_argument(*flags, **about)
+        return added
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
@@ -330,7 +373,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     name = preset_parser.parse_known_args(argv)[0].preset or ""
     if name not in PRESETS[cls]:
         raise UserError(f"preset={name!r} is unknown: choose {' or '.join(PRESETS[cls])}")
-    parser = OneLineParser(cls, allow_abbrev=False, description=cls.__doc__)
+    parser = OneLineParser(cls, cls.__doc__, FIRST[cls])
     parser.set_defaults(**asdict(PRESETS[cls][name]))
     for action in parser._actions:
         if action.dest == "resume":

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runtime.hub import require_hub
+from runtime.terminal import progress
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
@@ -149,10 +150,13 @@ def load_prompts(
 
     Raises UserError where none remains.
     """
-    prompts: list[list[int]] = []
-    for first in range(0, len(texts), AT_A_TIME):
-        prompts += _heads(tokenizer, texts[first : first + AT_A_TIME], max_prompt_len)
-    prompts = [ids for ids in prompts if len(ids) >= min_prompt_len]
+    window = 8 * max_prompt_len  # characters; nearly always enough, so that long reviews are not tokenised whole
+    heads = [_head(text, window) for text in texts]
+    prompts = tokenize(tokenizer, heads)
+    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+        if head != text and len(prompts[i]) < max_prompt_len:
+            prompts[i] = tokenize(tokenizer, [text])[0]
+    prompts = [ids[:max_prompt_len] for ids in prompts if len(ids) >= min_prompt_len]
     if not prompts:
         raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
     return prompts
@@ -161,27 +165,19 @@ def load_prompts(
 AT_A_TIME = 1000  # texts: what the tokenizer keeps of each until it returns is many times its tokens
 
 
-def _heads(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int) -> list[list[int]]:
-    """The first `longest` tokens of each text."""
-    window = 8 * longest  # characters; nearly always enough, so that long reviews are not tokenised whole
-    heads = [_head(text, window) for text in texts]
-    rows = _tokenize(tokenizer, heads)
-    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
-        if head != text and len(rows[i]) < longest:
-            rows[i] = _tokenize(tokenizer, [text])[0]
-    return [ids[:longest] for ids in rows]
-
-
 def _head(text: str, window: int) -> str:
     """The first `window` characters, cut before white space, which no token of GPT-2 spans."""
     parts = text[:window].rsplit(None, 1)
     return text if len(text) <= window or len(parts) < 2 else parts[0]
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:  # which the library refuses
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens; a bar shows the way through many."""
+    found: list[list[int]] = []
+    for first in progress(range(0, len(texts), AT_A_TIME), "tokenizing", "batch"):
+        some = list(texts[first : first + AT_A_TIME])
+        found += tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return found
 
 
 def split_held_out(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import utils
 from runtime.attention import attend
+from runtime.device import widest_float
 from runtime.hub import load_gpt2, loading
 from utils import (
     compare_policies,
@@ -340,11 +341,10 @@ class _Sampler:
         self.tokens = torch.zeros(batch, prompt_len + width, dtype=torch.long, device=device)
         self.attention_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.logprobs = torch.zeros(batch, width, device=device)
-        truncated = warp[1] > 0 or warp[2] < 1
-        shape = (batch, width, len(self.embedding))
+        shape, truncated = (batch, width, len(self.embedding)), warp[1] > 0 or warp[2] < 1
         self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
         # what the next step needs, one row per unfinished response
-        self.uniforms = torch.zeros(batch, width, dtype=torch.float64, device=device)
+        self.uniforms = torch.zeros(batch, width, dtype=widest_float(device), device=device)
         self.rows = torch.arange(batch, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.visible = torch.zeros_like(self.attention_mask)
@@ -371,7 +371,7 @@ class _Sampler:
         n = self.prompt_len
         tokens, mask = self.tokens[:, :n], self.attention_mask[:, :n]
         for place, given in ((tokens, prompt_ids), (mask, prompt_mask), (self.uniforms, uniforms)):
-            place.copy_(given, non_blocking=True)
+            place.copy_(given.to(place.dtype), non_blocking=True)
         self.visible.copy_(self.attention_mask)
         self.positions.copy_(mask.sum(-1, keepdim=True) - 1)
         self.cache.columns = torch.arange(n, device=mask.device)

@@ -12,6 +12,7 @@ from config import TrainConfig
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -258,14 +259,18 @@ def ppo_loss(
 
 # --- the update -----------------------------------------------------------------------------------------------------
 
+NO_SCALER = GradScaler(enabled=False)
+
 
 def ppo_update(
-    policy: GPT2WithValueHead, optimizer: Optimizer, rollout: Rollout, cfg: TrainConfig, step: int
-) -> dict[str, float]:
+    policy: GPT2WithValueHead, optimizer: Optimizer, rollout: Rollout, cfg: TrainConfig, step: int,
+    scaler: GradScaler = NO_SCALER,
+) -> dict[str, float]:  # fmt: skip
     """Improve the policy on one rollout: ppo_epochs passes in new random order, one optimiser step per minibatch.
 
-    Changes policy and optimizer in place. A minibatch whose loss or gradient is not finite changes nothing and counts
-    as skipped. Returns averages over all real tokens of all minibatches, on every rank the same.
+    Changes policy, optimizer and scaler in place. A minibatch whose loss or gradient is not finite changes nothing and
+    counts as skipped, or as overflow where the scaler was too bold: it lowers its factor on the loss and goes on.
+    Returns averages over all real tokens of all minibatches, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
     rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
@@ -282,15 +287,19 @@ def ppo_update(
             epoch_stats = UpdateStats(device)
             for rows in permutation(cfg.seed, step, epoch, len(batch)).split(cfg.minibatch_size):
                 # loss and backward
-                minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer)
+                minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer, scaler)
                 # clip and step
+                scaler.unscale_(optimizer)
                 minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 if minibatch_stats.is_finite():
                     optimizer.step()
                     epoch_stats.add(minibatch_stats)
                     epoch_stats.steps += 1
+                elif minibatch_stats.overflowed(scaler):
+                    epoch_stats.overflows += 1
                 else:
                     epoch_stats.skipped += 1
+                scaler.update()
             stats.add(epoch_stats)
             if cfg.target_kl is not None and epoch_stats.mean("approx_kl") > cfg.target_kl:
                 break
@@ -305,9 +314,10 @@ def ppo_update(
 
 
 def accumulate_gradients(
-    policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, micro_batch: FittingSize, reducer: GradientReducer
-) -> "UpdateStats":
-    """Set the policy's gradient to that of the PPO loss on a minibatch; returns its statistics.
+    policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, micro_batch: FittingSize, reducer: GradientReducer,
+    scaler: GradScaler = NO_SCALER,
+) -> "UpdateStats":  # fmt: skip
+    """Set the policy's gradient to that of the (scaled) PPO loss on a minibatch; returns its statistics.
 
     Each rank takes its share of the rows, in micro-batches of a size that memory suffices for. A micro-batch is one
     pass through the transformer. The loss above its hidden states is a sum over tokens, so it is backpropagated to
@@ -328,7 +338,7 @@ def accumulate_gradients(
                 part = micro.select(rows)
                 new = policy.evaluate_hidden(states[rows], part.sequences, with_entropy=cfg.ent_coef > 0)
                 loss, sums = ppo_loss(*new, part, cfg, token_count)
-                loss.backward()
+                scaler.scale(loss).backward()
                 stats.add_sums(sums)
             reducer.expect_last(first + size >= len(own))
             hidden.backward(states.grad)
@@ -351,7 +361,7 @@ class UpdateStats:
         """Nothing yet."""
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.NAMES}
         self.ratio_max, self.grad_norms = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.steps, self.skipped = 0, 0
+        self.steps, self.skipped, self.overflows = 0, 0, 0
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
         """Add sums over real tokens, as ppo_loss returns them."""
@@ -364,6 +374,7 @@ class UpdateStats:
         self.grad_norms = self.grad_norms + other.grad_norms
         self.steps += other.steps
         self.skipped += other.skipped
+        self.overflows += other.overflows
 
     def all_reduced(self) -> "UpdateStats":
         """The same over the micro-batches of all ranks."""
@@ -375,6 +386,11 @@ class UpdateStats:
     def is_finite(self) -> bool:
         """Whether every sum and gradient is a number: the one time that a minibatch waits for the GPU."""
         return bool(torch.stack([*self.sums.values(), self.ratio_max, self.grad_norms]).isfinite().all())
+
+    def overflowed(self, scaler: GradScaler) -> bool:
+        """Whether only the scaled gradient is not finite, and a lower factor is left to try."""
+        losses = torch.stack([*self.sums.values(), self.ratio_max])
+        return scaler.is_enabled() and bool(losses.isfinite().all()) and scaler.get_scale() > 1
 
     def mean(self, name: str) -> float:
         """A sum divided by its number of tokens (NaN where every minibatch was skipped)."""
@@ -388,12 +404,18 @@ class UpdateStats:
             "grad_norm": float(self.grad_norms) / self.steps if self.steps else math.nan,
             "updates": self.steps,
             "skipped": self.skipped,
+            "overflows": self.overflows,
         }
 
 
 def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW over policy and critic, with eps 1e-5 as in OpenAI's PPO and without weight decay."""
     return torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
+
+
+def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
+    """A factor on the loss that keeps small gradients within float16's range; it does nothing in other precisions."""
+    return GradScaler(policy.lm.device.type, enabled=policy.dtype == torch.float16)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:

@@ -73,7 +73,7 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
         noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
         rollout = collect_rollout(parts.models, parts.prompts.batch(step), noise, cfg, session.kl.coef)
         # learn
-        update = ppo_update(policy, optimizer, rollout, cfg, step)
+        update = ppo_update(policy, optimizer, rollout, cfg, step, session.scaler)
         # report
         session.report(step, rollout, update)
         # keep

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.device import on_cpu
+from runtime.device import on_cpu, widest_float
 
 T = TypeVar("T")
 CHUNK_FLOATS = 16_000_000  # logits in memory at a time, 64 MB in float32: large products, and little memory
@@ -121,18 +121,20 @@ def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p:
 def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at `uniform`; also return its log-probability.
 
-    logits (B, V), uniform (B,) float64 in [0, 1); returns tokens (B,) int64 and logprobs (B,). The draw has two
-    levels, blocks of 256 tokens and then the tokens of one block. So the running sums are precise, and cost one pass
-    over the vocabulary.
+    logits (B, V), uniform (B,) in [0, 1]; returns tokens (B,) int64 and logprobs (B,). The draw has two levels, blocks
+    of 256 tokens and then the tokens of one block. So the running sums are precise, and cost one pass over the
+    vocabulary.
     """
+    wide = widest_float(logits.device)
     probs = logits.softmax(-1)
     if logits.shape[-1] % BLOCK:
         probs = F.pad(probs, (0, -logits.shape[-1] % BLOCK))
     blocks = probs.unflatten(-1, (-1, BLOCK))
-    block_ends = blocks.sum(-1).double().cumsum(-1)
-    target = uniform[:, None].to(block_ends) * block_ends[:, -1:]
+    block_ends = blocks.sum(-1).to(wide).cumsum(-1)
+    # a uniform that was rounded up to 1 must not fall behind the last block of any probability
+    target = uniform[:, None].to(wide).clamp(max=1 - torch.finfo(wide).eps) * block_ends[:, -1:]
     block = torch.searchsorted(block_ends, target, right=True).clamp(max=block_ends.shape[-1] - 1)
-    within = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).double()
+    within = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).to(wide)
     target = target - (block_ends.gather(1, block) - within.sum(-1, keepdim=True))
     # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
     last = BLOCK - 1 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)

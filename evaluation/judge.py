@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.terminal import progress
+
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|[!?]")
 PIECE = 40  # words
 PIECES = 20_000  # enough for the accuracy, and a matter of seconds
@@ -25,8 +27,9 @@ class FittedJudge:
         order = np.random.default_rng(seed).permutation(len(texts))
         n_held = max(1, len(order) // 10)
         pieces, labels = _pieces([texts[i] for i in order[n_held:]], [positive[i] for i in order[n_held:]])
-        counts = {label: Counter(f for x, y in zip(pieces, labels, strict=True) if y == label for f in features(x))
-                  for label in (True, False)}  # fmt: skip
+        counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+        for piece, label in zip(progress(pieces, "second judge", "piece"), labels, strict=True):
+            counts[label].update(features(piece))
         totals = {label: labels.count(label) + 2 for label in counts}
         self.log_ratio = {
             f: float(np.log((counts[True][f] + 1) / totals[True]) - np.log((counts[False][f] + 1) / totals[False]))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runtime.terminal import progress
+
 END, PAD, CLS = "<|endoftext|>", "<|pad|>", "<|cls|>"
 
 
@@ -19,7 +21,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(progress(texts, "tokenizer", "text"), trainer)
     return bpe
 
 
@@ -37,8 +39,3 @@ def reward_tokenizer(bpe: Tokenizer, context: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, cls_token=CLS, unk_token=PAD, model_max_length=context
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from runtime.device import has_fast_bfloat16
+
 ModelInputs = dict[str, Tensor]
 
 
@@ -47,8 +49,8 @@ def fit(
 
 
 def forward(model: nn.Module, batch: ModelInputs, device: torch.device) -> Any:
-    """The model's output for a batch; on CUDA in bfloat16."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    """The model's output for a batch; on CUDA in bfloat16 where that is fast."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and has_fast_bfloat16(device)):
         return model(**{name: tensor.to(device) for name, tensor in batch.items()})
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from pretrain.bpe import END, encode, policy_tokenizer
+from data import tokenize
+from pretrain.bpe import END, policy_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
 from runtime.hub import loading
+from runtime.terminal import progress
 
 
 def lm_batch(rows: Sequence[list[int]]) -> ModelInputs:
@@ -38,7 +40,8 @@ def lm_batches(rows: Sequence[list[int]], batch_tokens: int, rng: random.Random)
 def nats_per_token(model: nn.Module, rows: Sequence[list[int]], batch_tokens: int, device: torch.device) -> float:
     """Mean cross-entropy of all predicted tokens of the rows."""
     total, count = 0.0, 0
-    for chosen in length_batches([len(row) for row in rows], batch_tokens, random.Random(0)):
+    order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
+    for chosen in progress(order, "measuring", "batch"):
         batch = lm_batch([rows[i] for i in chosen])
         n = int((batch["labels"][:, 1:] >= 0).sum())
         total += forward(model, batch, device).loss.item() * n
@@ -63,7 +66,7 @@ def train_policy(
         words.data.copy_(vectors.detach())
     context = min(recipe.context, model.config.n_positions)
     rows, held = (
-        [row for ids in encode(tokenizer, texts) if len(row := [*ids, tokenizer.eos_token_id][:context]) > 1]
+        [row for ids in tokenize(tokenizer, texts) if len(row := [*ids, tokenizer.eos_token_id][:context]) > 1]
         for texts in (corpus.lm_texts, corpus.held_texts)
     )
     batches = lm_batches(rows, recipe.lm.batch_tokens, random.Random(seed))

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from data import Pair
 from pretrain.fitting import ModelInputs, fit, forward, length_batches
 from runtime.hub import load_tokenizer, loading
+from runtime.terminal import progress
 
 SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text
 MOST_HELD_OUT = 2000
@@ -120,7 +121,7 @@ class PreferenceTrainer:
     def margins(self, pairs: Sequence[Pair], batch_tokens: int) -> Tensor:
         """score(chosen) - score(rejected) of each pair (n,): above 0 where the model agrees."""
         texts, found = self.encode(pairs), torch.empty(len(pairs))
-        for rows in length_batches(texts.lengths(), batch_tokens, random.Random(0)):
+        for rows in progress(length_batches(texts.lengths(), batch_tokens, random.Random(0)), "measuring", "batch"):
             found[rows] = forward(BradleyTerry(self.model).eval(), self.batch(texts, rows), self.device).margins.cpu()
         return found
 

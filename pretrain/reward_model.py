@@ -20,11 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pretrain.bpe import encode, reward_tokenizer
+from data import tokenize
+from pretrain.bpe import reward_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
 from runtime.hub import loading
+from runtime.terminal import progress
 
 
 def rm_batch(rows: Sequence[list[int]], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> ModelInputs:
@@ -65,7 +67,8 @@ def accuracy(
 ) -> float:  # fmt: skip
     """Share of the rows whose likeliest label is the true one."""
     right = 0
-    for chosen in length_batches([len(row) for row in rows], batch_tokens, random.Random(0)):
+    order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
+    for chosen in progress(order, "measuring", "batch"):
         batch = rm_batch([rows[i] for i in chosen], [labels[i] for i in chosen], tokenizer)
         right += int((forward(model, batch, device).logits.argmax(-1).cpu() == batch["labels"]).sum())
     return right / len(rows)
@@ -80,12 +83,12 @@ def train_reward(
     """
     start = time.perf_counter()
     model, tokenizer = _load_reward(init, corpus.names) if init else _new_reward(bpe, recipe, corpus.names)
-    rows = encode(tokenizer, corpus.texts)
+    rows = tokenize(tokenizer, corpus.texts)
     batches = rm_batches(rows, corpus.labels, recipe, tokenizer, random.Random(seed))
     fit(model, batches, recipe.rm.steps, recipe.rm.lr, device, "classifier")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    held = [response_part(row, recipe) for row in encode(tokenizer, corpus.held_texts)]
+    held = [response_part(row, recipe) for row in tokenize(tokenizer, corpus.held_texts)]
     report = {
         "held_out_accuracy": accuracy(model, tokenizer, held, corpus.held_labels, recipe.rm.batch_tokens, device),
         "held_out_texts": len(held),

@@ -55,7 +55,7 @@ def _report(code: int, line: str) -> int:
     return code
 
 
-def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None, first: str | None = None) -> T:
+def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None, first: str = "") -> T:
     """Read a tool's command line into its settings dataclass (raises UserError).
 
     Words before the first flag are the values of the setting `first`, where one is named.
@@ -63,8 +63,7 @@ def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None, first
     given = sys.argv[1:] if argv is None else list(argv)
     if first and given and not given[0].startswith("-"):
         given = [f"--{first}", *given]
-    parser = OneLineParser(cls, allow_abbrev=False, description=doc)  # type: ignore[arg-type]
-    return cls(**vars(parser.parse_args(given)))
+    return cls(**vars(OneLineParser(cls, doc, words=first).parse_args(given)))
 
 
 def numbers(name: str, text: str, kind: type) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,35 +17,57 @@ from torch import Tensor
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
+Device = Literal["cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+WITHOUT_FLOAT64 = {"mps"}  # Apple's GPUs
 
 
-def resolve_device(device: str) -> Literal["cpu", "cuda"]:
-    """auto -> cuda where present, else cpu (raises UserError where cuda was asked for and is missing).
+def resolve_device(device: str) -> Device:
+    """auto -> cuda where present, else mps (Apple's GPUs), else cpu (raises UserError where a named one is missing).
 
     On CUDA torch may not choose cuDNN's attention from then on: it plans anew for every shape, of which a step has
     many, and is known to return NaN gradients for some masks.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine or this torch has no CUDA: use --device cpu or auto")
-    if device == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return "cuda"
+    present: dict[Device, bool] = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
+    }  # fmt: skip
+    found = next((name for name, there in present.items() if there and device in (name, "auto")), None)
+    if found is None:
+        raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")
+    if found == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return found
 
 
-def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
-    """auto -> bfloat16 where the hardware multiplies it fast, else float32."""
-    if dtype == "auto":
-        return "bfloat16" if has_fast_bfloat16(torch.device(device)) else "float32"
-    return dtype
+def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16", "float16"], device: str) -> Dtype:
+    """auto -> bfloat16 where the hardware multiplies it fast, then float16 (T4, V100), else float32."""
+    if dtype != "auto":
+        return dtype
+    if has_fast_bfloat16(torch.device(device)):
+        return "bfloat16"
+    return "float16" if device == "cuda" and torch.cuda.get_device_capability() >= (7, 0) else "float32"
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, but float32 on a device that has nothing wider."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def device_name(device: str) -> str:
+    """What the device is called, for the record."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores" + (" and their GPU" if device == "mps" else "")
 
 
 def on_cpu(function: Function) -> Function:
@@ -147,7 +170,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str) -> None:
         """Start the watch."""
-        self.cuda = torch.device(device).type == "cuda"
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+        self.synchronize = wait.get(torch.device(device).type, lambda: None)
         self.last = self._now()
 
     def lap(self) -> float:
@@ -157,6 +181,21 @@ class Stopwatch:
         return seconds
 
     def _now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.synchronize()
         return time.perf_counter()
+
+
+def best_seconds(call: Callable[[], object], device: str, times: int = 5) -> float:
+    """Shortest seconds of a call over a few, after one to warm up."""
+    watch = Stopwatch(device)
+    found = []
+    for _ in range(times + 1):
+        call()
+        found.append(watch.lap())
+    return min(found[1:])
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s that this machine reaches now in one large matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)

@@ -42,7 +42,10 @@ def process_group(device: str) -> Iterator[None]:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # some machines set the latter for no reason
         yield
         return
-    gpu = torch.device("cuda", own_gpu()) if resolve_device(device) == "cuda" else None
+    found = resolve_device(device)
+    if found == "mps":
+        raise UserError("device=mps works in one process only: start it without torchrun, or with --device cpu")
+    gpu = torch.device("cuda", own_gpu()) if found == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))

@@ -1,9 +1,14 @@
-"""What a terminal shows: text shaded by numbers, and columns of it side by side."""
+"""What a terminal shows: bars over long work, text shaded by numbers, and columns of it side by side."""
 
 import itertools
 import os
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+PATIENCE = 1.0  # seconds before a bar appears: what is quick shows none
 
 # From this number on, this background of the 256 that terminals have; light enough for black text on any theme
 SHADES = ((0.05, 230), (0.15, 223), (0.4, 216), (1.0, 209), (2.5, 202))
@@ -11,6 +16,11 @@ GAP = 3  # blanks between columns
 NARROWEST = 28  # a column; with less room columns are stacked
 
 Cell = tuple[str, float]  # a character and the number that it is shaded by
+
+
+def progress(work: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """The same work, with a bar and the time left once it takes more than a moment; it leaves nothing behind."""
+    return tqdm(work, title, total, unit=unit, dynamic_ncols=True, leave=False, delay=PATIENCE)
 
 
 def can_shade(stream: TextIO) -> bool:

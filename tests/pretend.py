@@ -48,6 +48,9 @@ class OnDevice(Tensor):
         found.held = held
         return found
 
+    def __format__(self, form: str) -> str:
+        return format(self.item(), form)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return execute(func, args, kwargs or {}, Watch.active)
@@ -60,13 +63,17 @@ class OnDevice(Tensor):
 
 
 class Watch(TorchDispatchMode):
-    """While it is entered, the device exists; counts operations there, and waits for it by their cause."""
+    """While it is entered, the device exists; counts operations there, and waits for it by their cause.
+
+    Without float64 it refuses such numbers, as Apple's GPUs do. `names` are those of all operations there.
+    """
 
     active: "Watch | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, float64: bool = True) -> None:
         super().__init__()
         self.operations, self.waits = 0, Counter[str]()
+        self.float64, self.names = float64, set[str]()
 
     def __enter__(self) -> "Watch":
         Watch.active = self
@@ -117,6 +124,10 @@ def execute(func: Any, args: Any, kwargs: dict[str, Any], watch: Watch | None) -
         return found
     if packet is aten.copy_ and not isinstance(args[0], OnDevice):
         return args[0]
+    if watch is not None:
+        watch.names.add(str(func).removeprefix("aten."))
+        made = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+        assert watch.float64 or all(x.dtype != torch.float64 for x in made), f"{func} makes float64 on the device"
     return tree_map(lambda x: (owner[id(x)] if id(x) in owner else OnDevice(x)) if isinstance(x, Tensor) else x, found)
 
 
@@ -159,6 +170,8 @@ def attention_by_formula() -> Iterator[None]:
 
     def formula(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
         scores = q @ k.mT * (rest.get("scale") or q.shape[-1] ** -0.5)
+        if rest.get("is_causal"):
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return scores.softmax(-1) @ v

@@ -1,10 +1,12 @@
 """Every setting has help and a range, and what is wrong is refused in one line that names it."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import typing
@@ -12,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
+from config import FIRST, PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
 
 import pytest
 
@@ -167,6 +169,20 @@ def test_every_setting_has_help_and_is_a_flag(cls: type, capsys: pytest.CaptureF
         assert help_text.endswith("."), field.name
         assert f"--{field.name}" in out
         assert help_text.split()[0] in out
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_help_shows_every_flag_once_and_what_matters_first(cls: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(cls, ["--help"])
+    groups = capsys.readouterr().out.split("\n\n")
+    titles = [group.split(":\n")[0].strip() for group in groups]
+    flags = {title: re.findall(r"^  --(\w+)", group, re.MULTILINE) for title, group in zip(titles, groups, strict=True)}
+    assert titles[3] == "What matters first"
+    assert set(flags["What matters first"]) == set(FIRST[cls])
+    assert "Settings" not in titles, "every other flag has a heading"
+    assert sorted(itertools.chain(*flags.values())) == sorted(field.name for field in dataclasses.fields(cls))
+    assert all(2 <= len(flags[title]) <= 12 for title in titles[3:])
 
 
 def test_minibatch_size_must_divide_batch_size() -> None:
@@ -326,6 +342,38 @@ def test_documented_commands_are_understood(command: str) -> None:
 
 def test_there_are_documented_commands() -> None:
     assert len(documented_commands()) > 8
+
+
+def written_by_default() -> list[str]:
+    """Files and folders that the documented commands and the commands' defaults write, but for those in results/."""
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "tools").glob("*.py"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    found = re.findall(r"python [^`\n]*?--(?:out|csv|out_csv|ckpt_dir) ([\w./-]+)", text)
+    found += re.findall(r"\b(?:out|csv|folder): str(?: \| None)? = opt\(\"([^\"]+)\"", text)
+    found += ["ckpts", EvalConfig().out_csv, "eval_summary.json", "eval_report.html"]
+    pictures = [str(Path(name).with_suffix(".png")) for name in found if name.endswith((".csv", ".html"))]
+    return sorted({name for name in [*found, *pictures] if not name.startswith(("results/", "/", "."))})
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_git_status_is_clean_after_the_documented_commands(tmp_path: Path) -> None:
+    names = written_by_default()
+    assert {"ckpts", "runs/imdb", "models", "interpolation.png", "study.csv", "compare.html"} <= set(names)
+    shutil.copy(Path(__file__).parent.parent / ".gitignore", tmp_path)
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
+        else:
+            path.mkdir(exist_ok=True)
+            (path / "written.txt").touch()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    status = subprocess.run(
+        ["git", "status", "--short", "-uall"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert status.stdout.split() == ["??", ".gitignore"]
 
 
 def test_a_python_reward_of_ones_own_config_is_not_replaced_by_that_of_a_run(

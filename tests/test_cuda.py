@@ -33,8 +33,12 @@ from reward import SentimentReward
 from utils import map_tensors, uniforms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats per token, on random weights made large on purpose
-BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.3,
+    torch.float16: 0.05,
+}  # nats per token, on random weights made large on purpose
+EVERY_DTYPE = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
 
 def sampled(dtype: torch.dtype) -> tuple[GPT2WithValueHead, GPT2WithValueHead, Sequences]:
@@ -67,7 +71,7 @@ def waits() -> Iterator[list[warnings.WarningMessage]]:
 # --- sampling and evaluating ----------------------------------------------------------------------------------------
 
 
-@BOTH
+@EVERY_DTYPE
 def test_cuda_sampler_and_scorer_agree_and_padding_changes_nothing(dtype: torch.dtype) -> None:
     policy, reference, seqs = sampled(dtype)
     logprobs = evaluate_both(policy, reference, seqs)[0]
@@ -106,7 +110,7 @@ def test_cuda_samples_the_tokens_of_the_cpu_in_every_rollout() -> None:
     assert there.sampler is not None
 
 
-@BOTH
+@EVERY_DTYPE
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
 def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
     dtype: torch.dtype, sampling: dict, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +130,7 @@ def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
             assert torch.equal(getattr(replayed[seed], name), getattr(one_by_one, name)), name
 
 
-@BOTH
+@EVERY_DTYPE
 def test_cuda_chunks_of_gpt2s_vocabulary_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """50,257 columns, which are not a multiple of anything; logits must not be rounded to bfloat16 on their way."""
     policy, reference = (make_policy(50257, seed, initializer_range=0.05).cuda() for seed in (0, 1))
@@ -180,7 +184,7 @@ def test_cuda_scores_rewards_and_updates_are_those_of_the_cpu(
         assert gpu[name] == pytest.approx(here[name], rel=2e-2, abs=2e-3), name
 
 
-@BOTH
+@EVERY_DTYPE
 def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch.dtype) -> None:
     policy, reference, seqs = sampled(dtype)
     rollout = make_rollout(policy, reference, seqs, torch.randn(8, device="cuda"), 0.1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import utils
+from runtime import device
 
 
 def ragged_mask(lengths: list[int], width: int) -> Tensor:
@@ -212,6 +213,21 @@ def test_sample_tokens_at_the_ends_of_the_unit_interval() -> None:
         assert utils.sample_tokens(logits, edges)[0].tolist() == [1, vocab - 2]
         logits[:, : vocab // 2] = -2000.0  # exp of this is 0 as well
         assert utils.sample_tokens(logits, edges)[0][0] == vocab // 2
+
+
+@pytest.mark.parametrize("vocab", [20, 300, 50257])
+def test_sample_tokens_without_float64_draws_in_proportion(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """As on Apple's GPUs: evenly spaced uniforms give each token its share of the draws, to within rounding."""
+    monkeypatch.setattr(device, "WITHOUT_FLOAT64", {"cpu"})
+    n, logits = 2000, torch.randn(vocab) * 3
+    drawn, _ = utils.sample_tokens(logits.expand(n, -1), (torch.arange(n) + 0.5) / n)
+    share = torch.bincount(drawn, minlength=vocab) / n
+    # rounding moves the two ends of a token's interval by a few 1e-7, and so past one uniform each at most
+    assert (share - logits.double().softmax(0)).abs().max() < 1.5 / n
+    one = torch.full((3, vocab), -math.inf).index_fill(1, torch.tensor([2, 5]), 0.0)
+    drawn, logprobs = utils.sample_tokens(one, torch.tensor([0.0, 1 - 2**-24, 1.0]))  # 1: a uniform rounded up
+    assert drawn.tolist() == [2, 5, 5]
+    assert torch.allclose(logprobs.exp(), torch.tensor(0.5))
 
 
 def test_sample_tokens_is_unmoved_by_a_constant() -> None:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,14 +35,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from model import GPT2WithValueHead
-from ppo import Models, build_optimizer, collect_rollout, ppo_update
-from reward import Classifier
+from ppo import build_optimizer, build_scaler, collect_rollout, ppo_update
 from runtime.cli import parse_flags, run, words
-from runtime.device import Stopwatch, keep_freed_memory, peak_memory_mb, reset_peak_memory
+from runtime.device import best_seconds, keep_freed_memory, matmul_rate, peak_memory_mb, reset_peak_memory
 from runtime.distributed import is_main_process, process_group, world_size
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
+from training.estimate import flops
 from training.parts import load_parts, resolve
 from utils import uniforms
 
@@ -76,10 +74,12 @@ class BenchConfig:
     policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.")
     rm_name: str | None = opt(None, "Its reward model.")
     dataset: str | None = opt(None, "Its prompts.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt(
+        "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
-    steps: int = opt(3, "Steps timed, after one that is not.")
+    steps: int = opt(3, "Steps timed, after one that is not.", "What is timed")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
     peer: str | None = opt(None, "Another command to time, alternating with this one.")
     rounds: int = opt(1, "How often to alternate with the peer.")
@@ -184,11 +184,12 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     keep_freed_memory()
     reset_peak_memory(cfg.device)
     models, optimizer = parts.models, build_optimizer(parts.models.policy, cfg)
+    scaler = build_scaler(models.policy)
     rows: list[dict[str, float]] = []
     for step in range(1, steps + 2):
         noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
         rollout = collect_rollout(models, parts.prompts.batch(step), noise, cfg, cfg.kl_coef)
-        update = ppo_update(models.policy, optimizer, rollout, cfg, step)
+        update = ppo_update(models.policy, optimizer, rollout, cfg, step, scaler)
         took = {**rollout.seconds, "seconds_update": update["seconds_update"]}
         rate = int(rollout.mask.sum()) / sum(took.values())
         rows.append({**took, "tokens_per_second": rate, "peak_memory_mb": peak_memory_mb(cfg.device)})
@@ -197,7 +198,7 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     matmul, copy = ceilings(cfg)
     work = flops(models, cfg)
     weights = sum(p.numel() for p in models.policy.lm.parameters())
-    read = weights * (2 if cfg.dtype == "bfloat16" else 4)
+    read = weights * (4 if cfg.dtype == "float32" else 2)
     floor = sum(work.values()) / matmul / world_size() + cfg.max_new_tokens * read / copy
     return {
         "processes": world_size(), "weights": weights,
@@ -213,41 +214,9 @@ def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:
     """What this machine reaches now: FLOP/s of one large matrix product, bytes/s read and written by a copy."""
     dtype = getattr(torch, cfg.dtype)
     size = 8192 if cfg.device == "cuda" else size
-    a, b = (torch.randn(size, size, device=cfg.device, dtype=dtype) for _ in range(2))
     memory, target = torch.ones(2, (256 if cfg.device == "cuda" else 16) * 2**20, device=cfg.device)
-    return 2 * size**3 / best(lambda: a @ b, cfg), 2 * memory.nbytes / best(lambda: target.copy_(memory), cfg)
-
-
-def best(call: Callable[[], object], cfg: TrainConfig, times: int = 5) -> float:
-    """Shortest seconds of a call over a few, after one to warm up."""
-    watch = Stopwatch(cfg.device)
-    found = []
-    for _ in range(times + 1):
-        call()
-        found.append(watch.lap())
-    return min(found[1:])
-
-
-def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
-    """FLOPs that a step needs at least, by phase; a backward pass costs twice its forward pass."""
-
-    def forward(model: GPT2WithValueHead) -> float:
-        c = model.lm.config
-        tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
-        layers = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
-        layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
-        return cfg.batch_size * (layers + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
-
-    assert isinstance(models.reward, Classifier)
-    reward = models.reward.model
-    judged = sum(p.numel() for name, p in reward.named_parameters() if "embeddings" not in name)
-    unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()
-    read = cfg.batch_size * (cfg.max_new_tokens + sum(unfinished))  # tokens by the reward
-    return {
-        "generate": forward(models.policy),
-        "score": forward(models.policy) + forward(models.reference) + 2 * judged * read,
-        "update": 3 * cfg.ppo_epochs * forward(models.policy),
-    }
+    seconds = best_seconds(lambda: target.copy_(memory), cfg.device)
+    return matmul_rate(cfg.device, dtype, size), 2 * memory.nbytes / seconds
 
 
 def measure_peer(command: str) -> dict[str, float]:

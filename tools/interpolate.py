@@ -54,7 +54,7 @@ class InterpolateConfig:
     )
     kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
     out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.")
-    curve: bool = opt(False, "Compare with base at every alpha of --alphas.")
+    curve: bool = opt(False, "Compare with base at every alpha of --alphas.", "The curve of score against KL")
     each: bool = opt(False, "A curve for each run instead of one for their average.")
     alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
     at_kl: str = opt("1,2,4", "KLs, in nats, at which to print the share of the best gain, read off the curves.")
@@ -64,9 +64,11 @@ class InterpolateConfig:
     batch_size: int = opt(128, "Prompts per forward pass.")
     judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
-    seed: int = opt(4321, "Seed of the prompts and of the sampling, another one than that of eval.py.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "Precision of matrix products.")
+    seed: int = opt(
+        4321, "Seed of the prompts and of the sampling, another one than that of eval.py.", "Where and how it runs"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,7 +195,7 @@ def exact_kl(comparison: Comparison, batches: Sequence[slice]) -> np.ndarray:
     found = []
     for rows in batches:
         seqs = comparison.respond(models.policy, rows, 0)
-        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).double().cpu())
+        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).cpu().double())
     return torch.cat(found).numpy()
 
 

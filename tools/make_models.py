@@ -29,11 +29,11 @@ class MakeConfig:
     dataset: str = field(metadata={"help": "Labelled texts: a hub name, a folder or a file."})
     out: str = field(metadata={"help": "Folder to make: policy/, reward/ and report.json."})
     size: Literal["tiny", "small", "124m"] = opt("small", "Shape and schedule of both models.")
-    split: str = opt("train", "Split with labels; a part of it is held out to measure on.")
+    split: str = opt("train", "Split with labels; a part of it is held out to measure on.", "Which texts")
     lm_split: str | None = opt(None, "Splits for the language model, joined by + (default: split).")
     text_column: str = opt("text", "Column that holds the text.")
     label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
-    init: str | None = opt(None, "Language model to continue from, with its tokenizer.")
+    init: str | None = opt(None, "Language model to continue from, with its tokenizer.", "What is trained, and how")
     reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.")
     lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).")
     lm_width: int | None = opt(None, "Width of a new language model, with a head for every 64 (default: the size's).")
@@ -41,7 +41,9 @@ class MakeConfig:
     rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).")
     lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).")
     rm_lr: float | None = opt(None, "Largest step size of the classifier (default: the size's).")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt(
+        "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
+    )
     seed: int = opt(0, "Fixes the weights drawn, the held-out rows and the order of batches.")
 
     @property
@@ -61,7 +63,7 @@ class MakeConfig:
 
 def read_settings(argv: Sequence[str] | None = None) -> MakeConfig:
     """Command line -> settings (raises UserError)."""
-    cfg = parse_flags(MakeConfig, argv, MakeConfig.__doc__)
+    cfg = parse_flags(MakeConfig, argv, __doc__)
     for name in ("lm_layers", "lm_width", "lm_steps", "rm_steps", "lm_lr", "rm_lr"):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < float("inf"):

@@ -38,17 +38,19 @@ class MakeRewardConfig:
     dataset: str = field(metadata={"help": "Pairs, or labelled texts: a hub name, a folder or a file."})
     out: str = field(metadata={"help": "Folder to make."})
     init: str = opt("distilbert/distilbert-base-uncased", "Encoder to start from, or a classifier or language model.")
-    split: str = opt("train", "Split of the data set; a tenth of it is held out to measure on.")
+    split: str = opt("train", "Split of the data set; a tenth of it is held out to measure on.", "Which texts")
     with_prompt: bool | None = opt(
         None, "true or false: score prompt + response (default: if there are prompts); train.py must do the same."
     )
     chosen_label: str | None = opt(None, "Make pairs from labelled texts: this label is chosen over the others.")
     text_column: str = opt("text", "Column of the labelled texts.")
     label_column: str = opt("label", "Column of their labels.")
-    epochs: float = opt(1.0, "Passes over the pairs.")
+    epochs: float = opt(1.0, "Passes over the pairs.", "How it is trained")
     lr: float = opt(5e-5, "Largest step size; small models want more, 1e-3 for the tiny ones.")
     batch_tokens: int = opt(8192, "Tokens per optimiser step.")
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes CUDA where present.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = opt(
+        "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
+    )
     seed: int = opt(0, "Fixes the new head, the held-out pairs and the order of batches.")
 
 

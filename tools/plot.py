@@ -1,18 +1,27 @@
 """Draws the curves of a run again: `python -m tools.plot ckpts` writes ckpts/curves.png from ckpts/metrics.csv."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from config import UserError, opt
 
-from runtime.cli import run
+from runtime.cli import parse_flags, run
 from training.plots import plot_curves
 from training.run_folder import saved_label
 
 
-def main() -> None:
-    """Draw the run whose folder the command line names."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "ckpts")
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Settings of `python -m tools.plot`."""
+
+    run: str = opt("ckpts", "Folder of a run; --run may be left out.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the run whose folder the command line names (raises UserError)."""
+    folder = Path(parse_flags(PlotConfig, argv, __doc__, first="run").run)
     if not (folder / "metrics.csv").is_file():
         raise UserError(f"{folder}/metrics.csv does not exist: name the folder of a run")
     plot_curves(folder / "metrics.csv", folder / "curves.png", saved_label(folder / "config.json"))

@@ -48,12 +48,20 @@ class StudyConfig:
     seeds: str = opt("0", "Seeds for each setting.")
     train: str = opt("", "Further flags of train.py, the same for all runs.")
     evaluate: str = opt("", "Further flags of eval.py, the same for all runs.")
-    peer: str | None = opt(None, "Another program instead of train.py; {seed} and {folder} are filled in.")
+    peer: str | None = opt(
+        None,
+        "Another program instead of train.py; {seed} and {folder} are filled in.",
+        "Another program instead of train.py",
+    )
     peer_name: str = opt("peer", "Its name in the table.")
-    frontier: int = opt(0, "Base responses per prompt, drawn once for all runs, for the best possible reward.")
+    frontier: int = opt(
+        0,
+        "Base responses per prompt, drawn once for all runs, for the best possible reward.",
+        "What is measured, and where it is kept",
+    )
     jobs: int = opt(1, "Runs at a time.")
     folder: str = opt("study", "Where the runs are kept.")
-    csv: str = opt("results/study.csv", "The table; a picture of the same name is drawn beside it.")
+    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.")
     draw: str | None = opt(None, "Only print and draw this table.")
 
 

@@ -19,7 +19,8 @@ from ppo import Models
 from reward import Reward, score_responses
 from utils import expected_scores, shape_rewards, uniforms
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # nats; a misplaced token or position costs whole nats
+# nats; a misplaced token or position costs whole nats
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 SAME = 1e-3  # nats in any precision, where the same is computed twice
 Finding = tuple[bool, str]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from reward import score_title
 from runtime.files import read_table, rename
 
-VALUE_FIT = "value fit (explained variance, cut at −1)"  # where returns hardly differ it falls without bound
+VALUE_FIT = "value fit (1 perfect; low where scores hardly differ)"
+LOWEST_FIT = -1.0  # it can fall without bound
 
 
 def panels(label: str | None) -> dict[str, list[str]]:
@@ -29,7 +30,8 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
 
     drawn = panels(label)
     table = read_table(metrics_csv, "step", *itertools.chain(*drawn.values())).set_index("step")
-    table["explained_var"] = table["explained_var"].clip(lower=-1)
+    cut = table.index[table["explained_var"] < LOWEST_FIT]
+    table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, drawn.items(), strict=True):
         for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
@@ -37,10 +39,12 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()
             axis.plot(smooth, color=colour, linewidth=2, label=column)
         if title == VALUE_FIT:
-            axis.set_ylim(-1.05, 1.05)
+            axis.set_ylim(LOWEST_FIT - 0.1, 1.05)
+            if len(cut):
+                axis.plot(cut, [LOWEST_FIT] * len(cut), "v", color="tab:blue", markersize=4, label="below −1")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        if len(columns) > 1:
+        if len(columns) > 1 or (title == VALUE_FIT and len(cut)):
             axis.legend(fontsize=8)
     figure.supxlabel("PPO step", fontsize=10)
     partial = picture.with_name(f".{picture.name}.partial")

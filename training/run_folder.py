@@ -19,12 +19,12 @@ from typing import Any
 from config import TrainConfig, UserError, is_run, python_reward, saved_settings
 
 import pandas as pd
-import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ppo import Models
 from reward import ScoreScale, score_title
+from runtime.device import device_name
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
 from runtime.hub import resolved_commit
@@ -327,7 +327,7 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
             for setting, revision in revisions.items()
             if not python_reward(str(getattr(cfg, setting)))
         },
-        "device_name": torch.cuda.get_device_name() if cfg.device == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device_name": device_name(cfg.device),
     }
 
 

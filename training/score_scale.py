@@ -46,7 +46,7 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
         with raise_on_all_ranks():
             seqs = models.respond(models.reference, (ids[own], mask[own]), batch_noise[own], cfg)
             scores = models.score(seqs, cfg)
-        found.append(gather_rows(scores, len(ids)).double())
+        found.append(gather_rows(scores, len(ids)).cpu().double())
     scores = torch.cat(found)
     mean, std = scores.mean().item(), scores.std(unbiased=False).item()
     if std <= 1e-6 * max(1.0, abs(mean)):

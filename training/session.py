@@ -21,13 +21,14 @@ import pandas as pd
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ppo import KLController, Rollout, build_optimizer
+from ppo import KLController, Rollout, build_optimizer, build_scaler
 from reward import UNSCALED, score_title, show_score
 from runtime.cli import Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
 from training.checkpoints import Snapshot
+from training.estimate import note_slow_run
 from training.parts import Parts
 from training.run_folder import Found, RunFolder, open_run_folder
 from training.signals import Interrupted, StopRequest, stop_signals
@@ -96,6 +97,10 @@ class Session:
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
         self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target)
+        self.scaler = build_scaler(parts.models.policy)
+        if counters.get("loss_scale"):
+            self.scaler.load_state_dict(counters["loss_scale"])
+        self.loss_scale = self.scaler.state_dict()  # after the last step taken: an update may be undone
         self.saved_step: int | None = None
         self.snapshot: Snapshot | None = None
         self.step_begun, self.seconds_update = False, 0.0
@@ -121,7 +126,8 @@ class Session:
     def report(self, step: int, rollout: Rollout, update: dict[str, float]) -> None:
         """Count the step as taken, append its row to metrics.csv, and steer beta."""
         self.stop.interruptible, self.step = False, step
-        self.failed_steps = 0 if update["updates"] else self.failed_steps + 1
+        self.failed_steps = 0 if update["updates"] else self.failed_steps + bool(update["skipped"])
+        self.loss_scale = self.scaler.state_dict()
         row = {"step": step, "episodes": step * self.cfg.batch_size, "kl_coef": self.kl.coef, **rollout.metrics(),
                **update, **rollout.seconds}  # fmt: skip
         seconds = sum(row[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
@@ -164,7 +170,7 @@ class Session:
         if self.folder is not None:
             self.folder.save({
                 "step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps,
-                "score_scale": asdict(self.parts.models.score_scale),
+                "score_scale": asdict(self.parts.models.score_scale), "loss_scale": self.loss_scale,
             })  # fmt: skip
 
     # --- interruption and end ---
@@ -222,6 +228,8 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     scale = parts.models.score_scale
     if scale != UNSCALED:
         print(f"scores are paid as (score {-scale.mean:+.4g}) / {scale.std:.4g}, which standardises those of the base")
+    if note := note_slow_run(parts.models, cfg, cfg.total_steps - step):
+        print(note)
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
 

@@ -2,12 +2,20 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
+from conftest import MAKING, write_labelled_csv
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
+import data
+from evaluation.judge import FittedJudge
+from pretrain.tiny_reviews import generate_reviews
+from runtime import terminal
 from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side, wrap
+from tools.make_models import main as make_models
 
 
 class Terminal(io.StringIO):
@@ -63,3 +71,40 @@ def test_columns_stand_beside_each_other_or_below_where_it_is_narrow() -> None:
     assert side_by_side(columns, 30, False).splitlines() == ["left", "one two three", "right", "four"]
     plain = re.sub(r"\x1b\[[\d;]*m", "", side_by_side(columns, 80, True))
     assert plain.splitlines() == wide, "shading moves nothing"
+
+
+def test_a_bar_shows_over_long_work_only_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(terminal.progress(range(5), "counting", "number")) == list(range(5))
+    assert "counting" not in capsys.readouterr().err
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    assert list(terminal.progress(range(5), "counting", "number")) == list(range(5))
+    shown = capsys.readouterr().err
+    assert "counting" in shown
+    assert "/5" in shown
+    assert shown.endswith("\r"), "it leaves nothing behind"
+
+
+def test_all_long_work_before_training_has_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    reviews = write_labelled_csv(tmp_path / "reviews.csv", ["good", "bad"])
+    make_models(["--dataset", str(reviews), "--out", str(tmp_path / "models"), *MAKING])
+    texts, labels = generate_reviews(40, seed=0)
+    FittedJudge(texts, [bool(label) for label in labels])
+    shown = capsys.readouterr().err
+    for title in ("tokenizer", "tokenizing", "language model", "classifier", "measuring", "second judge"):
+        assert f"{title}:" in shown, title
+
+
+def test_texts_are_tokenized_alike_in_portions(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i} a film" * (i % 4) for i in range(23)]
+    whole = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for portion in (1, 7, 1000):
+        monkeypatch.setattr(data, "AT_A_TIME", portion)
+        assert data.tokenize(tokenizer, texts) == whole
+    assert data.tokenize(tokenizer, []) == []

@@ -1,0 +1,63 @@
+"""How long a run on the CPU will take: the matrix products of its steps, at the rate of a large one."""
+
+from config import TrainConfig
+
+import torch
+
+from model import GPT2WithValueHead
+from ppo import Models
+from reward import Classifier
+from runtime.device import matmul_rate
+from runtime.distributed import world_size
+
+SLOWDOWN = 2.0  # steps take 1.8 to 2.5 times as long as their matrix products would (results/benchmark.csv)
+LONG = 1800.0  # seconds: what is shorter needs no word
+SLOWEST = 5e9  # FLOP/s that every CPU reaches: where that suffices nothing need be measured
+
+
+def note_slow_run(models: Models, cfg: TrainConfig, steps: int) -> str | None:
+    """A line that says about how long so many steps will take here and what to do instead; None unless that is long."""
+    if cfg.device != "cpu" or world_size() > 1:
+        return None
+    work = SLOWDOWN * sum(flops(models, cfg).values())
+    if steps * work / SLOWEST < LONG:
+        return None
+    seconds = work / matmul_rate("cpu", getattr(torch, cfg.dtype), size=1024)
+    if steps * seconds < LONG:
+        return None
+    return (
+        f"without a GPU this will take about {duration(steps * seconds)} ({steps} steps of {duration(seconds)}): for a "
+        "first try take --preset tiny, a smaller --policy_name and --rm_name, or fewer --total_steps"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 90 s, 5 minutes, 3 hours, 2 days."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
+    """FLOPs that a step needs at least, by phase; a backward pass costs twice its forward pass.
+
+    A reward in Python counts as free.
+    """
+
+    def forward(model: GPT2WithValueHead) -> float:
+        c = model.lm.config
+        tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
+        layers = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
+        layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
+        return cfg.batch_size * (layers + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
+
+    weights = models.reward.model.named_parameters() if isinstance(models.reward, Classifier) else ()
+    judged = sum(p.numel() for name, p in weights if "embeddings" not in name)
+    unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()
+    read = cfg.batch_size * (cfg.max_new_tokens + sum(unfinished))  # tokens by the reward
+    return {
+        "generate": forward(models.policy),
+        "score": forward(models.policy) + forward(models.reference) + 2 * judged * read,
+        "update": 3 * cfg.ppo_epochs * forward(models.policy),
+    }
