@@ -99,14 +99,16 @@ def _sample_top_p(*args: Any, **named: Any) -> Sequences:
 def _without_eos(*args: Any, **named: Any) -> Sequences:
     seqs = sample_responses(*args, **named)
     ends = (seqs.responses == named["eos_id"]) & (seqs.response_mask.sum(1, keepdim=True) > 1)
-    return replace(seqs, response_mask=seqs.response_mask & ~ends, lengths=None)
+    mask = seqs.response_mask & ~ends
+    return replace(seqs, response_mask=mask, lengths=mask.sum(1))
 
 
 def _with_padding(*args: Any, **named: Any) -> Sequences:
     seqs = sample_responses(*args, **named)
     responses = seqs.responses.masked_fill(~seqs.response_mask, named["eos_id"])
     tokens = torch.cat([seqs.tokens[:, : seqs.prompt_len], responses], 1)
-    return replace(seqs, tokens=tokens, response_mask=torch.ones_like(seqs.response_mask), lengths=None)
+    mask = torch.ones_like(seqs.response_mask)
+    return replace(seqs, tokens=tokens, response_mask=mask, lengths=mask.sum(1))
 
 
 def _with_prompt(
@@ -117,7 +119,7 @@ def _with_prompt(
     seqs = rollout.sequences
     extra = int(seqs.attention_mask[:, : seqs.prompt_len].sum(1).min()) - 1
     wide = replace(
-        seqs, response_mask=F.pad(seqs.response_mask, (extra, 0), value=True), lengths=None,
+        seqs, response_mask=F.pad(seqs.response_mask, (extra, 0), value=True), lengths=seqs.lengths + extra,
         logprobs=F.pad(seqs.logprobs, (extra, 0)),
         support=None if seqs.support is None else F.pad(seqs.support, (0, 0, extra, 0), value=True),
     )  # fmt: skip
