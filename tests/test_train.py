@@ -112,7 +112,9 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
     monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
     steps: list[int] = []
 
-    def spy(policy: GPT2WithValueHead, optimizer: Any, rollout: Rollout, cfg: TrainConfig, step: int) -> Any:
+    def spy(
+        policy: GPT2WithValueHead, optimizer: Any, rollout: Rollout, cfg: TrainConfig, step: int, *rest: Any
+    ) -> Any:
         seqs = rollout.sequences
         with torch.no_grad():
             logprobs, _, _ = policy.evaluate_responses(seqs)
@@ -121,7 +123,7 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
         assert torch.equal(seqs.tokens[:, : seqs.prompt_len], ids)
         assert torch.equal(seqs.attention_mask[:, : seqs.prompt_len], mask)
         steps.append(step)
-        return ppo_update(policy, optimizer, rollout, cfg, step)
+        return ppo_update(policy, optimizer, rollout, cfg, step, *rest)
 
     monkeypatch.setattr(train, "ppo_update", spy)
     run(flags)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-COMMANDS = sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py"))
+SCRIPTS = (ROOT / "tools").glob("*.py")
+COMMANDS = sorted(path.stem for path in SCRIPTS if "def main(" in path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
