@@ -186,10 +186,15 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
             raise UserError(f"{culprit} computes numbers that are not finite: try --dtype float32")
     for name in ("prompt", "policy_text", "base_text"):
         results[name] = results[name].map(spreadsheet_safe)
+    add_judge(results, judge)
+    return results, label
+
+
+def add_judge(results: pd.DataFrame, judge: Judge | None) -> None:
+    """Add the second judge's scores of both models' responses, if there is a judge."""
     if judge is not None:
         for name in ("policy", "base"):
             results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
-    return results, label
 
 
 def note_changed_code(reward: Reward, home: Path | None) -> None:

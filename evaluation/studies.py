@@ -34,16 +34,16 @@ def markdown(table: pd.DataFrame) -> str:
     shown = [column for column in SHOWN if own_units or column != "base_score"]
     if own_units:
         shown = [column for column in shown if column in known and known[column].notna().any()]
-    lines = [_line("setting", "seeds", "episodes", *(SHOWN[column][0] for column in shown), "sd of score")]
-    lines.append(_line(*["---"] * (4 + len(shown))))
+    lines = [table_line("setting", "seeds", "episodes", *(SHOWN[column][0] for column in shown), "sd of score")]
+    lines.append(table_line(*["---"] * (4 + len(shown))))
     bases = known.filter(regex="^base_").drop_duplicates().rename(columns=lambda name: name.removeprefix("base_"))
     for i in range(0 if own_units else len(bases)):
-        lines.append(_line("base", "", "", *(_cell(bases[i : i + 1], column) for column in shown), ""))
+        lines.append(table_line("base", "", "", *(_cell(bases[i : i + 1], column) for column in shown), ""))
     for name, runs in known.groupby("setting", sort=False):
         episodes = [f"{n:,.0f}" for n in runs.get("episodes", pd.Series(dtype=float)).dropna().unique()]
         spread = "" if len(runs) == 1 else f"{runs.score.std():.3g}" if own_units else f"{runs.score.std():.3f}"
         cells = (_cell(runs, column) for column in shown)
-        lines.append(_line(f"`{name}`", str(len(runs)), ", ".join(episodes), *cells, spread))
+        lines.append(table_line(f"`{name}`", str(len(runs)), ", ".join(episodes), *cells, spread))
     return "\n".join(lines)
 
 
@@ -52,7 +52,8 @@ def is_any_unit(runs: pd.DataFrame) -> bool:
     return "positive" not in runs or bool(runs.positive.isna().any())
 
 
-def _line(*cells: str) -> str:
+def table_line(*cells: str) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

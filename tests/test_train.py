@@ -130,6 +130,18 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
     assert steps == [1, 2, 3]
 
 
+def test_held_out_rewards_are_at_the_price_of_their_step(flags: dict[str, str]) -> None:
+    """With an adaptive beta: that which the step after the evaluation takes, and the first one before any step."""
+    folder = run(flags, "--eval_every=1", "--adaptive_kl_target=0.001", "--lr=1e-3")
+    held_out, steps = pd.read_csv(folder / "eval.csv"), pd.read_csv(folder / "metrics.csv")
+    prices = steps.kl_coef.to_numpy()
+    assert len(set(prices)) == len(prices) == 3
+    for i in range(3):
+        row = held_out.iloc[i]
+        assert row.reward_mean == pytest.approx(row.score_mean - prices[i] * row.kl_seq, abs=1e-5)
+    assert abs(held_out.kl_seq[2]) > 1e-3, "else every price gives the same"
+
+
 WRONG = {  # what is given -> words that the one line must hold
     "--total_steps -1": ["total_steps", "at least 1"],
     "--total_steps 1.5": ["total_steps"],

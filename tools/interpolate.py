@@ -242,9 +242,7 @@ def write_curves(
             lines[name].move_to(alpha)
             known = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, known, strict=True)]
             results = pd.concat(known)
-            if judge is not None:
-                for side in ("policy", "base"):
-                    results[f"{side}_judge"] = judge(results[f"{side}_text"].tolist())
+            evaluation_script.add_judge(results, judge)
             if cfg.frontier:
                 results["base_draws"] = draws
             summary = summarise(results, comparison.models.reward.label, comparison.run.target_label)

@@ -27,7 +27,7 @@ import torch
 
 import train
 from data import load_examples
-from eval import Comparison, Judge, compare, held_out_prompts, second_judge, settings_of_run
+from eval import Comparison, Judge, add_judge, compare, held_out_prompts, second_judge, settings_of_run
 from evaluation.summary import summarise
 from pretrain.tiny_world import resolve_name
 from runtime.cli import Stopped, numbers, parse_flags, run, words
@@ -158,9 +158,7 @@ class Evaluator:
             rows = slice(first, first + cfg.batch_size)
             self.known[first] = compare(comparison, rows, self.known.get(first))
         results = pd.concat(self.known.values())
-        if self.judge is not None:
-            for name in ("policy", "base"):
-                results[f"{name}_judge"] = self.judge(results[f"{name}_text"].tolist())
+        add_judge(results, self.judge)
         return summarise(results, models.reward.label, settings.target_label)
 
 

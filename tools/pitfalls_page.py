@@ -7,6 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.studies import table_line
+
 RIGHT = "right"  # the name of the run without a bug
 CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
           "explained_var", "grad_norm")  # fmt: skip
@@ -25,18 +27,18 @@ PANELS = {"score_mean": ("score", 1.1), "kl_seq": ("kl", 8.0)}  # curve -> what 
 def markdown(table: pd.DataFrame, curves: pd.DataFrame, facts: dict[str, str | None]) -> str:
     """A row for each bug: means over seeds (lowest to highest); facts says which of the self-audit refuses it."""
     heads = ["bug", "self-audit", *COLUMNS, "more positive than base", "would the curves have told?"]
-    lines = [_line(*heads), _line(*["---"] * len(heads))]
+    lines = [table_line(*heads), table_line(*["---"] * len(heads))]
     first = table.iloc[0]
     base = {"score": first.base_score, "length": first.base_length, "judge": first.base_judge}
     cells = (_cell(pd.Series([k * base.get(name, np.nan)]), form) for name, k, form in COLUMNS.values())
-    lines.append(_line("base", "", *cells, "", ""))
+    lines.append(table_line("base", "", *cells, "", ""))
     for name in _names(table):
         runs = table[table.bug == name]
         audit = "" if name == RIGHT else "refuses" if facts[name] else "passes"
         better = runs.verdict.str.startswith("The policy writes more positively").sum()
         told = "" if name == RIGHT else what_tells(name, table, curves)
         cells = (_cell(factor * runs[column], form) for column, factor, form in COLUMNS.values())
-        lines.append(_line(f"`{name}`", audit, *cells, f"{better} of {len(runs)}", told))
+        lines.append(table_line(f"`{name}`", audit, *cells, f"{better} of {len(runs)}", told))
     return "\n".join(lines)
 
 
@@ -116,7 +118,3 @@ def _cell(values: pd.Series, form: str) -> str:
         return ""
     spread = "" if len(values) == 1 else f" ({form.format(values.min())} to {form.format(values.max())})"
     return form.format(values.mean()) + spread
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
