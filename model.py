@@ -137,6 +137,12 @@ class GPT2WithValueHead(nn.Module):
                 self.lm, seqs.tokens[:, :-1], position_ids(mask), visible_keys(mask), seqs.prompt_len - 1
             )
 
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The output embedding (V, H) in the precision of matrix products, made once: for a frozen model only."""
+        assert not self.lm.lm_head.weight.requires_grad
+        return output_embedding(self.lm.lm_head.weight, self.dtype)
+
     def values(self, hidden: Tensor) -> Tensor:
         """The critic's values (B, R) before each token is chosen, in float32."""
         return F.linear(hidden.float(), self.value_head.weight, self.value_head.bias).squeeze(-1)
@@ -145,19 +151,22 @@ class GPT2WithValueHead(nn.Module):
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
         hidden = self.response_hidden(seqs)
         parts = [self.evaluate_hidden(hidden[rows], seqs.select(rows), with_entropy) for rows in self.chunk(seqs)]
-        logprobs, values, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+        logprobs, values, entropy, _ = (torch.cat(x) for x in zip(*parts, strict=True))
         return logprobs, values, entropy
 
     def evaluate_hidden(
-        self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from the hidden states (B, R, H); log-probabilities and entropies are 0 outside the mask."""
+        self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True, anchor: "Anchor | None" = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from the hidden states (B, R, H), and the exact KL to the anchor; 0 outside the mask, but values."""
         real, shape = seqs.real_tokens(), seqs.response_mask.shape
-        logprobs, entropy = token_logprobs(
+        ref = () if anchor is None else (take_tokens(anchor.hidden, real).to(self.dtype), anchor.model.embedding)
+        logprobs, entropy, kl = token_logprobs(
             take_tokens(hidden, real).to(self.dtype), self.lm.lm_head.weight, take_tokens(seqs.responses, real),
             seqs.temperature, None if seqs.support is None else take_tokens(seqs.support, real), with_entropy,
+            *ref,
         )  # fmt: skip
-        return put_tokens(logprobs, real, shape), self.values(hidden), put_tokens(entropy, real, shape)
+        logprobs, entropy, kl = (put_tokens(x, real, shape) for x in (logprobs, entropy, kl))
+        return logprobs, self.values(hidden), entropy, kl
 
     def chunk(self, seqs: Sequences) -> list[slice]:
         """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time."""
@@ -185,6 +194,20 @@ class GPT2WithValueHead(nn.Module):
         """Write folder/policy_lm, a plain Hugging Face model, and folder/value_head.safetensors."""
         self.lm.save_pretrained(folder / "policy_lm")
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """What the exact KL to a frozen model needs: its hidden states (B, R, H) before the response tokens, and itself."""
+
+    hidden: Tensor
+    model: GPT2WithValueHead
+
+    @classmethod
+    @torch.no_grad()
+    def at(cls, model: GPT2WithValueHead, seqs: Sequences) -> "Anchor":
+        """The anchor for some responses."""
+        return cls(model.response_hidden(seqs), model)
 
 
 def load_reference(
@@ -237,13 +260,14 @@ def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
 
 @torch.no_grad()
 def evaluate_both(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, anchor: Anchor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the responses under both models: logprobs, ref_logprobs, values, entropy and exact_kl, all (B, R).
 
-    They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats.
+    They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats. The reference's
+    hidden states are taken from the anchor where there is one.
     """
-    hidden, ref_hidden = policy.response_hidden(seqs), reference.response_hidden(seqs)
+    hidden, ref_hidden = policy.response_hidden(seqs), (anchor or Anchor.at(reference, seqs)).hidden
     embedding, ref_embedding = (output_embedding(x.lm.lm_head.weight, x.dtype) for x in (policy, reference))
     chunks: list[list[Tensor]] = []
     for rows in policy.chunk(seqs):

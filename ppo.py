@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from model import GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
+from model import Anchor, GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
 from reward import UNSCALED, Reward, ScoreScale, score_responses
 from runtime.device import FittingSize, Stopwatch
 from runtime.distributed import (
@@ -33,6 +33,7 @@ from utils import (
     compute_gae,
     expected_scores,
     explained_variance,
+    inverse_std,
     map_tensors,
     masked_mean,
     pad_right,
@@ -103,7 +104,8 @@ class Rollout:
 
     logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; partial_scores (B, R) are scores of the
     unfinished responses, NaN where there is none; scores (B,) are in the reward's own units, and score_scale turns them
-    into what is paid. has_label says whether they are 2 P(label) - 1. seconds says how long each phase took.
+    into what is paid. has_label says whether they are 2 P(label) - 1. anchor is there where the loss has the price of
+    KL, which the rewards then leave out. seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -117,6 +119,7 @@ class Rollout:
     kl_coef: float
     score_scale: ScoreScale = UNSCALED
     has_label: bool = True
+    anchor: Anchor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,9 +145,9 @@ class Rollout:
         return map_tensors(lambda *xs: torch.cat(xs), *(rollout.widened(width) for rollout in rollouts))
 
     def rewards(self) -> Tensor:
-        """The rewards per token (B, R)."""
-        scores = self.score_scale.standardize(self.scores)
-        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, self.kl_coef)[0]
+        """The rewards per token (B, R): the price of KL, unless the loss has it, and the score."""
+        scores, kl_coef = self.score_scale.standardize(self.scores), 0.0 if self.anchor else self.kl_coef
+        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, kl_coef)[0]
 
     def expected_scores(self) -> Tensor:
         """The score to expect before each token (B, R), as partial scores tell it; 0 where there are none."""
@@ -192,11 +195,14 @@ def collect_rollout(
         seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
         seconds_generate = watch.lap()
         _ = seqs.token_lists  # read now, so that a GPU evaluates them while the host prepares their texts
-        logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(models.policy, models.reference, seqs)
+        anchor = Anchor.at(models.reference, seqs) if cfg.kl_in_loss else None
+        logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(
+            models.policy, models.reference, seqs, anchor
+        )  # fmt: skip
         scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
     own_rollout = Rollout(
         seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef, models.score_scale,
-        has_label=models.reward.label is not None,
+        has_label=models.reward.label is not None, anchor=anchor,
     )  # fmt: skip
     rollout = own_rollout.gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
@@ -207,13 +213,18 @@ def collect_rollout(
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the loss compares the new policy with: everything (B, R)."""
+    """What the loss compares the new policy with: everything (B, R).
+
+    kl_price is that of a nat in the units of the advantages, where the loss has it: beside an anchor.
+    """
 
     sequences: Sequences
     logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    anchor: Anchor | None = None
+    kl_price: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -257,6 +268,20 @@ def ppo_loss(
     return loss / token_count, sums
 
 
+def kl_loss(kl: Tensor, batch: Batch, token_count: Tensor | int) -> Tensor:
+    """The price of the exact KL to the reference at the tokens of a batch, summed / token_count (scalar).
+
+    kl (B, R) is KL(policy || reference) over the whole vocabulary, differentiable. In the units of whitened advantages
+    a nat costs beta / sigma, where sigma is the advantages' standard deviation:
+    (beta / sigma) sum_t KL(policy(. | s_t) || reference(. | s_t)) / token_count.
+
+    Its gradient has no noise of sampled tokens. It takes the states s_t as they are, where a KL in the rewards also
+    teaches the policy to avoid states in which KL has to be paid: to stop early, above all.
+    """
+    assert batch.kl_price is not None
+    return torch.where(batch.sequences.response_mask, batch.kl_price * kl, 0).sum() / token_count
+
+
 # --- the update -----------------------------------------------------------------------------------------------------
 
 NO_SCALER = GradScaler(enabled=False)
@@ -276,7 +301,11 @@ def ppo_update(
     rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
     baseline = expected + rollout.values  # the value head learns what partial scores do not tell
     advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
-    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
+    kl_price = (rollout.kl_coef * inverse_std(advantages, mask)).expand_as(advantages)
+    batch = Batch(
+        rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected,
+        rollout.anchor, kl_price,
+    )  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
@@ -336,8 +365,12 @@ def accumulate_gradients(
             states = hidden.detach().requires_grad_()
             for rows in policy.chunk(micro.sequences):
                 part = micro.select(rows)
-                new = policy.evaluate_hidden(states[rows], part.sequences, with_entropy=cfg.ent_coef > 0)
-                loss, sums = ppo_loss(*new, part, cfg, token_count)
+                logprobs, values, entropy, kl = policy.evaluate_hidden(
+                    states[rows], part.sequences, cfg.ent_coef > 0, part.anchor
+                )  # fmt: skip
+                loss, sums = ppo_loss(logprobs, values, entropy, part, cfg, token_count)
+                if part.anchor:
+                    loss = loss + kl_loss(kl, part, token_count)
                 scaler.scale(loss).backward()
                 stats.add_sums(sums)
             reducer.expect_last(first + size >= len(own))

@@ -89,9 +89,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Shift and scale x to mean 0 and standard deviation 1 over the True places of mask; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + eps), 0)
+    return torch.where(mask, (x - masked_mean(x, mask)) * inverse_std(x, mask, eps), 0)
+
+
+def inverse_std(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """What `whiten` multiplies by: 1 / the standard deviation of x over the True places of mask (scalar)."""
+    return torch.rsqrt(masked_mean((x - masked_mean(x, mask)) ** 2, mask) + eps)
 
 
 @on_cpu
@@ -148,54 +151,66 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
-    with_entropy: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability of each token and entropy of the distribution it came from, both (N,) float32, differentiable.
+    with_entropy: bool = True, ref_hidden: Tensor | None = None, ref_embedding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probability of each token, entropy of its distribution and KL to the reference's, (N,) each, differentiable.
 
     hidden (N, H) are the states in which the tokens (N,) were chosen, weight (V, H) is the output embedding, support
-    (N, V) bool marks the tokens that could be chosen (None: all). Entropy is 0 where it is not wanted.
+    (N, V) bool marks the tokens that could be chosen (None: all). ref_hidden and ref_embedding (from output_embedding)
+    are the reference's. Entropy is 0 where it is not wanted, and KL where there is no reference.
     """
-    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, with_entropy)
+    return _TokenLogprobs.apply(
+        hidden, weight, tokens, temperature, support, with_entropy, ref_hidden, ref_embedding
+    )  # fmt: skip
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """With z the warped logits, p = softmax(z), h its entropy, and k the token chosen:
-    d log p_k / d z_j = [j = k] - p_j    and    d h / d z_j = -p_j (log p_j + h).
+    """With z the warped logits, p = softmax(z), h its entropy, q the reference, and k the token chosen:
+    d log p_k / d z_j = [j = k] - p_j,    d h / d z_j = -p_j (log p_j + h)    and
+    d KL / d z_j = p_j (log p_j - log q_j - KL).
 
-    One (N, V) matrix is kept for the backward pass; autograd would keep three.
+    One (N, V) matrix is kept for the backward pass, and one more for KL; autograd would keep three of each.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, tokens, temperature, support, with_entropy):  # type: ignore[no-untyped-def]
-        embedding = output_embedding(weight, hidden.dtype)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, hidden, weight, tokens, temperature, support, with_entropy, ref_hidden, ref_embedding
+    ):
+        embedding, vocabulary = output_embedding(weight, hidden.dtype), len(weight)
         all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
         logprobs = all_logprobs.gather(1, tokens[:, None]).squeeze(1)
-        entropy = torch.zeros_like(logprobs)
+        entropy, kl, log_ratio = torch.zeros_like(logprobs), torch.zeros_like(logprobs), None
+        # the first argument of an expectation is overwritten, and the backward pass needs the logs
         if with_entropy:
-            # the first argument is overwritten, and the backward pass needs the logs
-            entropy = -_expectation(all_logprobs.exp(), all_logprobs, support, len(weight))
-        else:
-            ctx.mark_non_differentiable(entropy)
-        ctx.save_for_backward(hidden, weight, embedding, tokens, entropy, all_logprobs)
+            entropy = -_expectation(all_logprobs.exp(), all_logprobs, support, vocabulary)
+        if ref_hidden is not None:
+            all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
+            log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
+            log_ratio[:, vocabulary:] = 0  # infinity less infinity
+            if support is not None:
+                log_ratio[:, :vocabulary].masked_fill_(~support, 0)
+            kl = _expectation(all_logprobs.exp(), log_ratio, support, vocabulary)
+        ctx.mark_non_differentiable(*[entropy] * (not with_entropy), *[kl] * (log_ratio is None))
+        ctx.save_for_backward(hidden, weight, embedding, tokens, all_logprobs, entropy, log_ratio, kl)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs, entropy, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs, grad_entropy):  # type: ignore[no-untyped-def]
-        hidden, weight, embedding, tokens, entropy, all_logprobs = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs, grad_entropy, grad_kl):  # type: ignore[no-untyped-def]
+        hidden, weight, embedding, tokens, all_logprobs, entropy, log_ratio, kl = ctx.saved_tensors
         grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
-        grad = all_logprobs.exp()
-        if grad_entropy is None:
-            grad *= -grad_logprobs[:, None]
-        else:
-            slope = (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
-            grad *= -(grad_logprobs[:, None] + grad_entropy[:, None] * slope)
+        grad, factor = all_logprobs.exp(), -grad_logprobs[:, None]
+        if grad_entropy is not None:
+            factor = factor - grad_entropy[:, None] * (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
+        if grad_kl is not None:
+            factor = factor + grad_kl[:, None] * (log_ratio - kl[:, None])
+        grad *= factor
         grad.scatter_add_(1, tokens[:, None], grad_logprobs[:, None])
         if ctx.temperature != 1:
             grad /= ctx.temperature
         grad = grad[:, : len(weight)].to(hidden.dtype)
-        return grad @ embedding, (grad.T @ hidden).float(), None, None, None, None
+        return grad @ embedding, (grad.T @ hidden).float(), *[None] * 6
 
 
 @torch.no_grad()

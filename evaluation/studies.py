@@ -161,8 +161,9 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     base, one = summary["base"]["score_mean"], table.run.nunique() == 1
     for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
         colour, points = f"C{number % 10}", unordered.sort_values("alpha")
-        x, y = (np.append(start, points[column]) for start, column in ((0, "kl"), (base, "score")))
-        axis.plot(x, y, color=colour, label="between base and policy, and beyond" if one else str(run))
+        name = "between base and policy, and beyond" if one else str(run)
+        axis.plot(points.kl, points.score, color=colour, label=name)
+        axis.plot([0, points.kl.iloc[0]], [base, points.score.iloc[0]], "--", color=colour, linewidth=1, alpha=0.6)
         bars = {f"{side}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
                 for side, name in (("x", "kl"), ("y", "score"))}  # fmt: skip
         axis.errorbar(points.kl, points.score, **bars, fmt=".", color=colour, capsize=2, alpha=1 if one else 0.4,

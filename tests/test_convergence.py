@@ -115,6 +115,55 @@ def test_ppo_reaches_the_known_optimum() -> None:
     assert same_weights(reference, frozen)
 
 
+@torch.no_grad()
+def optimum_with_kl_in_the_loss(reference: GPT2WithValueHead, rewards: Tensor) -> Tensor:
+    """Log-probability of every response where each token is reference exp(Q / BETA) / Z, Q the mean reward it leads to.
+
+    Found from the last token backwards. The KL still to be paid is no part of Q, so this is another distribution than
+    reference(y) exp(r(y) / BETA) / Z.
+    """
+    lm, number = copy.deepcopy(reference.lm).double(), {y: i for i, y in enumerate(RESPONSES)}
+
+    def solve(prefix: tuple[int, ...]) -> tuple[Tensor, dict[tuple[int, ...], Tensor]]:
+        """The mean reward from a prefix on, and the log-probabilities of the responses that begin with it."""
+        if prefix in number:
+            return rewards[number[prefix]].double(), {prefix: torch.zeros(()).double()}
+        ends = [solve((*prefix, token)) for token in range(VOCAB)]
+        q = torch.stack([value for value, _ in ends])
+        start = torch.log_softmax(lm(input_ids=torch.tensor([[PROMPT, *prefix]])).logits[0, -1], -1)
+        logp = torch.log_softmax(start + q / BETA, -1)
+        return logp.exp() @ q, {y: logp[i] + rest for i, (_, found) in enumerate(ends) for y, rest in found.items()}
+
+    found = solve(())[1]
+    return torch.stack([found[y] for y in RESPONSES])
+
+
+def test_kl_in_the_loss_reaches_its_own_optimum() -> None:
+    policy, reference = make_policy(VOCAB), make_policy(VOCAB)
+    rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    number = {y: i for i, y in enumerate(RESPONSES)}
+    cfg = TrainConfig(
+        total_steps=100, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA, gae_lambda=1.0,
+        kl_in_loss=True,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    prompts = torch.full((cfg.batch_size, 1), PROMPT)
+    for step in range(1, cfg.total_steps + 1):
+        u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
+        seqs = sample_responses(policy, prompts, prompts > 0, u, eos_id=EOS)
+        rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
+        scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
+        ppo_update(policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA, kl_in_loss=True), cfg, step)
+    learned, best = log_distribution(policy), optimum_with_kl_in_the_loss(reference, rewards)
+    assert variation(learned, best) < 0.03
+    assert divergence(learned, best) < MOST_KL
+    # neither the start nor the optimum of KL in the rewards is near
+    start = log_distribution(reference)
+    for wrong in (start, torch.log_softmax(start + rewards / BETA, 0)):
+        assert variation(learned, wrong) > 0.1
+        assert divergence(learned, wrong) > 5 * MOST_KL
+
+
 def test_a_python_reward_reaches_the_known_optimum(tmp_path: Path) -> None:
     """A function of the texts in a file, in units of its own, through collect_rollout as in training.
 

@@ -54,12 +54,13 @@ def hand_sequences(mask: Tensor) -> Sequences:
 
 
 def rollout_of(
-    policy: GPT2WithValueHead, seqs: Sequences | None = None, kl_coef: float = 0.05, **sampling: float
-) -> Rollout:
+    policy: GPT2WithValueHead, seqs: Sequences | None = None, kl_coef: float = 0.05, kl_in_loss: bool = False,
+    **sampling: float,
+) -> Rollout:  # fmt: skip
     """A rollout on ragged rows with scores between -1 and 1."""
     seqs = sample(policy, **sampling) if seqs is None else seqs
     scores = torch.rand(len(seqs.tokens), generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return make_rollout(policy, make_policy(seed=1), seqs, scores, kl_coef)
+    return make_rollout(policy, make_policy(seed=1), seqs, scores, kl_coef, kl_in_loss=kl_in_loss)
 
 
 def one_token(
@@ -409,11 +410,13 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
     weights.
     """
     model = copy.deepcopy(policy).double()
+    anchor = copy.deepcopy(rollout.anchor.model).double() if rollout.anchor else None
     seqs, rows = rollout.sequences, len(rollout.scores)
     lengths = seqs.response_mask.sum(1).tolist()
     advantages, returns = [], []
     for row, n in enumerate(lengths):
-        r = -cfg.kl_coef * (rollout.logprobs - rollout.ref_logprobs)[row, :n].double().numpy()
+        kl_coef = 0.0 if rollout.anchor else cfg.kl_coef
+        r = -kl_coef * (rollout.logprobs - rollout.ref_logprobs)[row, :n].double().numpy()
         r[-1] += rollout.scores[row].item()
         v = rollout.values[row, :n].double().numpy()
         delta = r + cfg.gamma * np.append(v[1:], 0) - v
@@ -440,6 +443,13 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
             near = old_value + (value - old_value).clamp(-cfg.value_clip_range, cfg.value_clip_range)
             value_loss = torch.max((value - target) ** 2, (near - target) ** 2) / 2
             total = total + (-surrogate + cfg.value_coef * value_loss - cfg.ent_coef * entropy).sum()
+            if anchor is not None:
+                ref_hidden = anchor.lm.transformer(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
+                ref_logits = ref_hidden @ anchor.lm.lm_head.weight.T / seqs.temperature
+                if seqs.support is not None:
+                    ref_logits = ref_logits.masked_fill(~seqs.support[row, :n], -1e30)
+                kl = (logp.exp() * (logp - torch.log_softmax(ref_logits, -1))).sum(-1)
+                total = total + cfg.kl_coef / flat.std() * kl.sum()
         model.zero_grad()
         (total / sum(lengths)).backward()
         norm = math.sqrt(sum(w.grad.square().sum().item() for w in model.parameters()))
@@ -450,15 +460,16 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
     return weights_of(model)
 
 
+@pytest.mark.parametrize("kl_in_loss", [False, True])
 @pytest.mark.parametrize(
     ("micro", "few"), [(0, 99), (1, 99), (2, 99), (4, 99), (8, 99), (0, 1), (0, 2), (0, 3), (4, 3)]
 )
 def test_ppo_update_equals_float64_for_every_micro_batch_size(
-    micro: int, few: int, monkeypatch: pytest.MonkeyPatch
+    micro: int, few: int, kl_in_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Facts 6, 8, 9, 11 at once: three epochs of one minibatch, ragged rows, SGD; logits of a few rows at a time."""
     policy = make_policy(critic=True)
-    rollout = rollout_of(policy)
+    rollout = rollout_of(policy, kl_in_loss=kl_in_loss)
     monkeypatch.setattr(utils, "CHUNK_FLOATS", few * rollout.mask.shape[1] * policy.lm.config.vocab_size)
     assert len(policy.chunk(rollout.sequences)) == -(-8 // few)
     assert len(set(rollout.mask.sum(1).tolist())) > 2
@@ -479,26 +490,30 @@ def test_ppo_update_equals_float64_for_every_micro_batch_size(
         {"gae_lambda": 0.0, "value_coef": 1.0},
         {"gae_lambda": 1.0, "clip_range": 0.01, "value_clip_range": 0.01, "lr": 0.05},
         {"kl_coef": 0.5, "lr": 0.1, "ppo_epochs": 2},
+        {"kl_coef": 0.5, "lr": 0.1, "ppo_epochs": 2, "kl_in_loss": True},
+        {"kl_coef": 2.0, "ent_coef": 0.0, "kl_in_loss": True},
     ],
 )
 def test_ppo_update_equals_float64_for_every_setting(changes: dict[str, Any]) -> None:
     policy = make_policy(critic=True, seed=3)
     cfg = settings(**{"ppo_epochs": 3, "lr": 0.02, "ent_coef": 0.01, **changes})
-    rollout = rollout_of(policy, kl_coef=cfg.kl_coef, temperature=0.8, top_k=9)
+    rollout = rollout_of(policy, kl_coef=cfg.kl_coef, kl_in_loss=cfg.kl_in_loss, temperature=0.8, top_k=9)
     expected = float64_update(policy, rollout, cfg)
     ppo_update(policy, sgd(policy), rollout, cfg, 1)
     for name, weight in policy.named_parameters():
         assert (weight - expected[name]).abs().max() < 2e-5, name
 
 
-def test_ppo_update_and_its_metrics_are_unmoved_by_padding_and_micro_batches() -> None:
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_ppo_update_and_its_metrics_are_unmoved_by_padding_and_micro_batches(kl_in_loss: bool) -> None:
     policy = make_policy(critic=True)
     seqs = sample(policy)
     rows, finals = [], []
     for pads, micro in [(0, 0), (13, 0), (0, 1), (5, 2)]:
         model = copy.deepcopy(policy)
         cfg = settings(ppo_epochs=2, minibatch_size=4, micro_batch_size=micro, lr=0.02)
-        rows.append(ppo_update(model, sgd(model), rollout_of(model, pad_more(seqs, pads)), cfg, 1))
+        rollout = rollout_of(model, pad_more(seqs, pads), kl_in_loss=kl_in_loss)
+        rows.append(ppo_update(model, sgd(model), rollout, cfg, 1))
         finals.append(weights_of(model))
     assert rows[0]["approx_kl"] > 1e-4
     assert rows[0]["ratio_max"] > 1.05

@@ -267,30 +267,44 @@ def logprob_case(n: int, v: int, h: int, supported: bool) -> tuple[Tensor, Tenso
 def test_token_logprobs_equals_float64(temperature: float, supported: bool) -> None:
     hidden, weight, tokens, support = logprob_case(30, 43, 16, supported)
     logp = reference_distribution(hidden.double(), weight.double(), temperature, support)
-    got, entropy = utils.token_logprobs(hidden, weight, tokens, temperature, support)
+    got, entropy, _ = utils.token_logprobs(hidden, weight, tokens, temperature, support)
     assert got.dtype == entropy.dtype == torch.float32
     # logits of up to about 10 in float32: 2^-24 relative, a few operations
     np.testing.assert_allclose(got, logp[torch.arange(30), tokens], atol=2e-5)
     np.testing.assert_allclose(entropy, entropy_of(logp), atol=2e-5)
 
 
+def kl_of(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL(p || q) by plain autograd; where p is 0 a token adds nothing."""
+    possible = logp > -math.inf
+    log_ratio = logp.masked_fill(~possible, 0) - ref_logp.masked_fill(~possible, 0)
+    return torch.where(possible, logp.masked_fill(~possible, -math.inf).exp() * log_ratio, 0).sum(-1)
+
+
 @pytest.mark.parametrize(("temperature", "supported"), KINDS)
-@pytest.mark.parametrize("ask", ["logprobs", "entropy", "both"])
-def test_token_logprobs_gradient_equals_autograd(temperature: float, supported: bool, ask: str) -> None:
+@pytest.mark.parametrize("ask", ["logprobs", "entropy", "kl", "logprobs kl", "logprobs entropy", "logprobs entropy kl"])
+def test_token_logprobs_and_their_gradient_equal_autograd(temperature: float, supported: bool, ask: str) -> None:
     hidden, weight, tokens, support = logprob_case(30, 43, 16, supported)
-    a = torch.randn(30) * (ask != "entropy")
-    b = torch.randn(30) * (ask != "logprobs")
+    ref_hidden, ref_weight = hidden + 0.3 * torch.randn(30, 16), weight + 0.1 * torch.randn(43, 16)
+    weights = [torch.randn(30) for _ in range(3)]
+    asked = [i for i, name in enumerate(("logprobs", "entropy", "kl")) if name in ask]
 
     x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logp = reference_distribution(x, w, temperature, support)
+    ref_logp = reference_distribution(ref_hidden.double(), ref_weight.double(), temperature, support)
     safe = logp.masked_fill(logp == -math.inf, 0)
     entropy = -(torch.where(logp > -math.inf, safe.exp() * safe, 0)).sum(-1)
-    (a.double() @ logp[torch.arange(30), tokens] + b.double() @ entropy).backward()
+    expected = logp[torch.arange(30), tokens], entropy, kl_of(logp, ref_logp)
+    torch.stack([weights[i].double() @ expected[i] for i in asked]).sum().backward()
 
     x32, w32 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    got, got_entropy = utils.token_logprobs(x32, w32, tokens, temperature, support)
-    loss = {"logprobs": a @ got, "entropy": b @ got_entropy}
-    (loss[ask] if ask in loss else sum(loss.values())).backward()
+    found = utils.token_logprobs(
+        x32, w32, tokens, temperature, support, "entropy" in ask, *((ref_hidden, ref_weight) if "kl" in ask else ())
+    )  # fmt: skip
+    for i in asked:  # logits of up to about 10 in float32: 2^-24 relative, a few operations
+        np.testing.assert_allclose(found[i].detach(), expected[i].detach(), atol=2e-5)
+    assert ("kl" in ask) == (found[2].abs().max().item() > 0.1)
+    torch.stack([weights[i] @ found[i] for i in asked]).sum().backward()
     # gradients are of size 1 to 10 and sum up to 43 float32 terms
     np.testing.assert_allclose(x32.grad, x.grad, atol=5e-5)
     np.testing.assert_allclose(w32.grad, w.grad, atol=5e-5)
@@ -299,7 +313,7 @@ def test_token_logprobs_gradient_equals_autograd(temperature: float, supported: 
 def test_token_logprobs_gradient_equals_finite_differences() -> None:
     hidden, weight, tokens, _ = logprob_case(6, 9, 5, False)
     x = hidden.clone().requires_grad_()
-    logp, entropy = utils.token_logprobs(x, weight, tokens, 0.8)
+    logp, entropy, _ = utils.token_logprobs(x, weight, tokens, 0.8)
     (logp.sum() + 0.5 * entropy.sum()).backward()
 
     def f(h: Tensor) -> float:
@@ -331,7 +345,7 @@ def test_token_logprobs_under_bfloat16_takes_the_log_softmax_in_float32() -> Non
     weight = (torch.randn(v, h) * 0.1).bfloat16().float()  # float32, but nothing is lost in bfloat16
     tokens = torch.randint(0, v, (n,))
     logits = hidden.double() @ weight.double().T
-    got, entropy = utils.token_logprobs(hidden, weight, tokens)
+    got, entropy, _ = utils.token_logprobs(hidden, weight, tokens)
     assert got.dtype == entropy.dtype == torch.float32
     # Rounding the logits themselves to bfloat16 costs 2^-9 of their size, at the token and in the
     # normaliser. A
@@ -574,6 +588,6 @@ def test_token_logprobs_under_bfloat16_ignore_a_common_offset() -> None:
     tokens = torch.randint(0, 200, (50,))
     exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     for matrix, name in ((weight, "plain"), (offset, "offset")):
-        found, _ = utils.token_logprobs(hidden.bfloat16(), matrix, tokens)
+        found, _, _ = utils.token_logprobs(hidden.bfloat16(), matrix, tokens)
         # three significant digits of logits of about 8: a few hundredths of a nat; the offset would cost up to 0.5
         assert (found - exact).abs().max() < 0.15, name

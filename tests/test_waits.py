@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def held(x: Tensor) -> Tensor:
 
 
 def collect(
-    policy: GPT2WithValueHead, classifier_dir: Path, tokenizer: PreTrainedTokenizerFast, on: bool, step: int = 1
-) -> tuple[Rollout, Watch]:
+    policy: GPT2WithValueHead, classifier_dir: Path, tokenizer: PreTrainedTokenizerFast, on: bool,
+    cfg: TrainConfig = CFG,
+) -> tuple[Rollout, Watch]:  # fmt: skip
     """A whole rollout with its scores after every second token, on the device or not."""
     reference = make_policy(len(tokenizer), seed=1).requires_grad_(False)
     reward = SentimentReward(str(classifier_dir))
@@ -47,8 +49,8 @@ def collect(
         reward.model = moved(reward.model)
     models = Models(policy, reference, reward, tokenizer)
     with Watch() as watch:
-        prompts = ragged_prompts(8, 16, len(tokenizer), step)
-        rollout = collect_rollout(models, prompts, uniforms(0, step, 8, 10), CFG, 0.1)
+        prompts = ragged_prompts(8, 16, len(tokenizer), 1)
+        rollout = collect_rollout(models, prompts, uniforms(0, 1, 8, 10), cfg, 0.1)
     return rollout, watch
 
 
@@ -111,29 +113,25 @@ def scoring_copies_to_the_host_once(classifier_dir: Path, tokenizer: PreTrainedT
 
 
 def an_update_waits_once_per_minibatch(classifier_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    policy = make_policy(len(tokenizer), critic=True)
-    here, _ = collect(policy, classifier_dir, tokenizer, on=False)
-    waits = {}
-    for size in (2, 4):
+    policy, waits = make_policy(len(tokenizer), critic=True), {}
+    for size, kl_in_loss in ((2, False), (4, False), (2, True)):
+        cfg = replace(CFG, minibatch_size=size, kl_in_loss=kl_in_loss)
         twin, there = copy.deepcopy(policy), on_device(policy)
-        rollout, _ = collect(there, classifier_dir, tokenizer, on=True)
-        cfg = TrainConfig(**{**vars_of(CFG), "minibatch_size": size})
+        here, _ = collect(twin, classifier_dir, tokenizer, on=False, cfg=cfg)
+        rollout, _ = collect(there, classifier_dir, tokenizer, on=True, cfg=cfg)
         expected = ppo_update(twin, build_optimizer(twin, cfg), here, cfg, 1)
         with Watch() as watch:
             row = ppo_update(there, build_optimizer(there, cfg), rollout, cfg, 1)
-        waits[size] = watch.count
+        waits[size, kl_in_loss] = watch.count
         for name in expected:
             if name != "seconds_update":
                 assert row[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
         weights = weights_of(there)
         for name, weight in twin.named_parameters():
             assert (held(weights[name]) - weight).abs().max() < 1e-4, name
-    assert (waits[2] - waits[4]) / 2 <= 1, waits  # 4 minibatches against 2
-    assert waits[2] < 25
-
-
-def vars_of(cfg: TrainConfig) -> dict[str, object]:
-    return {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
+    assert (waits[2, False] - waits[4, False]) / 2 <= 1, waits  # 4 minibatches against 2
+    assert waits[2, False] < 25
+    assert waits[2, True] == waits[2, False]
 
 
 def what_waits_is_counted_and_what_does_not_is_not(_: Path, tokenizer: PreTrainedTokenizerFast) -> None:

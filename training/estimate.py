@@ -50,7 +50,10 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
         tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
         layers = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
         layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
-        return cfg.batch_size * (layers + 2 * cfg.max_new_tokens * c.n_embd * c.vocab_size)
+        return cfg.batch_size * layers + logits(model)
+
+    def logits(model: GPT2WithValueHead) -> float:
+        return cfg.batch_size * 2 * cfg.max_new_tokens * model.lm.config.n_embd * model.lm.config.vocab_size
 
     weights = models.reward.model.named_parameters() if isinstance(models.reward, Classifier) else ()
     judged = sum(p.numel() for name, p in weights if "embeddings" not in name)
@@ -59,5 +62,5 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
     return {
         "generate": forward(models.policy),
         "score": forward(models.policy) + forward(models.reference) + 2 * judged * read,
-        "update": 3 * cfg.ppo_epochs * forward(models.policy),
+        "update": cfg.ppo_epochs * (3 * forward(models.policy) + (logits(models.reference) if cfg.kl_in_loss else 0)),
     }

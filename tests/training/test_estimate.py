@@ -1,5 +1,6 @@
 """The time that a run on the CPU will take, against torch's own count of operations."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,19 +37,20 @@ def counted(work: Any) -> tuple[float, Any]:
     return counter.get_total_flops(), found
 
 
-def test_flops_are_those_that_torch_counts(classifier_dir: Path) -> None:
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_flops_are_those_that_torch_counts(kl_in_loss: bool, classifier_dir: Path) -> None:
     policy = make_policy(vocab=400, n_embd=64)
     reference = make_policy(vocab=400, n_embd=64, seed=1).requires_grad_(False)
     reward = SentimentReward(str(classifier_dir))
     models: Any = SimpleNamespace(policy=policy, reference=reference, reward=reward)
-    expected = flops(models, CFG)
+    expected = flops(models, replace(CFG, kl_in_loss=kl_in_loss))
     prompts = torch.randint(0, 400, (8, 24)), torch.ones(8, 24, dtype=torch.bool)
     generate, seqs = counted(lambda: sample_responses(policy, *prompts, uniforms(0, 1, 8, 24), eos_id=-1))
     both, _ = counted(lambda: evaluate_both(policy, reference, seqs))
     ids = torch.randint(0, reward.model.config.vocab_size, (8, 24))
     with torch.no_grad():
         judged, _ = counted(lambda: reward.model(input_ids=ids))
-    rollout = make_rollout(policy, reference, seqs, torch.randn(8), 0.1)
+    rollout = make_rollout(policy, reference, seqs, torch.randn(8), 0.1, kl_in_loss=kl_in_loss)
     update, _ = counted(lambda: ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, CFG, 1))
     for name, found in (("generate", generate), ("score", both + judged), ("update", update)):
         assert 0.9 * expected[name] < found < 1.3 * expected[name], name

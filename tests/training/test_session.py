@@ -70,6 +70,7 @@ def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch,
         (5, "--adaptive_kl_target 0.5"),
         (5, "--lr_schedule constant --warmup_steps 2 --top_k 9"),
         (5, "--micro_batch_size 2 --ent_coef 0.01"),
+        (5, "--kl_in_loss true --adaptive_kl_target 0.5"),
     ],
 )
 def test_n_steps_equal_k_steps_and_a_resume(
