@@ -72,7 +72,8 @@ class Diagnostics:
             "same": f"only {row['distinct_rate']:.0%} of the responses differ: the reward is probably being gamed; "
             "raise --kl_coef, and read samples.csv",
             "length": f"responses have {length:.0f} tokens, {self.first_length:.0f} at the start: the policy "
-            "learns to stop early; raise --kl_coef, take fewer steps, or score --reward_on_prompt",
+            f"learns to stop early; {'' if self.cfg.kl_in_loss else 'set --kl_in_loss true, '}raise --kl_coef, take "
+            "fewer steps, or score --reward_on_prompt",
             "critic": f"the critic explains nothing (explained_var {critic:.1f} over {WINDOW} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
             "credit": f"the score is paid on the last token, and gae_lambda={self.cfg.gae_lambda} hides it from the "
