@@ -149,6 +149,26 @@ def best_possible(axis: Any, curve: dict[str, Any], best_of_n: list[dict[str, An
     axis.plot([b["kl"] for b in best_of_n], [b["score_mean"] for b in best_of_n], ".", color="black", label="best of n")
 
 
+def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
+    """Draw each run's share of the best gain against KL, a panel for each table of tools.interpolate by its title."""
+    figure = Figure(figsize=(13, 3.8 * -(-len(tables) // 2)), layout="constrained")
+    axes = list(
+        figure.subplots(-(-len(tables) // 2), min(2, len(tables)), sharex=True, sharey=True, squeeze=False).flat
+    )
+    colours = dict(zip(dict.fromkeys(run for table in tables.values() for run in table.run), itertools.cycle(
+        map(colormaps["tab20"], range(20))), strict=False))  # fmt: skip
+    for axis, (title, table) in zip(axes, tables.items(), strict=False):
+        for run, points in table.sort_values("alpha").groupby("run", sort=False):
+            axis.plot(points.kl, 100 * points.optimal_share, ".-", color=colours[run], label=str(run))
+        axis.set(title=title, xlabel="KL to base, nats per response", ylabel="% of the best gain")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    for axis in axes[len(tables) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
     """Draw score against KL along the lines from base through each policy, as tools.interpolate measures them.
 

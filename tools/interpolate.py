@@ -4,6 +4,7 @@
     python -m tools.interpolate ckpts --curve --csv curve.csv         every point of the curve, as a table and a picture
     python -m tools.interpolate ckpts_a ckpts_b --kl 2 --out both     the average of two runs, at 2 nats
     python -m tools.interpolate ckpts_a ckpts_b --curve --each        the curves of both, one beside the other
+    python -m tools.interpolate --draw a.csv,b.csv --csv both         both.png: shares of the best gain, from tables
 
 The weights are theta_ref + alpha (theta_policy - theta_ref), where theta_policy is the average over the runs named: the
 linear interpolation towards the initial weights and the averaging of WARP (Rame et al. 2024, arXiv 2406.16768).
@@ -29,13 +30,13 @@ from tqdm import tqdm
 import eval as evaluation_script
 from eval import Comparison
 from evaluation.intervals import bootstrap_ci
-from evaluation.studies import curve_picture
+from evaluation.studies import curve_picture, shares_picture
 from evaluation.summary import summarise
 from model import GPT2WithValueHead, evaluate_both
 from pretrain.models import quiet_saving
 from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
-from runtime.files import check_table_path, new_folder, write_atomic
+from runtime.files import check_table_path, new_folder, read_table, write_atomic
 from runtime.hub import load_gpt2, quiet_libraries
 from training.card import write_card
 from training.parts import load_models
@@ -64,6 +65,7 @@ class InterpolateConfig:
     batch_size: int = opt(128, "Prompts per forward pass.")
     judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    draw: str | None = opt(None, "Only draw these tables, a panel for each; the picture is named after --csv.")
     seed: int = opt(
         4321, "Seed of the prompts and of the sampling, another one than that of eval.py.", "Where and how it runs"
     )
@@ -74,6 +76,9 @@ class InterpolateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
     cfg = read_settings(argv)
+    if cfg.draw is not None:
+        draw_shares([Path(name.strip()) for name in cfg.draw.split(",")], Path(cfg.csv).with_suffix(".png"))
+        return
     quiet_libraries()
     path = Path(cfg.runs[0]) / "policy_lm"
     evaluation = EvalConfig(
@@ -97,8 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
     """Command line -> settings; words before the first flag are runs (raises UserError)."""
     cfg = parse_flags(InterpolateConfig, argv, __doc__, first="runs")
+    if cfg.draw is not None:
+        return cfg
     if cfg.kl is None and not cfg.curve:
-        raise UserError("nothing to do: ask for --kl NATS --out DIR, or for --curve")
+        raise UserError("nothing to do: ask for --kl NATS --out DIR, for --curve or for --draw CSV")
     if cfg.kl is not None and not 0 < cfg.kl < math.inf:
         raise UserError(f"kl={cfg.kl} must be more than 0")
     if cfg.kl is not None and cfg.out is None:
@@ -270,6 +277,14 @@ def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
     if len(shares) > 1:
         shares.loc["mean"] = shares.mean()
     return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")
+
+
+def draw_shares(paths: Sequence[Path], picture: Path) -> None:
+    """Draw the share of the best gain against KL from tables that --curve wrote (raises UserError)."""
+    tables = {path.stem: read_table(path, "run", "alpha", "kl", "optimal_share") for path in paths}
+    check_table_path(picture)
+    shares_picture(tables, picture)
+    print(picture)
 
 
 def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:

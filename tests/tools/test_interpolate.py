@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_eval
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from tools.interpolate import CLOSE, FARTHEST, Line, find_alpha, main, shares_at
@@ -137,6 +138,29 @@ def test_shares_are_read_off_between_the_points_of_each_curve() -> None:
     assert first.split() == ["a", "70.0", "-"]
     assert second.split() == ["b", "75.0", "85.0"]
     assert mean.split() == ["mean", "72.5", "85.0"]
+
+
+def test_tables_are_drawn_again_as_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = pd.DataFrame({"run": ["a", "a", "b"], "alpha": [1.5, 1, 1], "kl": [2.0, 1.0, 3.0],
+                           "optimal_share": [0.5, 0.4, 0.6]})  # fmt: skip
+    for name in ("small", "large"):
+        points.to_csv(tmp_path / f"{name}.csv", index=False)
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *args: object, **named: object) -> None:
+        drawn.append(figure)
+        save(figure, *args, **named)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    main(["--draw", f"{tmp_path / 'small.csv'}, {tmp_path / 'large.csv'}", "--csv", str(tmp_path / "both")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert [axis.get_title() for axis in drawn[0].axes] == ["small", "large"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {"a": [[1, 40], [2, 50]], "b": [[3, 60]]}, "in the order of alpha"
 
 
 @pytest.mark.parametrize(
