@@ -133,8 +133,8 @@ class TrainConfig:
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
     kl_in_loss: bool = opt(
         False,
-        "Put the exact KL into the loss instead of its sample into the rewards (ppo.kl_loss): less noise, and nothing "
-        "gained by stopping early.",
+        "Put the exact KL at each token into the loss instead of its sample into the rewards, so that stopping early "
+        "saves no KL; for long runs, and for scores paid at the end (ppo.kl_loss).",
     )
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
     gamma: float = opt(1.0, "Discount per token.")

@@ -155,11 +155,16 @@ class GPT2WithValueHead(nn.Module):
         return logprobs, values, entropy
 
     def evaluate_hidden(
-        self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True, anchor: "Anchor | None" = None
+        self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True, ref_states: "ReferenceStates | None" = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same from the hidden states (B, R, H), and the exact KL to the anchor; 0 outside the mask, but values."""
+        """The same from the hidden states (B, R, H), and the exact KL to the reference.
+
+        KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
+        """
         real, shape = seqs.real_tokens(), seqs.response_mask.shape
-        ref = () if anchor is None else (take_tokens(anchor.hidden, real).to(self.dtype), anchor.model.embedding)
+        ref = () if ref_states is None else (
+            take_tokens(ref_states.hidden, real).to(ref_states.model.dtype), ref_states.model.embedding
+        )  # fmt: skip
         logprobs, entropy, kl = token_logprobs(
             take_tokens(hidden, real).to(self.dtype), self.lm.lm_head.weight, take_tokens(seqs.responses, real),
             seqs.temperature, None if seqs.support is None else take_tokens(seqs.support, real), with_entropy,
@@ -169,7 +174,10 @@ class GPT2WithValueHead(nn.Module):
         return logprobs, self.values(hidden), entropy, kl
 
     def chunk(self, seqs: Sequences) -> list[slice]:
-        """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time."""
+        """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time.
+
+        Beside them may be as many of the reference.
+        """
         rows, width = seqs.response_mask.shape
         numbers = utils.CHUNK_FLOATS if seqs.tokens.device.type == "cpu" else utils.GPU_CHUNK_FLOATS
         size = max(1, numbers // self.lm.config.vocab_size // width)
@@ -197,17 +205,17 @@ class GPT2WithValueHead(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Anchor:
-    """What the exact KL to a frozen model needs: its hidden states (B, R, H) before the response tokens, and itself."""
+class ReferenceStates:
+    """The frozen reference, and its hidden states (B, R, H) before the response tokens: what the exact KL needs."""
 
     hidden: Tensor
     model: GPT2WithValueHead
 
     @classmethod
     @torch.no_grad()
-    def at(cls, model: GPT2WithValueHead, seqs: Sequences) -> "Anchor":
-        """The anchor for some responses."""
-        return cls(model.response_hidden(seqs), model)
+    def of(cls, reference: GPT2WithValueHead, seqs: Sequences) -> "ReferenceStates":
+        """Those for some responses."""
+        return cls(reference.response_hidden(seqs), reference)
 
 
 def load_reference(
@@ -260,14 +268,15 @@ def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
 
 @torch.no_grad()
 def evaluate_both(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, anchor: Anchor | None = None
+    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, ref_hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Evaluate the responses under both models: logprobs, ref_logprobs, values, entropy and exact_kl, all (B, R).
 
     They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats. The reference's
-    hidden states are taken from the anchor where there is one.
+    hidden states (B, R, H) are computed unless they are given.
     """
-    hidden, ref_hidden = policy.response_hidden(seqs), (anchor or Anchor.at(reference, seqs)).hidden
+    hidden = policy.response_hidden(seqs)
+    ref_hidden = reference.response_hidden(seqs) if ref_hidden is None else ref_hidden
     embedding, ref_embedding = (output_embedding(x.lm.lm_head.weight, x.dtype) for x in (policy, reference))
     chunks: list[list[Tensor]] = []
     for rows in policy.chunk(seqs):

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from model import Anchor, GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
+from model import GPT2WithValueHead, ReferenceStates, Sequences, decode, evaluate_both, sample_responses
 from reward import UNSCALED, Reward, ScoreScale, score_responses
 from runtime.device import FittingSize, Stopwatch
 from runtime.distributed import (
@@ -104,8 +104,8 @@ class Rollout:
 
     logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; partial_scores (B, R) are scores of the
     unfinished responses, NaN where there is none; scores (B,) are in the reward's own units, and score_scale turns them
-    into what is paid. has_label says whether they are 2 P(label) - 1. anchor is there where the loss has the price of
-    KL, which the rewards then leave out. seconds says how long each phase took.
+    into what is paid. has_label says whether they are 2 P(label) - 1. With ref_states the price of KL is part of the
+    loss, and the rewards are scores alone. seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -119,12 +119,13 @@ class Rollout:
     kl_coef: float
     score_scale: ScoreScale = UNSCALED
     has_label: bool = True
-    anchor: Anchor | None = None
+    ref_states: ReferenceStates | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for x in (self.logprobs, self.ref_logprobs, self.values, self.exact_kl, self.entropy, self.partial_scores):
             assert x.shape == self.mask.shape
+        assert self.ref_states is None or self.ref_states.hidden.shape[:2] == self.mask.shape
         assert self.scores.shape == self.mask.shape[:1]
 
     def widened(self, width: int) -> "Rollout":
@@ -146,7 +147,7 @@ class Rollout:
 
     def rewards(self) -> Tensor:
         """The rewards per token (B, R): the price of KL, unless the loss has it, and the score."""
-        scores, kl_coef = self.score_scale.standardize(self.scores), 0.0 if self.anchor else self.kl_coef
+        scores, kl_coef = self.score_scale.standardize(self.scores), self.kl_coef if self.ref_states is None else 0.0
         return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, kl_coef)[0]
 
     def expected_scores(self) -> Tensor:
@@ -195,14 +196,14 @@ def collect_rollout(
         seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
         seconds_generate = watch.lap()
         _ = seqs.token_lists  # read now, so that a GPU evaluates them while the host prepares their texts
-        anchor = Anchor.at(models.reference, seqs) if cfg.kl_in_loss else None
+        ref_states = ReferenceStates.of(models.reference, seqs)
         logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(
-            models.policy, models.reference, seqs, anchor
+            models.policy, models.reference, seqs, ref_states.hidden
         )  # fmt: skip
         scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
     own_rollout = Rollout(
         seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef, models.score_scale,
-        has_label=models.reward.label is not None, anchor=anchor,
+        has_label=models.reward.label is not None, ref_states=ref_states if cfg.kl_in_loss else None,
     )  # fmt: skip
     rollout = own_rollout.gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
@@ -213,9 +214,9 @@ def collect_rollout(
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the loss compares the new policy with: everything (B, R).
+    """What the loss compares the new policy with: everything (B, R), but for hidden states (B, R, H).
 
-    kl_price is that of a nat in the units of the advantages, where the loss has it: beside an anchor.
+    kl_price is that of a nat in the units of the advantages; None, as ref_states, where the rewards have KL.
     """
 
     sequences: Sequences
@@ -223,7 +224,7 @@ class Batch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    anchor: Anchor | None = None
+    ref_states: ReferenceStates | None = None
     kl_price: Tensor | None = None
 
     def __len__(self) -> int:
@@ -275,8 +276,10 @@ def kl_loss(kl: Tensor, batch: Batch, token_count: Tensor | int) -> Tensor:
     a nat costs beta / sigma, where sigma is the advantages' standard deviation:
     (beta / sigma) sum_t KL(policy(. | s_t) || reference(. | s_t)) / token_count.
 
-    Its gradient has no noise of sampled tokens. It takes the states s_t as they are, where a KL in the rewards also
-    teaches the policy to avoid states in which KL has to be paid: to stop early, above all.
+    It takes the states s_t as they are, where KL in the rewards also teaches the policy to avoid states in which KL has
+    to be paid: to stop early, above all. So its optimum is not pi_ref(y) exp(score(y) / beta) / Z. Each token has
+    pi_ref(a) exp(Q / beta) / Z, where Q is the mean score that it leads to (tests/test_convergence.py). Where all
+    advantages are alike, sigma is 1e-4, and KL is all that counts.
     """
     assert batch.kl_price is not None
     return torch.where(batch.sequences.response_mask, batch.kl_price * kl, 0).sum() / token_count
@@ -301,11 +304,10 @@ def ppo_update(
     rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
     baseline = expected + rollout.values  # the value head learns what partial scores do not tell
     advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
-    kl_price = (rollout.kl_coef * inverse_std(advantages, mask)).expand_as(advantages)
-    batch = Batch(
-        rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected,
-        rollout.anchor, kl_price,
-    )  # fmt: skip
+    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
+    if rollout.ref_states is not None:
+        kl_price = (rollout.kl_coef * inverse_std(advantages, mask)).expand_as(advantages)
+        batch = replace(batch, ref_states=rollout.ref_states, kl_price=kl_price)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
@@ -346,8 +348,9 @@ def accumulate_gradients(
     policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, micro_batch: FittingSize, reducer: GradientReducer,
     scaler: GradScaler = NO_SCALER,
 ) -> "UpdateStats":  # fmt: skip
-    """Set the policy's gradient to that of the (scaled) PPO loss on a minibatch; returns its statistics.
+    """Set the policy's gradient to that of the (scaled) loss on a minibatch; returns its statistics.
 
+    The loss is PPO's, and the price of KL where the rewards leave it out.
     Each rank takes its share of the rows, in micro-batches of a size that memory suffices for. A micro-batch is one
     pass through the transformer. The loss above its hidden states is a sum over tokens, so it is backpropagated to
     them chunk by chunk. The logits of all tokens, 50,257 each for GPT-2, never exist at once.
@@ -366,10 +369,10 @@ def accumulate_gradients(
             for rows in policy.chunk(micro.sequences):
                 part = micro.select(rows)
                 logprobs, values, entropy, kl = policy.evaluate_hidden(
-                    states[rows], part.sequences, cfg.ent_coef > 0, part.anchor
+                    states[rows], part.sequences, cfg.ent_coef > 0, part.ref_states
                 )  # fmt: skip
                 loss, sums = ppo_loss(logprobs, values, entropy, part, cfg, token_count)
-                if part.anchor:
+                if part.ref_states is not None:
                     loss = loss + kl_loss(kl, part, token_count)
                 scaler.scale(loss).backward()
                 stats.add_sums(sums)

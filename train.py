@@ -89,7 +89,7 @@ def evaluate_held_out(parts: Parts, cfg: TrainConfig, kl_coef: float) -> dict[st
     """Averages over the held-out prompts, always sampled with the same random numbers; kl_coef is that of this step."""
     ids, mask = parts.held_out.batch(1)
     noise = uniforms(cfg.seed, 0, len(ids), cfg.max_new_tokens)
-    whole = replace(cfg, reward_every=0)  # whole responses only: averages need no more
+    whole = replace(cfg, reward_every=0, kl_in_loss=False)  # whole responses only, no gradient: averages need no more
     batches = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.batch_size))
     return Rollout.cat(
         [collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef) for rows in batches]

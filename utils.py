@@ -153,8 +153,9 @@ def token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
     with_entropy: bool = True, ref_hidden: Tensor | None = None, ref_embedding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probability of each token, entropy of its distribution and KL to the reference's, (N,) each, differentiable.
+    """Log-probability of each token, entropy of its distribution and KL to the reference's, differentiable.
 
+    Each is (N,) float32.
     hidden (N, H) are the states in which the tokens (N,) were chosen, weight (V, H) is the output embedding, support
     (N, V) bool marks the tokens that could be chosen (None: all). ref_hidden and ref_embedding (from output_embedding)
     are the reference's. Entropy is 0 where it is not wanted, and KL where there is no reference.
@@ -169,7 +170,7 @@ class _TokenLogprobs(torch.autograd.Function):
     d log p_k / d z_j = [j = k] - p_j,    d h / d z_j = -p_j (log p_j + h)    and
     d KL / d z_j = p_j (log p_j - log q_j - KL).
 
-    One (N, V) matrix is kept for the backward pass, and one more for KL; autograd would keep three of each.
+    One (N, V) matrix is kept for the backward pass, and one more for KL; autograd would keep three, and more.
     """
 
     @staticmethod
@@ -186,11 +187,12 @@ class _TokenLogprobs(torch.autograd.Function):
         if ref_hidden is not None:
             all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
             log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
-            log_ratio[:, vocabulary:] = 0  # infinity less infinity
+            log_ratio[:, vocabulary:] = 0  # infinity less infinity: here, and outside the support, p is 0
             if support is not None:
                 log_ratio[:, :vocabulary].masked_fill_(~support, 0)
-            kl = _expectation(all_logprobs.exp(), log_ratio, support, vocabulary)
-        ctx.mark_non_differentiable(*[entropy] * (not with_entropy), *[kl] * (log_ratio is None))
+            kl = _expectation(all_logprobs.exp(), log_ratio, None, vocabulary)
+        unwanted = [x for x, wanted in ((entropy, with_entropy), (kl, log_ratio is not None)) if not wanted]
+        ctx.mark_non_differentiable(*unwanted)
         ctx.save_for_backward(hidden, weight, embedding, tokens, all_logprobs, entropy, log_ratio, kl)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -204,8 +206,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_entropy is not None:
             factor = factor - grad_entropy[:, None] * (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
         if grad_kl is not None:
-            factor = factor + grad_kl[:, None] * (log_ratio - kl[:, None])
+            factor = torch.addcmul(factor - (grad_kl * kl)[:, None], grad_kl[:, None], log_ratio)
         grad *= factor
+        del factor  # as large as the logits
         grad.scatter_add_(1, tokens[:, None], grad_logprobs[:, None])
         if ctx.temperature != 1:
             grad /= ctx.temperature

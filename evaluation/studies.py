@@ -155,10 +155,11 @@ def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
     axes = list(
         figure.subplots(-(-len(tables) // 2), min(2, len(tables)), sharex=True, sharey=True, squeeze=False).flat
     )
-    colours = dict(zip(dict.fromkeys(run for table in tables.values() for run in table.run), itertools.cycle(
-        map(colormaps["tab20"], range(20))), strict=False))  # fmt: skip
+    runs = dict.fromkeys(run for table in tables.values() for run in table.run)
+    colours = {run: colormaps["tab20"](number % 20) for number, run in enumerate(runs)}
     for axis, (title, table) in zip(axes, tables.items(), strict=False):
-        for run, points in table.sort_values("alpha").groupby("run", sort=False):
+        for run, unordered in table.groupby("run", sort=False):
+            points = unordered.sort_values("alpha")
             axis.plot(points.kl, 100 * points.optimal_share, ".-", color=colours[run], label=str(run))
         axis.set(title=title, xlabel="KL to base, nats per response", ylabel="% of the best gain")
         axis.set_xlim(left=0)

@@ -40,7 +40,7 @@ from transformers import (
 import eval as eval_script
 import train
 from data import Pair
-from model import Anchor, GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from model import GPT2WithValueHead, ReferenceStates, Sequences, evaluate_both, sample_responses
 from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
@@ -149,9 +149,9 @@ def make_rollout(
     """A rollout with scores made up by a test; with kl_in_loss the reference is frozen."""
     logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(policy, reference, seqs)
     partial = torch.full_like(logprobs, torch.nan) if partial is None else partial
-    anchor = Anchor.at(reference.requires_grad_(False), seqs) if kl_in_loss else None
+    ref_states = ReferenceStates.of(reference.requires_grad_(False), seqs) if kl_in_loss else None
     return Rollout(
-        seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial, scores, kl_coef, anchor=anchor
+        seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial, scores, kl_coef, ref_states=ref_states
     )  # fmt: skip
 
 

@@ -340,6 +340,14 @@ def test_documented_commands_are_understood(command: str) -> None:
         parse_config({"train": TrainConfig, "eval": EvalConfig}[script], words)
 
 
+def test_links_lead_somewhere() -> None:
+    """Of the README and the docs, to files here."""
+    root = Path(__file__).parent.parent
+    for page in [root / "README.md", root / "results" / "README.md", *(root / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_there_are_documented_commands() -> None:
     assert len(documented_commands()) > 8
 

@@ -1,6 +1,7 @@
 """The policy against the library's own loss, float64 runs and a sampler without a cache."""
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from transformers import (
 
 import model
 import utils
-from model import GPT2WithValueHead, Sequences, evaluate_both, load_reference, sample_responses
+from model import GPT2WithValueHead, ReferenceStates, Sequences, evaluate_both, load_reference, sample_responses
 from runtime.hub import load_gpt2
 from utils import uniforms
 
@@ -406,6 +407,21 @@ def test_loaded_model_computes_what_the_library_computes(gpt2_dir: Path) -> None
         chosen = logp[torch.arange(n), seqs.responses[row, :n]]
         np.testing.assert_allclose(scored[row, :n].detach(), chosen, atol=TOLERANCE)
         np.testing.assert_allclose(seqs.logprobs[row, :n], chosen, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
+@pytest.mark.parametrize("dtypes", [*itertools.product([torch.float32, torch.bfloat16], repeat=2)], ids=str)
+def test_the_kl_of_the_loss_is_the_one_reported(
+    dtypes: tuple[torch.dtype, torch.dtype], sampling: dict[str, float]
+) -> None:
+    """In every precision of policy and reference."""
+    policy = GPT2WithValueHead(make_policy().lm, dtypes[0])
+    reference = GPT2WithValueHead(make_policy(seed=1).lm, dtypes[1]).requires_grad_(False)
+    seqs = sample(policy, **sampling)
+    reported, states = evaluate_both(policy, reference, seqs)[4], ReferenceStates.of(reference, seqs)
+    kl = policy.evaluate_hidden(policy.response_hidden(seqs), seqs, False, states)[3]
+    assert reported.max() > 0.05
+    torch.testing.assert_close(kl, reported, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)

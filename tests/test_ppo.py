@@ -410,12 +410,12 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
     weights.
     """
     model = copy.deepcopy(policy).double()
-    anchor = copy.deepcopy(rollout.anchor.model).double() if rollout.anchor else None
+    reference = copy.deepcopy(rollout.ref_states.model).double() if rollout.ref_states else None
     seqs, rows = rollout.sequences, len(rollout.scores)
     lengths = seqs.response_mask.sum(1).tolist()
     advantages, returns = [], []
     for row, n in enumerate(lengths):
-        kl_coef = 0.0 if rollout.anchor else cfg.kl_coef
+        kl_coef = cfg.kl_coef if rollout.ref_states is None else 0.0
         r = -kl_coef * (rollout.logprobs - rollout.ref_logprobs)[row, :n].double().numpy()
         r[-1] += rollout.scores[row].item()
         v = rollout.values[row, :n].double().numpy()
@@ -443,9 +443,9 @@ def float64_update(policy: GPT2WithValueHead, rollout: Rollout, cfg: TrainConfig
             near = old_value + (value - old_value).clamp(-cfg.value_clip_range, cfg.value_clip_range)
             value_loss = torch.max((value - target) ** 2, (near - target) ** 2) / 2
             total = total + (-surrogate + cfg.value_coef * value_loss - cfg.ent_coef * entropy).sum()
-            if anchor is not None:
-                ref_hidden = anchor.lm.transformer(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
-                ref_logits = ref_hidden @ anchor.lm.lm_head.weight.T / seqs.temperature
+            if reference is not None:
+                ref_hidden = reference.lm.transformer(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
+                ref_logits = ref_hidden @ reference.lm.lm_head.weight.T / seqs.temperature
                 if seqs.support is not None:
                     ref_logits = ref_logits.masked_fill(~seqs.support[row, :n], -1e30)
                 kl = (logp.exp() * (logp - torch.log_softmax(ref_logits, -1))).sum(-1)
@@ -806,7 +806,7 @@ def test_cat_of_rollouts_is_the_rollout_of_all_prompts() -> None:
     policy = make_policy()
     seqs = sample(policy)
     scores = torch.linspace(-1, 1, len(seqs.tokens))
-    whole = make_rollout(policy, make_policy(seed=1), seqs, scores, 0.1)
+    whole = make_rollout(policy, make_policy(seed=1), seqs, scores, 0.1, kl_in_loss=True)
     by_length = seqs.response_mask.sum(1).argsort()
     parts = []
     for rows in (by_length[:3], by_length[3:]):
@@ -815,9 +815,38 @@ def test_cat_of_rollouts_is_the_rollout_of_all_prompts() -> None:
         short = replace(some, tokens=some.tokens[:, : prompts + width],
                         attention_mask=some.attention_mask[:, : prompts + width],
                         response_mask=some.response_mask[:, :width], logprobs=some.logprobs[:, :width])  # fmt: skip
-        parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1))
+        parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1, kl_in_loss=True))
     assert parts[0].mask.shape[1] < parts[1].mask.shape[1]
-    assert Rollout.cat(parts).metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+    joined = Rollout.cat(parts)
+    assert joined.metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+    assert joined.ref_states is not None
+    assert whole.ref_states is not None
+    found, expected = joined.ref_states.hidden, whole.ref_states.hidden[by_length]
+    torch.testing.assert_close(found[joined.mask], expected[joined.mask], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_kl_is_paid_in_the_rewards_or_in_the_loss(kl_in_loss: bool, flags: dict[str, str]) -> None:
+    """As the setting says, and never in both."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    cfg = resolve(parse_config(TrainConfig, [*words, f"--kl_in_loss={kl_in_loss}", "--max_new_tokens=10"]))
+    parts = load_parts(cfg)
+    with torch.no_grad():
+        for weight in parts.models.policy.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    rollout = collect_rollout(parts.models, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg, 0.1)
+    kl, last = rollout.logprobs - rollout.ref_logprobs, rollout.mask.sum(1) - 1
+    expected = torch.where(rollout.mask, -0.1 * kl * (not kl_in_loss), 0)
+    expected[torch.arange(len(last)), last] += rollout.scores
+    assert kl.abs().max() > 0.1
+    torch.testing.assert_close(rollout.rewards(), expected)
+    if kl_in_loss:
+        assert rollout.ref_states is not None
+        torch.testing.assert_close(
+            rollout.ref_states.hidden, parts.models.reference.response_hidden(rollout.sequences).detach()
+        )
+    else:
+        assert rollout.ref_states is None
 
 
 def test_partial_scores_are_part_of_the_baseline() -> None:

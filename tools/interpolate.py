@@ -65,7 +65,9 @@ class InterpolateConfig:
     batch_size: int = opt(128, "Prompts per forward pass.")
     judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
-    draw: str | None = opt(None, "Only draw these tables, a panel for each; the picture is named after --csv.")
+    draw: str | None = opt(
+        None, "Only draw these tables, made with --frontier, a panel each; the picture is named after --csv."
+    )
     seed: int = opt(
         4321, "Seed of the prompts and of the sampling, another one than that of eval.py.", "Where and how it runs"
     )
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
     cfg = read_settings(argv)
     if cfg.draw is not None:
-        draw_shares([Path(name.strip()) for name in cfg.draw.split(",")], Path(cfg.csv).with_suffix(".png"))
+        draw_shares([name.strip() for name in cfg.draw.split(",")], Path(cfg.csv.removesuffix(".csv") + ".png"))
         return
     quiet_libraries()
     path = Path(cfg.runs[0]) / "policy_lm"
@@ -279,9 +281,13 @@ def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
     return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")
 
 
-def draw_shares(paths: Sequence[Path], picture: Path) -> None:
+def draw_shares(names: Sequence[str], picture: Path) -> None:
     """Draw the share of the best gain against KL from tables that --curve wrote (raises UserError)."""
-    tables = {path.stem: read_table(path, "run", "alpha", "kl", "optimal_share") for path in paths}
+    tables = {
+        name.removesuffix(".csv"): read_table(Path(name), "run", "alpha", "kl", "optimal_share") for name in names
+    }
+    if len({Path(name).name for name in tables}) == len(tables):
+        tables = {Path(name).name: table for name, table in tables.items()}
     check_table_path(picture)
     shares_picture(tables, picture)
     print(picture)

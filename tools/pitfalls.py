@@ -62,6 +62,8 @@ class PitfallsConfig:
 def main(argv: list[str] | None = None) -> None:
     """Show one bug, or train what is missing of all of them, then print and draw (raises UserError)."""
     cfg = parse_flags(PitfallsConfig, argv, __doc__)
+    if parse_config(TrainConfig, words("train", cfg.train)).kl_in_loss:
+        raise UserError("train: kl_in_loss must be false, because the bugs are in the formula with KL in the rewards")
     if cfg.draw is None and cfg.bug is not None:
         show(cfg, find(cfg.bug))
         return

@@ -42,8 +42,9 @@ def test_a_score_that_reaches_no_early_token_is_warned_of(asked: TrainConfig) ->
     assert "--gae_lambda 1" in given[0]
 
 
-def test_short_responses_are_warned_of_and_a_passing_dip_is_not() -> None:
-    diagnostics = Diagnostics(TrainConfig())
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_short_responses_are_warned_of_and_a_passing_dip_is_not(kl_in_loss: bool) -> None:
+    diagnostics = Diagnostics(TrainConfig(kl_in_loss=kl_in_loss))
     lengths = [40.0] * 10 + [10.0] * 3 + [40.0] * 10 + [28.5] * 20 + [27.0] * 20
     given = {
         step: text for step, n in enumerate(lengths) for text in diagnostics.warnings({**HEALTHY, "response_len": n})
@@ -51,6 +52,7 @@ def test_short_responses_are_warned_of_and_a_passing_dip_is_not() -> None:
     assert list(given) == [46], "once four of ten are at 27"
     assert "28 tokens, 40 at the start" in given[46]
     assert "--kl_coef" in given[46]
+    assert ("--kl_in_loss" in given[46]) == (not kl_in_loss)
 
 
 @pytest.mark.parametrize("name", SICK)
