@@ -163,11 +163,17 @@ def _stale_logprobs() -> Callable[..., Rollout]:
 
     def collect(models: Models, *rest: Any) -> Rollout:
         rollout = collect_rollout(models, *rest)
-        old.append(copy.deepcopy(models.policy))
+        old.append(_copy(models.policy))
         acting = old.pop(0) if len(old) > 1 else old[0]
         return replace(rollout, logprobs=evaluate_both(acting, models.reference, rollout.sequences)[0])
 
     return collect
+
+
+def _copy(policy: GPT2WithValueHead) -> GPT2WithValueHead:
+    """A copy without the sampler, because what CUDA has recorded cannot be copied."""
+    copied: GPT2WithValueHead = copy.deepcopy(policy, {id(policy.sampler): None})
+    return copied
 
 
 _response_hidden = GPT2WithValueHead.response_hidden

@@ -297,7 +297,8 @@ def replace_rows(path: Path, rows: pd.DataFrame) -> None:
     """Write the rows of one setting and seed into a table, in place of older ones."""
     if path.exists():
         old = read_table(path, *KEY)
-        rows = pd.concat([old[~is_same_run(old, rows.iloc[0])], rows])
+        kept = old[~is_same_run(old, rows.iloc[0])]
+        rows = pd.DataFrame([*kept.to_dict("records"), *rows.to_dict("records")])
     write_atomic(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
