@@ -1,6 +1,7 @@
 """Apple's GPUs, as far as one machine can tell: a pretended device without float64 does all that a run computes."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,17 @@ def make_parts(classifier_dir: Path, gpt2_dir: Path, move: bool) -> Parts:
 
 
 def a_run(parts: Parts) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """All that a run computes: the audit, the scale, two steps, samples, an evaluation; its numbers and weights."""
-    models, cfg = parts.models, SETTINGS
-    audit(models, parts.prompts.batch(1), cfg)
-    scale = score_scale.measure(parts, cfg)
-    optimizer = build_optimizer(models.policy, cfg)
+    """All that a run computes: the audit, the scale, two steps, samples, an evaluation; its numbers and weights.
+
+    In the second step KL is in the loss.
+    """
+    models = parts.models
+    audit(models, parts.prompts.batch(1), SETTINGS)
+    scale = score_scale.measure(parts, SETTINGS)
+    optimizer = build_optimizer(models.policy, SETTINGS)
     rows: list[dict[str, Any]] = [{"mean": scale.mean, "std": scale.std}]
     for step in (1, 2):
+        cfg = replace(SETTINGS, kl_in_loss=step == 2)
         noise = utils.uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
         rollout = collect_rollout(models, parts.prompts.batch(step), noise, cfg, cfg.kl_coef)
         update = ppo_update(models.policy, optimizer, rollout, cfg, step)

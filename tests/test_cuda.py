@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from config import TrainConfig
@@ -162,24 +163,29 @@ CFG = TrainConfig(
 )
 
 
-def collected(policy: GPT2WithValueHead, classifier: Path, tokenizer: PreTrainedTokenizerFast, device: str) -> Rollout:
+def collected(
+    policy: GPT2WithValueHead, classifier: Path, tokenizer: PreTrainedTokenizerFast, device: str,
+    cfg: TrainConfig = CFG,
+) -> Rollout:  # fmt: skip
     reference = make_policy(len(tokenizer), seed=1).to(device).requires_grad_(False)
     models = Models(policy, reference, SentimentReward(str(classifier), device=device), tokenizer)
-    return collect_rollout(models, ragged_prompts(8, 16, len(tokenizer)), uniforms(0, 1, 8, 10), CFG, 0.1)
+    return collect_rollout(models, ragged_prompts(8, 16, len(tokenizer)), uniforms(0, 1, 8, 10), cfg, 0.1)
 
 
+@pytest.mark.parametrize("kl_in_loss", [False, True])
 def test_cuda_scores_rewards_and_updates_are_those_of_the_cpu(
-    classifier_dir: Path, tokenizer: PreTrainedTokenizerFast
+    kl_in_loss: bool, classifier_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    cfg = replace(CFG, kl_in_loss=kl_in_loss)
     policy = make_policy(len(tokenizer), critic=True)
     there = copy.deepcopy(policy).cuda()
-    expected = collected(policy, classifier_dir, tokenizer, "cpu")
-    found = collected(there, classifier_dir, tokenizer, "cuda")
+    expected = collected(policy, classifier_dir, tokenizer, "cpu", cfg)
+    found = collected(there, classifier_dir, tokenizer, "cuda", cfg)
     for name in ("scores", "partial_scores", "logprobs", "ref_logprobs", "values"):
         assert torch.allclose(getattr(found, name).cpu(), getattr(expected, name), atol=1e-3, equal_nan=True), name
     assert torch.allclose(found.rewards().cpu(), expected.rewards(), atol=2e-3)
     assert found.metrics() == pytest.approx(expected.metrics(), rel=1e-2, abs=1e-3)
-    here, gpu = (ppo_update(p, build_optimizer(p, CFG), r, CFG, 1) for p, r in ((policy, expected), (there, found)))
+    here, gpu = (ppo_update(p, build_optimizer(p, cfg), r, cfg, 1) for p, r in ((policy, expected), (there, found)))
     for name in ("policy_loss", "value_loss", "approx_kl", "grad_norm", "ratio_max"):
         assert gpu[name] == pytest.approx(here[name], rel=2e-2, abs=2e-3), name
 

@@ -53,8 +53,9 @@ def half(policy: GPT2WithValueHead) -> GPT2WithValueHead:
     return policy
 
 
-def rollout_of(policy: GPT2WithValueHead) -> Rollout:
-    return make_rollout(policy, half(make_policy(seed=1)), sample(policy), torch.linspace(-1, 1, 8), 0.1)
+def rollout_of(policy: GPT2WithValueHead, kl_in_loss: bool = False) -> Rollout:
+    reference, scores = half(make_policy(seed=1)), torch.linspace(-1, 1, 8)
+    return make_rollout(policy, reference, sample(policy), scores, 0.1, kl_in_loss=kl_in_loss)
 
 
 # --- the facts ------------------------------------------------------------------------------------------------------
@@ -75,12 +76,13 @@ def test_logprobs_are_the_librarys_and_the_samplers() -> None:
         assert (entropy[row, :n] + (expected.exp() * expected).sum(-1)).abs().max() < TOLERANCE
 
 
-def test_padding_and_micro_batches_change_nothing() -> None:
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_padding_and_micro_batches_change_nothing(kl_in_loss: bool) -> None:
     policy = half(make_policy(critic=True))
     seqs = sample(policy)
     for a, b in zip(policy.evaluate_responses(seqs), policy.evaluate_responses(pad_more(seqs, 20)), strict=True):
         assert (a - b).abs().max() < TOLERANCE
-    rollout, weights = rollout_of(policy), []
+    rollout, weights = rollout_of(policy, kl_in_loss), []
     for size in (1, 2, 4, 8):
         twin = copy.deepcopy(policy)
         cfg = replace(CFG, micro_batch_size=size, minibatch_size=8, ppo_epochs=1)
