@@ -131,11 +131,7 @@ class TrainConfig:
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
     kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
-    kl_in_loss: bool = opt(
-        False,
-        "Put the exact KL at each token into the loss instead of its sample into the rewards, so that stopping early "
-        "saves no KL; for long runs, and for scores paid at the end (ppo.kl_loss).",
-    )
+    kl_in_loss: bool = opt(False, "Exact KL in the loss, not in the rewards: long runs keep the length of responses.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
     gamma: float = opt(1.0, "Discount per token.")
     # Without reward_every this should be 1. Below 1 the final score reaches early tokens only through a critic that

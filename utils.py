@@ -153,16 +153,13 @@ def token_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
     with_entropy: bool = True, ref_hidden: Tensor | None = None, ref_embedding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probability of each token, entropy of its distribution and KL to the reference's, differentiable.
+    """Log-probability of each token, entropy of its distribution, KL to the reference's: (N,) float32, differentiable.
 
-    Each is (N,) float32.
     hidden (N, H) are the states in which the tokens (N,) were chosen, weight (V, H) is the output embedding, support
     (N, V) bool marks the tokens that could be chosen (None: all). ref_hidden and ref_embedding (from output_embedding)
     are the reference's. Entropy is 0 where it is not wanted, and KL where there is no reference.
     """
-    return _TokenLogprobs.apply(
-        hidden, weight, tokens, temperature, support, with_entropy, ref_hidden, ref_embedding
-    )  # fmt: skip
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, support, with_entropy, ref_hidden, ref_embedding)
 
 
 class _TokenLogprobs(torch.autograd.Function):
