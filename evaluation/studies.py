@@ -151,10 +151,9 @@ def best_possible(axis: Any, curve: dict[str, Any], best_of_n: list[dict[str, An
 
 def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
     """Draw each run's share of the best gain against KL, a panel for each table of tools.interpolate by its title."""
-    figure = Figure(figsize=(13, 3.8 * -(-len(tables) // 2)), layout="constrained")
-    axes = list(
-        figure.subplots(-(-len(tables) // 2), min(2, len(tables)), sharex=True, sharey=True, squeeze=False).flat
-    )
+    rows = -(-len(tables) // 2)
+    figure = Figure(figsize=(13, 3.8 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, min(2, len(tables)), sharex=True, sharey=True, squeeze=False).flat)
     runs = dict.fromkeys(run for table in tables.values() for run in table.run)
     colours = {run: colormaps["tab20"](number % 20) for number, run in enumerate(runs)}
     for axis, (title, table) in zip(axes, tables.items(), strict=False):

@@ -63,12 +63,25 @@ def is_close(p: Tensor, q: Tensor) -> bool:
     return variation(p, q) < MOST_VARIATION and divergence(p, q) < MOST_KL
 
 
+def train(policy: GPT2WithValueHead, reference: GPT2WithValueHead, rewards: Tensor, cfg: TrainConfig) -> None:
+    """The whole of PPO on the language, paid with the rewards (85,) of its responses."""
+    number = {y: i for i, y in enumerate(RESPONSES)}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    prompts = torch.full((cfg.batch_size, 1), PROMPT)
+    for step in range(1, cfg.total_steps + 1):
+        u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
+        seqs = sample_responses(policy, prompts, prompts > 0, u, eos_id=EOS)
+        rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
+        scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
+        rollout = make_rollout(policy, reference, seqs, scores, BETA, kl_in_loss=cfg.kl_in_loss)
+        ppo_update(policy, optimizer, rollout, cfg, step)
+
+
 def test_ppo_reaches_the_known_optimum() -> None:
     assert len(RESPONSES) == 85
     policy, reference = make_policy(VOCAB), make_policy(VOCAB)
     frozen = weights_of(reference)
     rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    number = {y: i for i, y in enumerate(RESPONSES)}
     start = log_distribution(reference)
     assert start.exp().sum().item() == pytest.approx(1, abs=1e-9)
 
@@ -88,14 +101,7 @@ def test_ppo_reaches_the_known_optimum() -> None:
         kl_coef=BETA,
         gae_lambda=1.0,
     )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
-    prompts = torch.full((cfg.batch_size, 1), PROMPT)
-    for step in range(1, cfg.total_steps + 1):
-        u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
-        seqs = sample_responses(policy, prompts, prompts > 0, u, eos_id=EOS)
-        rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
-        scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
-        ppo_update(policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA), cfg, step)
+    train(policy, reference, rewards, cfg)
 
     learned, best = log_distribution(policy), target(BETA)
     assert learned.exp().sum().item() == pytest.approx(1, abs=1e-9)
@@ -141,19 +147,11 @@ def optimum_with_kl_in_the_loss(reference: GPT2WithValueHead, rewards: Tensor) -
 def test_kl_in_the_loss_reaches_its_own_optimum() -> None:
     policy, reference = make_policy(VOCAB), make_policy(VOCAB)
     rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    number = {y: i for i, y in enumerate(RESPONSES)}
     cfg = TrainConfig(
         total_steps=100, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA, gae_lambda=1.0,
         kl_in_loss=True,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
-    prompts = torch.full((cfg.batch_size, 1), PROMPT)
-    for step in range(1, cfg.total_steps + 1):
-        u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
-        seqs = sample_responses(policy, prompts, prompts > 0, u, eos_id=EOS)
-        rows = zip(seqs.responses.tolist(), seqs.response_mask.sum(1).tolist(), strict=True)
-        scores = rewards[[number[tuple(row[:n])] for row, n in rows]]
-        ppo_update(policy, optimizer, make_rollout(policy, reference, seqs, scores, BETA, kl_in_loss=True), cfg, step)
+    train(policy, reference, rewards, cfg)
     learned, best = log_distribution(policy), optimum_with_kl_in_the_loss(reference, rewards)
     assert variation(learned, best) < 0.03
     assert divergence(learned, best) < MOST_KL
