@@ -170,7 +170,8 @@ class GPT2WithValueHead(nn.Module):
             seqs.temperature, None if seqs.support is None else take_tokens(seqs.support, real), with_entropy,
             *ref,
         )  # fmt: skip
-        logprobs, entropy, kl = (put_tokens(x, real, shape) for x in (logprobs, entropy, kl))
+        logprobs, entropy = put_tokens(logprobs, real, shape), put_tokens(entropy, real, shape)
+        kl = torch.zeros_like(logprobs) if ref_states is None else put_tokens(kl, real, shape)
         return logprobs, self.values(hidden), entropy, kl
 
     def chunk(self, seqs: Sequences) -> list[slice]:
