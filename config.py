@@ -200,9 +200,9 @@ class TrainConfig:
 class EvalConfig:
     """Settings of `python eval.py`; unset ones are taken from the run that made the policy."""
 
-    preset: str = opt("default", "Named set of values to start from: default or tiny.")
+    preset: str = opt("default", "default or tiny: train.py's settings for a policy that is in no run.")
     policy_path: str = opt(
-        "ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.", "What is compared, on what"
+        "ckpts/policy_lm", "Tuned policy: the folder of a run, or any GPT-2.", "What is compared, on what"
     )
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
@@ -230,9 +230,10 @@ class EvalConfig:
     seed: int = opt(1234, "Seed of the prompts drawn and of both models' sampling.", "Where and how it runs")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
-    out_csv: str = opt(
-        "eval_results.csv",
-        "One row per prompt; eval_summary.json and eval_report.html, named after it, are written beside it.",
+    out_csv: str | None = opt(
+        None,
+        "One row per prompt (default: eval_results.csv in the policy's run folder, or here if it is in none); "
+        "eval_summary.json and eval_report.html, named after it, are written beside it.",
     )
 
     def __post_init__(self) -> None:
@@ -311,7 +312,7 @@ FIRST = {  # in --help
     TrainConfig: ("preset", "policy_name", "rm_name", "dataset", "ckpt_dir", "resume", "total_steps", "lr", "kl_coef"),
     EvalConfig: ("preset", "policy_path", "rm_name", "dataset", "frontier", "n_samples", "out_csv"),
 }
-PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", dataset="tiny:reviews", device="cpu")}
+PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", device="cpu")}
 
 
 # A Python reward judges finished texts: scores of unfinished ones would mean little, and be up to 63 more texts per
@@ -441,6 +442,14 @@ def is_run(folder: Path) -> bool:
         return "total_steps" in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+
+
+def policy_folder(name: str) -> str:
+    """The model that a name stands for: the policy_lm of a run folder or of its best/, any other name as it is."""
+    try:
+        return str(Path(name) / "policy_lm") if (Path(name) / "policy_lm").is_dir() else name
+    except (OSError, ValueError):  # no name of a folder
+        return name
 
 
 def _check_saved(cls: type[Config], saved: dict[str, Any], path: Path) -> None:

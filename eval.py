@@ -19,7 +19,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError, is_run, parse_config, python_reward, refuse_code, saved_settings
+from config import (
+    PRESETS,
+    EvalConfig,
+    TrainConfig,
+    UserError,
+    is_run,
+    parse_config,
+    policy_folder,
+    python_reward,
+    refuse_code,
+    saved_settings,
+)
 
 import numpy as np
 import pandas as pd
@@ -35,7 +46,7 @@ from evaluation.table import table, table_rows
 from model import GPT2WithValueHead, Sequences, evaluate_both
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import PythonReward, Reward, SentimentReward, full_label
+from reward import SentimentReward, full_label
 from runtime import cli
 from runtime.device import keep_freed_memory, resolve_device, resolve_dtype
 from runtime.distributed import (
@@ -48,31 +59,37 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.files import spreadsheet_safe, write_atomic
+from runtime.fingerprints import saved_weights_sha256, weights_sha256
 from runtime.hub import quiet_libraries
 from training.card import add_results
 from training.parts import load_models
+from training.run_folder import reward_sha256
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
     "ref_name", "rm_name", "target_label", "reward_on_prompt", "dataset", "text_column", "max_prompt_len",
     "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
 }  # fmt: skip
+RESULTS = "eval_results.csv"
 Judge = Callable[[list[str]], np.ndarray]
 
 
 def main(cfg: EvalConfig) -> dict[str, Any]:
     """Evaluate, print the table, write results, summary, report and model card; returns the summary."""
     quiet_libraries()
-    out_csv = Path(cfg.out_csv)
+    cfg = replace(cfg, policy_path=policy_folder(cfg.policy_path))
+    out_csv = results_path(cfg)
     with process_group(cfg.device):
         with raise_on_all_ranks():
             check_target(out_csv)
+            check_earlier_results(cfg, out_csv)
             run_cfg = settings_of_run(cfg)
         results, label = evaluate(cfg, run_cfg)
         if not is_main_process():
             return {}
         settings = {**asdict(cfg), **{name: getattr(run_cfg, name) for name in sorted(RUN_SETTINGS)}}
         summary = summarise(results, label, run_cfg.target_label) | {"seed": cfg.seed, "settings": settings}
+        summary["policy_sha256"] = saved_weights_sha256(Path(cfg.policy_path))
         write(results, summary, out_csv)
         print(table(summary))
         page = beside(out_csv, "report.html")
@@ -93,11 +110,12 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
     home = find_run(cfg.policy_path)
     try:
-        run = TrainConfig(**saved_settings(home / "config.json")) if home else TrainConfig()
+        run = TrainConfig(**saved_settings(home / "config.json")) if home else PRESETS[TrainConfig][cfg.preset]
     except UserError as error:
         raise UserError(f"{home}/config.json is damaged ({error}): fix it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
-        print(f"note: {cfg.policy_path} is not part of a run, so train.py's defaults apply where no flag is given")
+        defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
+        print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
     if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:
         raise UserError(refuse_code(home / "config.json", run.rm_name))
     flags = {
@@ -115,8 +133,9 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
 
 def find_run(policy_path: str) -> Path | None:
     """The folder of the run that made a policy, be it policy_lm or best/policy_lm; None if it is in no run."""
-    parents = Path(policy_path).absolute().parents
-    return next((p for p in parents[:2] if is_run(p)), None)
+    parents = Path(policy_folder(policy_path)).absolute().parents
+    home = next((p for p in parents[:2] if is_run(p)), None)
+    return home.relative_to(Path.cwd()) if home is not None and home.is_relative_to(Path.cwd()) else home
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
@@ -157,7 +176,7 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
     to_lower = "batch_size or max_new_tokens"
     with raise_on_all_ranks(to_lower):
         models = main_process_first(lambda: load_models(settings, cfg.policy_path))
-        note_changed_code(models.reward, find_run(cfg.policy_path))
+        note_changed_inputs(models, settings, find_run(cfg.policy_path))
         comparison = Comparison(cfg.seed, settings, models, held_out_prompts(cfg, settings, models.tokenizer))
         judge = second_judge(cfg, settings) if is_main_process() else None
     keep_freed_memory()
@@ -197,12 +216,18 @@ def add_judge(results: pd.DataFrame, judge: Judge | None) -> None:
             results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
 
 
-def note_changed_code(reward: Reward, home: Path | None) -> None:
-    """Say so where a Python reward is not the one that the run was paid by."""
-    if home is not None and isinstance(reward, PythonReward):
-        about = json.loads((home / "config.json").read_text(encoding="utf-8")).get("reward") or {}
-        if about.get("sha256") != reward.sha256:
-            print(f"note: {reward.name} is not the reward, or not the version of it, that this policy was trained with")
+def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> None:
+    """Say so where reward or base are not those of the run that made the policy."""
+    if home is None:
+        return
+    saved = json.loads((home / "config.json").read_text(encoding="utf-8"))
+    before = {"rm_name": saved.get("reward", {}).get("sha256")} | saved.get("fingerprints", {})
+    now = {"rm_name": reward_sha256(models.reward), "ref_name": weights_sha256(models.reference.lm)}
+    for name, what in (("rm_name", "reward"), ("ref_name", "base")):
+        changed = before[name] != now[name] if before.get(name) else saved[name] not in (None, getattr(run, name))
+        if changed:
+            value = getattr(run, name)
+            print(f"note: {value} is not the {what}, or not the version of it, that this policy was trained with")
 
 
 def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
@@ -356,6 +381,33 @@ def compare_on_human(
 def beside(out_csv: Path, ending: str) -> Path:
     """The path of a file that belongs to the results: eval_summary.json and eval_report.html for eval_results.csv."""
     return out_csv.with_name(f"{out_csv.stem.removesuffix('_results')}_{ending}")
+
+
+def results_path(cfg: EvalConfig) -> Path:
+    """Where the results go: to out_csv, else into the run folder of the policy, else here.
+
+    A run's best/ is another policy than its policy_lm: it has best_eval_results.csv.
+    """
+    if cfg.out_csv is not None:
+        return Path(cfg.out_csv)
+    home = find_run(cfg.policy_path)
+    if home is None:
+        return Path(RESULTS)
+    place = Path(cfg.policy_path).absolute().parent
+    return home / (RESULTS if place == home.absolute() else f"{place.name}_{RESULTS}")
+
+
+def check_earlier_results(cfg: EvalConfig, out_csv: Path) -> None:
+    """Say what is replaced; refuse to replace another policy's results unless out_csv asks for it (UserError)."""
+    if not out_csv.exists():
+        return
+    try:
+        earlier = json.loads(beside(out_csv, "summary.json").read_text(encoding="utf-8"))["settings"]["policy_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = "an unknown policy"
+    if cfg.out_csv is None and find_run(cfg.policy_path) is None and earlier != cfg.policy_path:
+        raise UserError(f"{out_csv} has the results of {earlier}: name another file with --out_csv, or remove it")
+    print(f"note: the results of {earlier} in {out_csv} will be replaced")
 
 
 def check_target(out_csv: Path) -> None:

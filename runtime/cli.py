@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -72,6 +73,11 @@ def numbers(name: str, text: str, kind: type) -> list[Any]:
         return [kind(x) for x in text.split(",")]
     except ValueError:
         raise UserError(f"{name}={text!r} is not understood: write numbers with commas between them") from None
+
+
+def shell_command(*words: str) -> str:
+    """A command line that this system's shell splits into these words again."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def words(name: str, text: str) -> list[str]:

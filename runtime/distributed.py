@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from runtime.cli import Stopped
 from runtime.device import enough_memory, resolve_device
+from runtime.fingerprints import weights_sha256
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a slow rank; a dead one is noticed at once
@@ -253,10 +254,7 @@ def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequen
     """Refuse ranks that differ in settings, versions, weights or prompts (raises UserError)."""
     if world_size() == 1:
         return
-    weights = hashlib.sha256()
-    for weight in policy.state_dict().values():
-        weights.update(weight.detach().float().cpu().numpy().tobytes())
-    own = {**asdict(cfg), "resume": None, "weights of policy_name": weights.hexdigest()[:12],
+    own = {**asdict(cfg), "resume": None, "weights of policy_name": weights_sha256(policy)[:12],
            "python": sys.version.split()[0],
            "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
            **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}  # fmt: skip

@@ -359,7 +359,7 @@ def written_by_default() -> list[str]:
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     found = re.findall(r"python [^`\n]*?--(?:out|csv|out_csv|ckpt_dir) ([\w./-]+)", text)
     found += re.findall(r"\b(?:out|csv|folder): str(?: \| None)? = opt\(\"([^\"]+)\"", text)
-    found += ["ckpts", EvalConfig().out_csv, "eval_summary.json", "eval_report.html"]
+    found += ["ckpts", "eval_results.csv", "eval_summary.json", "eval_report.html"]
     pictures = [str(Path(name).with_suffix(".png")) for name in found if name.endswith((".csv", ".html"))]
     return sorted({name for name in [*found, *pictures] if not name.startswith(("results/", "/", "."))})
 

@@ -5,18 +5,25 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
+
+from config import PRESETS, EvalConfig, TrainConfig
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, run_eval, save_classifier
+from conftest import CORPUS, run_eval, run_script, save_classifier
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
 from evaluation.summary import summarise
+from runtime.fingerprints import weights_sha256
+from tools.compare import find_evaluations
+from training.parts import load_models
+from training.run_folder import reward_sha256
 
 
 def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_csv(
@@ -35,7 +42,7 @@ def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_cs
     assert results.policy_len.between(1, 8).all()
     assert "win-rate" in capsys.readouterr().out
     again = json.loads(json.dumps(summarise(results, "positive")))
-    assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed")}
+    assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed", "policy_sha256")}
 
 
 def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run: Path, tmp_path: Path) -> None:
@@ -186,6 +193,101 @@ def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run:
     assert (tmp_path / "other_report.html").exists()
     settings = json.loads((tmp_path / "other_summary.json").read_text())["settings"]
     assert settings["max_new_tokens"] == 8, "as the run had it, which no flag said"
+
+
+def evaluate(policy_path: str, *extra: str) -> None:
+    """Run eval.py in the current folder, without naming where the results go."""
+    sys.argv = ["eval.py", "--policy_path", policy_path, "--n_samples", "4", "--judge", "none", "--device", "cpu",
+                "--dtype", "float32", *extra]  # fmt: skip
+    run_script(EvalConfig, eval_script.main)
+
+
+@pytest.mark.parametrize("name", ["run", "run/", "run/policy_lm", "./run/policy_lm/"])
+def test_results_go_into_the_folder_of_the_run(
+    name: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the run's folder stands for its policy, and where an earlier evaluation of it is replaced."""
+    monkeypatch.chdir(tmp_path)
+    evaluate(name)
+    said = capsys.readouterr().out
+    assert "written: run/eval_results.csv, run/eval_summary.json, and to look at: run/eval_report.html" in said
+    assert "replaced" not in said
+    assert not list(tmp_path.glob("eval_*"))
+    evaluate("run/policy_lm", "--seed", "5")
+    assert "in run/eval_results.csv will be replaced" in capsys.readouterr().out
+    assert json.loads((finished_run / "eval_summary.json").read_text())["seed"] == 5
+
+
+def test_the_best_policy_of_a_run_has_results_of_its_own(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_run / "policy_lm", finished_run / "best" / "policy_lm")
+    monkeypatch.chdir(tmp_path)
+    evaluate("run")
+    evaluate("run/best", "--seed", "5")
+    for name, seed in (("eval", 1234), ("best_eval", 5)):
+        assert json.loads((finished_run / f"{name}_summary.json").read_text())["seed"] == seed
+        assert len(pd.read_csv(finished_run / f"{name}_results.csv")) == 4
+    folders = find_evaluations([Path("run")], [])
+    assert sorted(one["seed"] for one in folders[Path("run")]) == [5, 1234]
+
+
+def test_results_of_another_policy_are_not_replaced_unasked(
+    finished_run: Path, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Policies that are in no run share the working folder."""
+    flags = json.loads((finished_run / "config.json").read_text())
+    models = ["--ref_name", str(gpt2_dir), "--rm_name", flags["rm_name"], "--dataset", flags["dataset"],
+              "--max_prompt_len", "12", "--max_new_tokens", "8"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(gpt2_dir, tmp_path / name)
+    evaluate("a", *models)
+    evaluate("a", *models)
+    before = (tmp_path / "eval_results.csv").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        evaluate("b", *models)
+    assert stop.value.code == 2
+    assert "eval_results.csv has the results of a: name another file" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "eval_results.csv").read_bytes() == before
+    evaluate("b", *models, "--out_csv", "eval_results.csv")
+    assert "note: the results of a in eval_results.csv will be replaced" in capsys.readouterr().out
+
+
+def test_reward_and_base_that_the_run_did_not_have_are_named(
+    finished_run: Path, gpt2_dir: Path, classifier_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, reward = (shutil.copytree(folder, tmp_path / folder.name) for folder in (gpt2_dir, classifier_dir))
+    saved = json.loads((finished_run / "config.json").read_text())
+    models = load_models(TrainConfig(policy_name=str(policy), rm_name=str(reward), device="cpu", dtype="float32",
+                                     max_new_tokens=8, max_prompt_len=12))  # fmt: skip
+    prints = {"ref_name": weights_sha256(models.reference.lm), "rm_name": reward_sha256(models.reward)}
+    (finished_run / "config.json").write_text(json.dumps({**saved, "fingerprints": prints}))
+    names = ["--ref_name", str(policy), "--rm_name", str(reward)]
+    run_eval(finished_run, tmp_path / "a", *names)
+    assert "not the version of it" not in capsys.readouterr().out, "other folders, the same weights"
+    save_classifier(reward, {0: "negative", 1: "positive"}, swap=True)
+    run_eval(finished_run, tmp_path / "b", *names)
+    said = capsys.readouterr().out
+    assert f"note: {reward} is not the reward, or not the version of it" in said
+    assert "not the base" not in said
+    run_eval(finished_run, tmp_path / "c", "--ref_name", str(finished_run / "policy_lm"))
+    assert "policy_lm is not the base, or not the version of it" in capsys.readouterr().out
+
+
+def test_a_policy_in_no_run_takes_the_settings_of_the_preset(
+    gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    evaluate(str(gpt2_dir), "--preset", "tiny", "--ref_name", str(gpt2_dir), "--rm_name", str(classifier_dir),
+             "--dataset", str(reviews))  # fmt: skip
+    settings = json.loads((tmp_path / "eval_summary.json").read_text())["settings"]
+    tiny = PRESETS[TrainConfig]["tiny"]
+    for name in ("max_prompt_len", "min_prompt_len", "max_new_tokens"):
+        assert settings[name] == getattr(tiny, name)
+    assert "is not part of a run, so the settings of --preset tiny apply" in capsys.readouterr().out
 
 
 def test_a_broken_reward_or_policy_is_one_line(

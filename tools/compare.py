@@ -22,6 +22,8 @@ from evaluation.comparison import CURVES, ComparedRun, write_comparison
 from evaluation.report import PATH, read_columns
 from runtime.cli import parse_flags, run
 from runtime.files import read_table
+from runtime.fingerprints import saved_weights_sha256
+from training.commands import eval_command
 from training.run_folder import SILENT, saved_label
 
 SUMMARY = ("label", "policy", "kl_seq_exact", "kl_seq_exact_ci", "win_rate", "win_rate_ci", "n", "settings")
@@ -59,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"out={cfg.out} cannot be written ({error.strerror or error}): name another file") from None
     for folder in folders:
         if not evaluations[folder]:
-            print(f"{folder} has no point of eval.py: python eval.py --policy_path {folder / 'policy_lm'} "
-                  f"--out_csv {folder / 'eval_results.csv'}")  # fmt: skip
+            rm_name = saved_settings(folder / "config.json")["rm_name"]
+            print(f"{folder} has no point of eval.py: {eval_command(folder / 'policy_lm', rm_name)}")
+        elif are_outdated(folder, evaluations[folder]):
+            print(f"note: an evaluation of {folder} is of a policy that it no longer has: run eval.py again")
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "")
     print(f"written: {page} and {page.with_suffix('.png')}")
 
@@ -116,6 +120,14 @@ def find_evaluations(folders: Sequence[Path], named: Sequence[Path]) -> dict[Pat
             problem = "is not a summary of eval.py" if summary is None else "is of none of these runs"
             raise UserError(f"summaries: {path} {problem}: name eval_summary.json files of these runs")
     return found
+
+
+def are_outdated(folder: Path, summaries: Sequence[dict[str, Any]]) -> bool:
+    """Whether a summary is of weights that are in the run no longer, because it was trained on."""
+    evaluated = {summary["policy_sha256"] for summary in summaries if summary.get("policy_sha256")}
+    if not evaluated:
+        return False
+    return not evaluated <= {saved_weights_sha256(folder / policy) for policy in ("policy_lm", "best/policy_lm")}
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
 from runtime.hub import load_gpt2, quiet_libraries
 from training.card import write_card
+from training.commands import eval_command
 from training.parts import load_models
 
 FARTHEST = 8.0  # alpha beyond which no KL is looked for
@@ -190,7 +191,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
-    print(f"next: python eval.py --policy_path {Path(cfg.out) / 'policy_lm'}")
+    print(f"next: {eval_command(Path(cfg.out) / 'policy_lm', comparison.run.rm_name)}")
 
 
 def batches_of(cfg: InterpolateConfig, comparison: Comparison) -> list[slice]:

@@ -25,7 +25,7 @@ from pretrain.models import quiet_saving
 from pretrain.preferences import PreferenceTrainer, pairs_from_labels, split_pairs
 from pretrain.tiny_world import resolve_name
 from reward import full_label
-from runtime.cli import parse_flags, run
+from runtime.cli import parse_flags, run, shell_command
 from runtime.device import resolve_device
 from runtime.files import new_folder
 from runtime.hub import quiet_libraries
@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     share = f"{agrees.mean():.1%} [{low:.1%}, {high:.1%}]"
     print(f"trained on {len(kept):,} pairs; agrees with {share} of {len(held):,} others")
-    print(f"next: python train.py --rm_name {cfg.out}{' --reward_on_prompt' if with_prompt else ''}")
+    on_prompt = ["--reward_on_prompt"] if with_prompt else []
+    print(f"next: {shell_command('python', 'train.py', '--rm_name', cfg.out, *on_prompt)}")
 
 
 if __name__ == "__main__":

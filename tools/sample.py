@@ -14,10 +14,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-from config import EvalConfig, TrainConfig, UserError, is_run, opt
+from config import EvalConfig, TrainConfig, UserError, opt, policy_folder
 
 import torch
 from torch import Tensor
@@ -204,7 +203,7 @@ def load(cfg: SampleConfig) -> ModelSet:
     bases: dict[tuple[str, str | None], Model] = {}
     runs: list[TrainConfig] = []
     for path in dict.fromkeys(cfg.policy_path):
-        policy_path = str(Path(path) / "policy_lm") if is_run(Path(path)) else path
+        policy_path = policy_folder(path)
         evaluation = EvalConfig(
             policy_path=policy_path, ref_name=cfg.ref_name, rm_name=cfg.rm_name, seed=cfg.seed, device=cfg.device,
             dtype=cfg.dtype, **{name: getattr(cfg, name) for name in DECODING},

@@ -31,6 +31,7 @@ from runtime.cli import parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import new_folder, write_atomic
 from runtime.hub import quiet_libraries
+from training.commands import eval_command
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import describe, describe_reward
 from utils import output_embedding, uniforms
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy.save_pretrained(folder)
         parts.models.tokenizer.save_pretrained(folder / "policy_lm")
         write_atomic(folder / "config.json", json.dumps(about, indent=2) + "\n")
-    print(f"done: python eval.py --policy_path {Path(cfg.out) / 'policy_lm'}")
+    print(f"done: {eval_command(Path(cfg.out) / 'policy_lm', run_cfg.rm_name)}")
 
 
 def check_settings(cfg: LikelihoodConfig) -> TrainConfig:

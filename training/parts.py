@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, python_reward
+from config import TrainConfig, UserError, policy_folder, python_reward
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import Classifier, Reward, load_reward
 from runtime.device import resolve_device, resolve_dtype
+from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
 
 
@@ -25,13 +26,18 @@ class Parts:
     models: Models
     prompts: PromptStream
     held_out: PromptStream  # its first step is all of them
+    dataset_sha256: str = ""  # of the texts that the prompts are cut from
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """Decide every `auto`, make paths absolute, and check that hub names can be reached (raises UserError)."""
     device = resolve_device(cfg.device)
-    names = {"policy_name": cfg.policy_name, "ref_name": cfg.ref_name or cfg.policy_name, "rm_name": cfg.rm_name,
-             "dataset": cfg.dataset}  # fmt: skip
+    names = {
+        "policy_name": policy_folder(cfg.policy_name),
+        "ref_name": policy_folder(cfg.ref_name or cfg.policy_name),
+        "rm_name": cfg.rm_name,
+        "dataset": cfg.dataset,
+    }
     paths: dict[str, Any] = {
         setting: str(Path(name).resolve()) if Path(name).exists() else name for setting, name in names.items()
     }
@@ -55,7 +61,12 @@ def load_parts(cfg: TrainConfig) -> Parts:
     texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision)
     prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
     train, held_out = split_held_out(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
-    return Parts(models, PromptStream(train, cfg.batch_size, cfg.seed), PromptStream(held_out, len(held_out), cfg.seed))
+    return Parts(
+        models,
+        PromptStream(train, cfg.batch_size, cfg.seed),
+        PromptStream(held_out, len(held_out), cfg.seed),
+        texts_sha256(texts),
+    )
 
 
 def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
@@ -69,7 +80,7 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
 def load_policy(cfg: TrainConfig, policy_path: str | None = None) -> tuple[GPT2WithValueHead, PreTrainedTokenizerBase]:
     """Load the policy to start from, or a tuned one by its path, with its tokenizer (raises UserError)."""
     setting, name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
-    revision, name = None if policy_path else cfg.policy_revision, resolve_name(name)
+    revision, name = None if policy_path else cfg.policy_revision, resolve_name(policy_folder(name))
     tokenizer = load_tokenizer(setting, name, revision)
     policy = GPT2WithValueHead.from_pretrained(name, setting, getattr(torch, cfg.dtype), revision)
     return policy.to(cfg.device), tokenizer
@@ -77,7 +88,7 @@ def load_policy(cfg: TrainConfig, policy_path: str | None = None) -> tuple[GPT2W
 
 def load_base(cfg: TrainConfig) -> GPT2WithValueHead:
     """Load the frozen reference (raises UserError)."""
-    name = resolve_name(cfg.ref_name or cfg.policy_name)
+    name = resolve_name(policy_folder(cfg.ref_name or cfg.policy_name))
     return load_reference(name, dtype=getattr(torch, cfg.dtype), revision=cfg.ref_revision).to(cfg.device)
 
 

@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ppo import Models
-from reward import ScoreScale, score_title
+from reward import Classifier, Reward, ScoreScale, score_title
 from runtime.device import device_name
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
+from runtime.fingerprints import texts_sha256, tokenizer_sha256, weights_sha256
 from runtime.hub import resolved_commit
 from training.card import write_card
 from training.checkpoints import (
@@ -38,14 +39,24 @@ from training.checkpoints import (
     step_of,
 )
 from training.diagnostics import Diagnostics
+from training.parts import Parts
 from training.plots import plot_curves
 from training.reporting import Trackers, require_trackers
 
 OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
              "value_head.safetensors", "best", "state", "tensorboard", "wandb")  # fmt: skip
+EVALUATIONS = [  # what eval.py writes into a run folder, of its policy_lm and of its best/
+    f"{policy}eval_{ending}" for policy in ("", "best_") for ending in ("results.csv", "summary.json", "report.html")
+]
 EXPORTED = "exported"  # a file in the checkpoint whose policy is the one in policy_lm
 TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # they grow, and are cut back on resume
 SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # may change without a note
+CHANGED_INPUTS = {  # of a fingerprint: the setting that names what was taken, and what of it has changed
+    "dataset": ("dataset", ""),
+    "tokenizer": ("policy_name", " (its tokenizer)"),
+    "ref_name": ("ref_name", " (its weights)"),
+    "rm_name": ("rm_name", ""),
+}
 HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # may change, with a note
 
 
@@ -170,7 +181,7 @@ def was_begun_by(job: str | None, path: Path) -> bool:
 
 
 @contextmanager
-def open_run_folder(cfg: TrainConfig, models: Models, optimizer: Optimizer, found: Found) -> Iterator["RunFolder"]:
+def open_run_folder(cfg: TrainConfig, parts: Parts, optimizer: Optimizer, found: Found) -> Iterator["RunFolder"]:
     """Lock the folder, clear it or resume the run in it, and hand it out (raises UserError)."""
     path = Path(cfg.ckpt_dir)
     with ExitStack() as held:
@@ -181,17 +192,19 @@ def open_run_folder(cfg: TrainConfig, models: Models, optimizer: Optimizer, foun
             raise UserError(f"ckpt_dir={path} cannot be written ({error.strerror}): choose another folder") from None
         if contents(path) != found.contents:
             raise UserError(f"ckpt_dir={path} was used by another run meanwhile: choose another folder")
-        about = describe(cfg) | {"reward": describe_reward(models)}
+        about = describe(cfg) | {"reward": describe_reward(parts.models), "fingerprints": fingerprints(parts)}
         for leftover in (".partial", ".best.old", ".policy_lm.old", ".value_head.safetensors.old"):
             remove(path / leftover)
         if found.checkpoint is None:
             for name in OWN_FILES[1:]:  # config.json is replaced in one go: it marks the folder as a run's
                 remove(path / name)
+            for name in EVALUATIONS if found.contents else ():  # of the run that is replaced
+                remove(path / name)
             counters: dict[str, Any] = {}
         else:
-            counters = restore(cfg, models, optimizer, found.checkpoint, about)
+            counters = restore(cfg, parts.models, optimizer, found.checkpoint, about)
         write_atomic(path / "config.json", json.dumps(about, indent=2) + "\n")
-        folder = RunFolder(cfg, models, optimizer, counters)
+        folder = RunFolder(cfg, parts.models, optimizer, counters)
         try:
             yield folder
         finally:
@@ -203,19 +216,8 @@ def restore(
 ) -> dict[str, Any]:
     """Restore weights, optimiser and tables as they were at a checkpoint; returns its counters (raises UserError)."""
     path = Path(cfg.ckpt_dir)
-    saved = json.loads((path / "config.json").read_text(encoding="utf-8")) if is_run(path) else {}
-    for name, commit in {} if cfg.allow_changes else saved.get("hub_commits", {}).items():
-        if commit and commit != about["hub_commits"][name] and saved[name] == about[name]:
-            raise UserError(
-                f"{name}={about[name]} has changed on the hub since the run began (commit {commit}): name that "
-                "commit as its revision, or say --allow_changes"
-            )
-    changed = saved.get("reward", {}).get("sha256", "") != about["reward"]["sha256"]
-    if changed and not cfg.allow_changes and saved["rm_name"] == cfg.rm_name:
-        raise UserError(
-            f"rm_name={cfg.rm_name} has changed since the run began, which would give another result: restore "
-            f"{about['reward']['file']}, or say --allow_changes"
-        )
+    if is_run(path) and not cfg.allow_changes:
+        check_same_inputs(json.loads((path / "config.json").read_text(encoding="utf-8")), about)
     counters = load_checkpoint(checkpoint, models.policy, optimizer)
     for other in list_checkpoints(path / "state"):
         if int(other.name.removeprefix("step_")) > counters["step"]:  # damaged, or of steps that are taken anew
@@ -223,6 +225,27 @@ def restore(
     for name, length in counters["lengths"].items():
         truncate(path / name, length)
     return counters
+
+
+def check_same_inputs(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse data, models or code that have changed under their names since the run began (raises UserError).
+
+    Both are contents of config.json; one of an older version has no fingerprints, and then nothing is compared.
+    """
+    for name, commit in saved.get("hub_commits", {}).items():
+        if commit and commit != now["hub_commits"][name] and saved[name] == now[name]:
+            raise UserError(
+                f"{name}={now[name]} has changed on the hub since the run began (commit {commit}): name that "
+                "commit as its revision, or say --allow_changes"
+            )
+    before = {"rm_name": saved.get("reward", {}).get("sha256")} | saved.get("fingerprints", {})
+    for name, fingerprint in now["fingerprints"].items():
+        if before.get(name) and before[name] != fingerprint:
+            setting, what = CHANGED_INPUTS[name]
+            raise UserError(
+                f"{setting}={now[setting]} has changed since the run began{what}, which would give another result: "
+                "restore it, or say --allow_changes"
+            )
 
 
 class RunFolder:
@@ -338,6 +361,24 @@ def describe_reward(models: Models) -> dict[str, Any]:
         "scores": score_title(reward.label), "label": reward.label, "mean": scale.mean, "std": scale.std,
         "file": getattr(reward, "file", ""), "sha256": getattr(reward, "sha256", ""),
     }  # fmt: skip
+
+
+def fingerprints(parts: Parts) -> dict[str, str]:
+    """The part of config.json by which a later start knows that data, models and code are still the same."""
+    models = parts.models
+    return {
+        "dataset": parts.dataset_sha256,
+        "tokenizer": tokenizer_sha256(models.tokenizer),
+        "ref_name": weights_sha256(models.reference.lm),
+        "rm_name": reward_sha256(models.reward),
+    }
+
+
+def reward_sha256(reward: Reward) -> str:
+    """The fingerprint of a reward: of a classifier's weights and tokenizer, or of a user's code."""
+    if isinstance(reward, Classifier):
+        return texts_sha256([weights_sha256(reward.model), tokenizer_sha256(reward.tokenizer)])
+    return str(getattr(reward, "sha256", ""))
 
 
 def git_commit() -> str | None:

@@ -28,6 +28,7 @@ from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
 from training.checkpoints import Snapshot
+from training.commands import eval_command, resume_command
 from training.estimate import note_slow_run
 from training.parts import Parts
 from training.run_folder import Found, RunFolder, open_run_folder
@@ -49,7 +50,7 @@ def open_session(cfg: TrainConfig, parts: Parts, found: Found) -> Iterator["Sess
         folder: RunFolder | None = None
         with raise_on_all_ranks(), _disk_errors_stop(cfg):
             if is_main_process():
-                folder = held.enter_context(open_run_folder(cfg, parts.models, optimizer, found))
+                folder = held.enter_context(open_run_folder(cfg, parts, optimizer, found))
             stop = held.enter_context(stop_signals())
         known = {} if folder is None else {**folder.counters, "evaluated": folder.evaluated}
         counters = broadcast_state(parts.models.policy, optimizer, known)
@@ -79,7 +80,7 @@ def _disk_errors_stop(cfg: TrainConfig) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         remedy = "close what has it open" if WINDOWS and isinstance(error, PermissionError) else "make room"
-        line = f"error: ckpt_dir={cfg.ckpt_dir} cannot be written ({error}): {remedy}, then {how_to_resume(cfg)}"
+        line = f"error: ckpt_dir={cfg.ckpt_dir} cannot be written ({error}): {remedy}, then {resume_command(cfg)}"
         raise Stopped(1, line) from error
 
 
@@ -198,7 +199,7 @@ class Session:
         cfg, path = self.cfg, self.cfg.ckpt_dir
         if self.stop.signal is not None:
             name = signal.Signals(self.stop.signal).name
-            line = f"stopped after step {self.step} by {name}; saved. To go on: {how_to_resume(cfg)}"
+            line = f"stopped after step {self.step} by {name}; saved. To go on: {resume_command(cfg)}"
             raise Stopped(128 + self.stop.signal, line)
         if self.failed_steps >= FAILED_STEPS_ALLOWED:
             raise Stopped(
@@ -212,9 +213,8 @@ class Session:
             print(before_after(self.folder.path / "eval.csv", self.label))
         share = self.folder.seconds_saving / (time.perf_counter() - self.folder.started)
         print(f"saving took {self.folder.seconds_saving:.1f} s, {share:.1%} of the time")
-        flags = " --preset tiny" if cfg.preset == "tiny" else ""
-        flags += "" if path == TrainConfig.ckpt_dir else f" --policy_path {Path(path) / 'policy_lm'}"
-        print(f"done: see {path}/curves.png and samples.csv; compare with the base: python eval.py{flags}")
+        command = eval_command(self.folder.path / "policy_lm", cfg.rm_name)
+        print(f"done: see {path}/curves.png and samples.csv; compare with the base: {command}")
 
 
 def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None) -> None:
@@ -232,11 +232,6 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
         print(note)
     if checkpoint is not None:
         print(f"resuming after step {step}, from {checkpoint}/")
-
-
-def how_to_resume(cfg: TrainConfig) -> str:
-    """The command that resumes this run."""
-    return "python train.py --resume" + ("" if cfg.ckpt_dir == TrainConfig.ckpt_dir else f" {cfg.ckpt_dir}")
 
 
 def before_after(eval_csv: Path, label: str | None) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from config import TrainConfig, UserError, parse_config
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import exact, run, run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
@@ -301,3 +302,89 @@ def test_a_hub_name_with_another_commit_is_refused_on_resume(
     assert "policy_name=someone/gpt2" in error
     assert "a" * 40 in error
     run(more, "--resume", "--allow_changes")
+
+
+# --- what a run is made of, changed under its name ------------------------------------------------------------------
+
+
+def change_dataset(flags: dict[str, str]) -> None:
+    file = Path(flags["dataset"])
+    file.write_text(file.read_text().replace("rare", "raw", 1))
+
+
+def change_weights(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_policy(flags: dict[str, str]) -> None:
+    change_weights(Path(flags["policy_name"]), "transformer.wte.weight")
+
+
+def change_reward(flags: dict[str, str]) -> None:
+    change_weights(Path(flags["rm_name"]), "classifier.bias")
+
+
+def change_tokenizer(flags: dict[str, str]) -> None:
+    file = Path(flags["policy_name"]) / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    rules["pre_tokenizer"]["add_prefix_space"] = True
+    file.write_text(json.dumps(rules))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_dataset, "dataset=DATASET has changed since the run began"),
+        (change_policy, "ref_name=POLICY_NAME has changed since the run began (its weights)"),
+        (change_reward, "rm_name=RM_NAME has changed since the run began"),
+        (change_tokenizer, "policy_name=POLICY_NAME has changed since the run began (its tokenizer)"),
+    ],
+)
+def test_what_has_changed_under_its_name_is_named_on_resume(
+    change: Callable[[dict[str, str]], None], named: str, flags: dict[str, str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags |= {"eval_every": "0"}
+    for name in ("policy_name", "rm_name"):
+        flags[name] = shutil.copytree(flags[name], tmp_path / name).__fspath__()
+    flags["dataset"] = shutil.copy(flags["dataset"], tmp_path / "reviews.jsonl").__fspath__()
+    folder = run({**flags, "total_steps": "1"})
+    resume = {"ckpt_dir": str(folder), "total_steps": "2"}
+    before = exact(folder)
+    change(flags)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(resume, "--resume")
+    assert stop.value.code == 2
+    for name in ("dataset", "policy_name", "rm_name"):
+        named = named.replace(name.upper(), flags[name])
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert exact(folder) == before
+    run(resume, "--resume", "--allow_changes")
+    assert len(pd.read_csv(folder / "metrics.csv")) == 2
+
+
+def test_a_run_of_a_version_without_fingerprints_resumes(flags: dict[str, str]) -> None:
+    flags |= {"eval_every": "0"}
+    folder = run({**flags, "total_steps": "1"})
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["fingerprints"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    run({"ckpt_dir": str(folder), "total_steps": "2"}, "--resume")
+    assert "fingerprints" in json.loads((folder / "config.json").read_text())
+
+
+def test_a_run_that_is_replaced_takes_its_evaluation_along(flags: dict[str, str]) -> None:
+    flags |= {"eval_every": "0", "total_steps": "1"}
+    folder = Path(flags["ckpt_dir"])
+    folder.mkdir()
+    names = ("eval_results.csv", "eval_summary.json", "eval_report.html", "best_eval_summary.json")
+    for name in (*names, "my_notes.csv"):
+        (folder / name).write_text("x")
+    run(flags)
+    assert all((folder / name).exists() for name in names), "they are of no run that is replaced"
+    run(flags, "--overwrite")
+    assert not any((folder / name).exists() for name in names)
+    assert (folder / "my_notes.csv").exists()
