@@ -11,6 +11,7 @@ from config import UserError
 import pandas as pd
 import pytest
 from conftest import run_eval
+from safetensors.torch import load_file, save_file
 
 from evaluation.comparison import CURVES, differing, draw_plane, new_figure
 from tools.compare import find_evaluations, main, read_run, what_to_mind
@@ -143,3 +144,16 @@ def test_wrong_input_is_one_line(
         (runs[1] / harm).unlink()
     with pytest.raises(UserError, match=message):
         main([*map(str, runs), *words] if words[:1] != ["nowhere"] else ["nowhere"])
+
+
+def test_an_evaluation_of_an_earlier_policy_is_said(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    page = str(runs[0].parent / "x.html")
+    run_eval(runs[0], runs[0])
+    note = f"an evaluation of {runs[0]} is of a policy that it no longer has"
+    main([str(runs[0]), "--out", page])
+    assert note not in capsys.readouterr().out
+    weights = load_file(runs[0] / "policy_lm" / "model.safetensors")
+    weights["transformer.ln_f.bias"] += 1
+    save_file(weights, runs[0] / "policy_lm" / "model.safetensors", {"format": "pt"})
+    main([str(runs[0]), "--out", page])
+    assert note in capsys.readouterr().out
