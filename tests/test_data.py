@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from data import PromptStream, is_file, load_examples, load_prompts, pad_left
+from data import PromptStream, load_examples, load_prompts, pad_left
 from runtime.hub import load_tokenizer
+from runtime.tables import is_file
 
 TEXTS = ['A good film, "rare" even.', "Dull; too long\tby far.", "naïve ☃ 10/10"]
 
@@ -225,8 +226,15 @@ def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(text: str
     tokenizer = _TOKENIZER[0]
     text = text * repeat
     ids = tokenizer(text)["input_ids"]
-    if ids:
-        assert load_prompts(tokenizer, [text], 1, longest) == [ids[:longest]]
+    if whole := whole_characters(tokenizer, text, longest):
+        assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+
+
+def whole_characters(tokenizer: PreTrainedTokenizerFast, text: str, longest: int) -> int:
+    """How many tokens, `longest` at most, spell whole characters: by the places in the text that the library gives."""
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    ends = [n for n in range(len(spans)) if not n or spans[n - 1][1] <= spans[n][0]] + [len(spans)]
+    return max(n for n in ends if n <= longest)
 
 
 LONG_WORDS = ["incomprehensibilities", "unforgettable", "cinematography", "melodrama", "of"]
@@ -263,8 +271,12 @@ def test_long_tokens_are_long() -> None:
 )
 def test_load_prompts_cuts_texts_without_word_ends(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     for longest in (1, 7, 64):
-        whole = tokenizer(text)["input_ids"]
-        assert load_prompts(tokenizer, [text], 1, longest) == [whole[:longest]]
+        ids = tokenizer(text)["input_ids"]
+        if whole := whole_characters(tokenizer, text, longest):
+            assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+        else:
+            with pytest.raises(UserError, match=f"max_prompt_len={longest} holds no whole character"):
+                load_prompts(tokenizer, [text], 1, longest)
 
 
 _TOKENIZER: list[PreTrainedTokenizerFast] = []

@@ -127,7 +127,9 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, summary = run_eval(finished_run, tmp_path / "a")
-    assert "(its labels: none), so there is no second judge" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: there is no second judge (see --judge): label_column='label' is not in" in said
+    assert "name one of its columns, text, with --label_column" in said
     assert "policy_judge" not in plain
     assert "judge_gain" not in summary
     named, summary = run_eval(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
