@@ -16,6 +16,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ def load_table(
     """
     if not dataset.isascii() and "\\udc" in ascii(dataset):
         raise UserError(f"dataset {dataset!a} has a name that is not UTF-8: rename it")
+    if config is not None and not has_splits(dataset):
+        raise UserError(f"dataset_config={config}: {dataset} has no configurations, so leave it out")
     if is_file(dataset):
         return read_file(dataset, text_column)
     return _load_split(dataset, split, text_column, revision, config)
@@ -69,7 +72,7 @@ def load_table(
 
 def column_list(table: Iterable[Any], most: int = 20) -> str:
     """The columns of a table for a message, each with 40 characters at most."""
-    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, table)]
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, table)] or ["(none)"]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -195,45 +198,43 @@ class Row(NamedTuple):
 def _read_csv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
     r"""Quotation marks are doubled, as the standard has it; or written \" where only that gives whole rows."""
     text = _decode(data)
-    readings = {"": lambda: split_rows(text, ",")}
-    if '\\"' in text:
+    try:
+        return _frame(split_rows(text, ","))
+    except ValueError as error:
         doubled = re.sub(r'\\(["\\])', lambda pair: '""' if pair[1] == '"' else pair[1], text)
-        readings['\\" is read as a quotation mark'] = lambda: split_rows(doubled, ",")
-    return _only_reading(readings, name)
+        with suppress(ValueError):
+            table = _frame(split_rows(doubled, ","))
+            print(f'note: in {name}, \\" is read as a quotation mark')
+            return table
+        raise error
 
 
 def _read_tsv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
-    """Quotation marks around a cell are left out, unless the file can only be read with all of them left in."""
-    text = _decode(data)
-    readings = {"": lambda: split_rows(text, "\t")}
-    if '"' in text:
-        readings["quotation marks are read as part of the texts"] = lambda: split_rows(text, "\t", quoted=False)
-    return _only_reading(readings, name)
+    """Quotation marks around a cell are left out, unless the file can only be read with all of them left in.
 
-
-def _only_reading(readings: dict[str, Callable[[], list[Row]]], name: str) -> pd.DataFrame:
-    """The first reading of a file that gives whole rows; ValueError if none does, or two with different rows.
-
-    A reading's key is what is noted where it is the one.
+    Raises ValueError where both can be, and give different rows.
     """
-    tables: dict[str, list[Row]] = {}
-    problems: list[ValueError] = []
-    for note, read in readings.items():
-        try:
-            tables[note] = read()
-        except ValueError as error:
-            problems.append(error)
-    if not tables:
-        raise problems[0]
-    lines = [{row.line for row in rows} for rows in tables.values()]
-    if differing := lines[0] ^ lines[-1]:
+    text = _decode(data)
+    plain = None
+    with suppress(ValueError):
+        plain = split_rows(text, "\t", quoted=False)
+    try:
+        rows = split_rows(text, "\t")
+    except ValueError:
+        if plain is None:
+            raise
+        print(f"note: in {name}, quotation marks are read as part of the texts")
+        return _frame(plain)
+    if plain is not None and (others := {row.line for row in plain} ^ {row.line for row in rows}):
         raise ValueError(
-            f"line {min(differing)} may be a row or, by the quotation marks around it, part of the text before it: "
-            "save it as .jsonl"
+            f"line {min(others)} may be a row or, by the quotation marks around it, part of the text before it: save "
+            "it as .jsonl"
         )
-    note, rows = next(iter(tables.items()))
-    if note:
-        print(f"note: in {name}, {note}")
+    return _frame(rows)
+
+
+def _frame(rows: list[Row]) -> pd.DataFrame:
+    """Rows as a table whose columns the first row names; ValueError where two names are the same."""
     header = [cell.strip() or f"Unnamed: {i}" for i, cell in enumerate(rows[0].cells)]
     if twice := [cell for i, cell in enumerate(header) if cell in header[:i]]:
         raise ValueError(f"two of its columns are called {twice[0]!r}: rename one")
@@ -267,9 +268,10 @@ def split_rows(text: str, separator: str, quoted: bool = True) -> list[Row]:
         rows[1:] = [Row(row.line, row.cells[:-1]) for row in rows[1:]]
     for row in rows:
         if len(row.cells) != width:
+            mark = "tab" if separator == "\t" else "comma"
             raise ValueError(
-                f"line {row.line} has {len(row.cells)} cells and the header {width}: put quotation marks around texts "
-                f"that hold a {'tab' if separator == chr(9) else 'comma'}, or save it as .jsonl"
+                f"the row of line {row.line} has {len(row.cells)} and the header {width} of the cells between {mark}s: "
+                f"put quotation marks around texts that hold a {mark}, or save it as .jsonl"
             )
     return rows
 
@@ -292,8 +294,8 @@ def _load_split(name: str, split: str, text_column: str, revision: str | None, c
     try:
         if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
             table = _saved_split(datasets.load_from_disk(name), name, split)
-        elif files := _plain_files(name, split, revision, config):
-            return _concatenated(files, name, text_column)
+        elif files := _plain_files(name, revision, config):
+            return _read_plain(files, name, split, text_column)
         else:
             table = datasets.load_dataset(name, config, split=split, revision=revision)
             if revision and only_prepared(name) and not any(revision in x["filename"] for x in table.cache_files):
@@ -314,13 +316,13 @@ def _saved_split(saved: Any, name: str, split: str) -> Any:
     return saved[split]
 
 
-def _plain_files(name: str, split: str, revision: str | None, config: str | None) -> list[str]:
-    """The CSV, JSON and text files of a split of a folder, which are read as files are.
+def _plain_files(name: str, revision: str | None, config: str | None) -> dict[str, list[str]]:
+    """The files of each split of a folder of CSV, JSON or text files, which are read as single files are.
 
     None where its README.md says how to read them: then the library does as it says.
     """
     if not os.path.isdir(name):
-        return []
+        return {}
     import datasets
 
     builder = datasets.load_dataset_builder(name, config, revision=revision)
@@ -328,10 +330,20 @@ def _plain_files(name: str, split: str, revision: str | None, config: str | None
     changed = {f.name for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)}
     declared = changed - {"name", "version", "data_dir", "data_files", "description", "sep"}
     if declared or builder.info.features is not None or getattr(options, "sep", ",") not in (",", "\t"):
-        return []
-    files = [str(file) for file in (options.data_files or {}).get(split, [])]
-    formats = {file_format(file) for file in files}
-    return files if all(kind not in ("", ".parquet") and packed != ".zip" for kind, packed in formats) else []
+        return {}
+    files = {str(split): list(map(str, names)) for split, names in (options.data_files or {}).items()}
+    formats = {file_format(file) for names in files.values() for file in names}
+    return files if all(kind not in ("", ".parquet") and packed != ".zip" for kind, packed in formats) else {}
+
+
+def _read_plain(files: dict[str, list[str]], name: str, split: str, text_column: str) -> pd.DataFrame:
+    """A split of a folder's files, or what the library would make of train[:10%]+test (ValueError for others)."""
+    import datasets
+
+    tables = {part: _concatenated(files[part], name, text_column) for part in files if part in split}
+    lengths = {part: len(tables.get(part, [])) for part in files}
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return pd.concat([tables[x.splitname][x.from_ : x.to] for x in slices], ignore_index=True)
 
 
 def _concatenated(files: list[str], name: str, text_column: str) -> pd.DataFrame:
@@ -348,14 +360,15 @@ def _concatenated(files: list[str], name: str, text_column: str) -> pd.DataFrame
 
 def _cannot_load(error: Exception, name: str, split: str) -> str:
     """Why the library cannot load a data set, with what to change, in one line."""
-    if str(error).startswith("An error occurred") and error.__cause__ is not None and "\n" not in str(error):
-        return f"dataset {name} cannot be loaded: {reason(error.__cause__)}"  # type: ignore[arg-type]
-    words = reason(error)
+    cause = error.__cause__ if reason(error) == "An error occurred while generating the dataset" else None
+    words = reason(cause if isinstance(cause, Exception) else error)
     if "scripts are no longer supported" in words:
-        return (f"dataset {name} is a loading script, which is never run: {SAVE_AS}; for one on the hub, try "
-                "--dataset_revision refs/convert/parquet")  # fmt: skip
+        return (
+            f"dataset {name} is a loading script, which is never run: {SAVE_AS}; for one on the hub, try "
+            "--dataset_revision refs/convert/parquet"
+        )
     if "Config name is missing" in words or "BuilderConfig" in words:
-        return f"dataset {name} has several configurations, of which --dataset_config names one: {words}"
-    if isinstance(error, ValueError | KeyError):
-        return f"split={split!r} of dataset {name} cannot be loaded: {words}"
-    return f"dataset {name} cannot be loaded: {words}"
+        return f"dataset {name} needs --dataset_config with the name of a configuration: {words}"
+    if "split" in words.lower():
+        return f"split={split!r} of dataset {name} cannot be loaded, choose another with --split: {words}"
+    return f"dataset {name} cannot be loaded, check what is in it: {words}"
