@@ -232,19 +232,30 @@ def load_prompts(
 
     A prompt ends with a whole character, so it may be some tokens shorter. Raises UserError where none remains.
     """
-    window = 8 * max_prompt_len  # characters; nearly always enough, so that long reviews are not tokenised whole
-    heads = [_head(text, window) for text in texts]
-    prompts = tokenize(tokenizer, heads)
-    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
-        if head != text and len(prompts[i]) < max_prompt_len:
-            prompts[i] = tokenize(tokenizer, [text])[0]
-    prompts = [ids for ids in prompts if len(ids) >= min_prompt_len]
-    if not prompts:
-        raise UserError(f"no prompt has min_prompt_len={min_prompt_len} tokens or more: lower it, or change --dataset")
-    prompts = [ids for ids in (cut(tokenizer, ids, max_prompt_len) for ids in prompts) if ids]
+    reviews = first_tokens(tokenizer, texts, min_prompt_len, max_prompt_len + SPAN)
+    prompts = [ids for ids in (cut(tokenizer, ids, max_prompt_len) for ids in reviews) if ids]
     if not prompts:
         raise UserError(f"max_prompt_len={max_prompt_len} holds no whole character of any text: raise it")
     return prompts
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_least: int, at_most: int
+) -> list[list[int]]:
+    """The first tokens of every text that has enough of them, which may end inside a character.
+
+    Raises UserError where none has.
+    """
+    window = 8 * at_most  # characters; nearly always enough, so that long reviews are not tokenised whole
+    heads = [_head(text, window) for text in texts]
+    rows = tokenize(tokenizer, heads)
+    for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+        if head != text and len(rows[i]) < at_most:
+            rows[i] = tokenize(tokenizer, [text])[0]
+    rows = [ids[:at_most] for ids in rows if len(ids) >= at_least]
+    if not rows:
+        raise UserError(f"no prompt has min_prompt_len={at_least} tokens or more: lower it, or change --dataset")
+    return rows
 
 
 SPAN = 3  # tokens: a character has 4 bytes at most, so the rest of one is at most 3 tokens away

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import cut, load_examples, load_labelled, load_prompts, pad_left
+from data import cut, first_tokens, load_examples, load_labelled, pad_left
 from evaluation.judge import FittedJudge
 from evaluation.report import write_report
 from evaluation.summary import summarise
@@ -262,7 +262,7 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     prompts: list[list[int]] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # tokenise no more than needed
         with contextlib.suppress(UserError):  # none in this chunk
-            reviews = load_prompts(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest)
+            reviews = first_tokens(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest)
             prompts += [ids for ids in reviews if cut(tokenizer, ids, run.max_prompt_len)]
         if len(prompts) >= cfg.n_samples:
             break
