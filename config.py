@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import typing
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter
@@ -36,6 +37,12 @@ def opt(default: T, help: str, heading: str = "") -> T:
     """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help."""
     return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading}))
 
+
+# Help of settings that training, evaluation and tools have in common
+DATASET_CONFIG_HELP = "Configuration of the data set, where it has several."
+LABEL_NAMES_HELP = (
+    "What numbered labels mean: 0=neutral,1=positive,-1=negative; -1= means no label (default: as noted)."
+)
 
 # The range of a number: the words for the error message, and the test. NaN fails every one of them.
 Range = tuple[str, Callable[[float], bool]]
@@ -93,7 +100,11 @@ class TrainConfig:
         "Tokens between scores of the unfinished response; each token is credited with the change it made. Larger is "
         "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
     )
-    dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
+    dataset: str = opt(
+        "stanfordnlp/imdb",
+        "Prompts: a hub name, a folder, or a .csv .tsv .json .jsonl .parquet .txt file, packed (.gz .zip) or not.",
+    )
+    dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")
 
@@ -209,9 +220,11 @@ class EvalConfig:
     target_label: str | None = opt(None, "Label to score (default: the run's).")
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
     dataset: str | None = opt(None, "Prompts (default: the run's).")
+    dataset_config: str | None = opt(None, f"{DATASET_CONFIG_HELP[:-1]} (default: the run's).")
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
+    label_names: str | None = opt(None, LABEL_NAMES_HELP)
     judge: str = opt(
         "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
         "How it is measured",
@@ -343,6 +356,7 @@ class OneLineParser(HfArgumentParser):
         name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
         usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
         super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
+        self._negative_number_matcher = re.compile(r"-\d.*")  # --label_names -1=bad,1=good: a value and no flag
 
     def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
         """Add a flag under its heading, or under that of the flag before."""

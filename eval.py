@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data import is_file, label_names, load_examples, load_prompts, pad_left
+from data import cut, first_tokens, load_examples, load_labelled, pad_left
 from evaluation.judge import FittedJudge
 from evaluation.report import write_report
 from evaluation.summary import summarise
@@ -61,14 +62,15 @@ from runtime.distributed import (
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.fingerprints import saved_weights_sha256, weights_sha256
 from runtime.hub import quiet_libraries
+from runtime.tables import has_splits
 from training.card import add_results
 from training.parts import load_models
 from training.run_folder import reward_sha256
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
-    "ref_name", "rm_name", "target_label", "reward_on_prompt", "dataset", "text_column", "max_prompt_len",
-    "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
+    "ref_name", "rm_name", "target_label", "reward_on_prompt", "dataset", "dataset_config", "text_column",
+    "max_prompt_len", "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
 }  # fmt: skip
 RESULTS = "eval_results.csv"
 Judge = Callable[[list[str]], np.ndarray]
@@ -121,9 +123,9 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None
     }
-    for name, revision in (("rm_name", "rm_revision"), ("dataset", "dataset_revision")):
+    for name, revision in (("rm_name", "rm_revision"), ("dataset", "dataset_revision"), ("dataset", "dataset_config")):
         if name in flags and flags[name] != getattr(run, name):
-            flags[revision] = None  # it is that of another
+            flags.setdefault(revision, None)  # it is that of another
     device = resolve_device(cfg.device)
     return replace(
         run, **{"ref_name": run.policy_name if run.ref_name is None else run.ref_name, **flags},
@@ -152,9 +154,13 @@ class Comparison:
 
     def respond(self, model: GPT2WithValueHead, rows: slice, draw: int) -> Sequences:
         """Sample responses to some of the prompts; a prompt's random numbers depend on seed and draw alone."""
-        prompts = pad_left([ids[: self.run.max_prompt_len] for ids in self.prompts[rows]])
+        prompts = pad_left([self.prompt(ids) for ids in self.prompts[rows]])
         noise = uniforms(self.seed, draw, len(self.prompts), self.run.max_new_tokens)[rows]
         return self.models.respond(model, prompts, noise, self.run)
+
+    def prompt(self, ids: list[int]) -> list[int]:
+        """The part of a review that is the prompt."""
+        return cut(self.models.tokenizer, ids, self.run.max_prompt_len)
 
     def base_scores(self, rows: slice, draws: int) -> list[str]:
         """The scores of several base responses to each of some prompts, as text."""
@@ -241,19 +247,22 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         return lambda texts: model(texts).cpu().numpy()
     try:
         name = resolve_name(run.dataset, run.split)
-        texts, labels = load_examples(name, run.split, run.text_column, cfg.label_column, run.dataset_revision)
-    except UserError:
-        if cfg.label_column != EvalConfig.label_column:
+        texts, names = load_labelled(
+            name, run.split, run.text_column, cfg.label_column, cfg.label_names, run.dataset_revision,
+            run.dataset_config,
+        )  # fmt: skip
+    except UserError as error:
+        if cfg.label_column != EvalConfig.label_column or cfg.label_names is not None:
             raise
-        texts, labels = [], []
-    names = label_names(labels or [])
+        print(f"note: there is no second judge (see --judge): {error}")
+        return None
     known = [(text, full_label(name)) for text, name in zip(texts, names, strict=True) if name is not None]
     target = [label == full_label(run.target_label) for _, label in known]
     if not 1 < sum(target) < len(target) - 1:
         there = ", ".join(sorted({label for _, label in known})[:5]) or "none"
         print(
             f"note: column {cfg.label_column!r} of {run.dataset} does not separate {run.target_label} from other texts "
-            f"(its labels: {there}), so there is no second judge; see --judge"
+            f"(its labels: {there}), so there is no second judge; see --label_column, --label_names and --judge"
         )
         return None
     judge = FittedJudge([text for text, _ in known], target)
@@ -267,21 +276,19 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     Each is followed by what its author wrote next, up to max_new_tokens.
     """
     longest = run.max_prompt_len + run.max_new_tokens
-    texts, _ = load_examples(
-        resolve_name(run.dataset, cfg.split), cfg.split, run.text_column, revision=run.dataset_revision
-    )
-    texts = list(dict.fromkeys(texts))
-    if is_file(run.dataset) or cfg.split == run.split:
+    read = partial(load_examples, text_column=run.text_column, revision=run.dataset_revision, config=run.dataset_config)
+    texts = list(dict.fromkeys(read(resolve_name(run.dataset, cfg.split), cfg.split)[0]))
+    if not has_splits(run.dataset) or cfg.split == run.split:
         print(f"note: if {run.dataset} was trained on, these prompts are not held out")
     else:
-        name = resolve_name(run.dataset, run.split)
-        seen = set(load_examples(name, run.split, run.text_column, revision=run.dataset_revision)[0])
+        seen = set(read(resolve_name(run.dataset, run.split), run.split)[0])
         texts = [text for text in texts if text not in seen]
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     prompts: list[list[int]] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # tokenise no more than needed
         with contextlib.suppress(UserError):  # none in this chunk
-            prompts += load_prompts(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest)
+            reviews = first_tokens(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest)
+            prompts += [ids for ids in reviews if cut(tokenizer, ids, run.max_prompt_len)]
         if len(prompts) >= cfg.n_samples:
             break
     if len(prompts) < 2:
@@ -315,9 +322,11 @@ def compare(comparison: Comparison, rows: slice, known: pd.DataFrame | None = No
         json.dumps([[tokenizer.decode([token]), round(kl, 3)] for token, kl in zip(row, kls, strict=False)])
         for row, kls in zip(_real(ours.responses, ours), _real(exact_kl, ours), strict=True)
     ]
-    prompts = comparison.prompts
-    human = human_continuations(prompts[rows], run_cfg.max_prompt_len, run_cfg.max_new_tokens, run_cfg.device)
-    return pd.DataFrame(columns | compare_on_human(human, policy, base), index=np.arange(len(prompts))[rows])
+    reviews = comparison.prompts[rows]
+    prompts = [comparison.prompt(ids) for ids in reviews]
+    human = human_continuations(reviews, prompts, run_cfg.max_new_tokens, run_cfg.device)
+    index = np.arange(len(comparison.prompts))[rows]
+    return pd.DataFrame(columns | compare_on_human(human, policy, base), index=index)
 
 
 def answer_columns(comparison: Comparison, name: str, seqs: Sequences) -> dict[str, list[Any]]:
@@ -352,10 +361,12 @@ def _plain_logprobs(model: GPT2WithValueHead, seqs: Sequences) -> torch.Tensor:
     return model.evaluate_responses(replace(seqs, temperature=1.0, support=None), with_entropy=False)[0]
 
 
-def human_continuations(rows: list[list[int]], prompt_len: int, new_tokens: int, device: str) -> Sequences | None:
+def human_continuations(
+    reviews: list[list[int]], prompts: list[list[int]], new_tokens: int, device: str
+) -> Sequences | None:
     """What the authors wrote, in the form of sampled responses; None where all reviews end with the prompt."""
-    ids, mask = (x.to(device) for x in pad_left([row[:prompt_len] for row in rows]))
-    written = [row[prompt_len : prompt_len + new_tokens] for row in rows]
+    ids, mask = (x.to(device) for x in pad_left(prompts))
+    written = [review[len(prompt) : len(prompt) + new_tokens] for review, prompt in zip(reviews, prompts, strict=True)]
     if not any(written):
         return None
     backwards, real = (x.flip(1).to(device) for x in pad_left([row[::-1] for row in written]))

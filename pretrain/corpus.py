@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from config import UserError
 
-from data import label_names, load_examples
+from data import load_examples, load_labelled
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Corpus:
 
 
 def load_corpus(
-    dataset: str, split: str, text_column: str, label_column: str, lm_split: str | None = None, seed: int = 0
-) -> Corpus:
+    dataset: str, split: str, text_column: str, label_column: str, lm_split: str | None = None, seed: int = 0,
+    names: str | None = None, config: str | None = None,
+) -> Corpus:  # fmt: skip
     """Read a data set, and hold out a tenth of its labelled rows, 2,000 at most (raises UserError).
 
-    lm_split names splits for the language model, joined by +.
+    lm_split names splits for the language model, joined by +; names and config are label_names and dataset_config.
     """
-    texts, labels = load_examples(dataset, split, text_column, label_column)
-    named = label_names(labels or [])
+    texts, named = load_labelled(dataset, split, text_column, label_column, names, config=config)
     rows = [(text, label) for text, label in zip(texts, named, strict=True) if label is not None]
     values = sorted({label for _, label in rows})
     where = f"label_column={label_column!r} of {dataset}"
@@ -46,7 +46,7 @@ def load_corpus(
     held_texts = {text for text, _ in held}
     lm_texts = list(texts)
     if lm_split is not None:
-        splits = [load_examples(dataset, name, text_column)[0] for name in lm_split.split("+")]
+        splits = [load_examples(dataset, name, text_column, config=config)[0] for name in lm_split.split("+")]
         lm_texts = list(itertools.chain.from_iterable(splits))
     return Corpus(
         lm_texts=[text for text in lm_texts if text not in held_texts],

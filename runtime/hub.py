@@ -46,7 +46,7 @@ def require_hub(setting: str, name: str) -> None:
         return
     else:
         reason = f"the hub at {constants.ENDPOINT} does not answer"
-    if not (_cache_folder(setting, name) / "snapshots").is_dir():
+    if not _in_cache(setting, name) and not (setting.startswith("dataset") and only_prepared(name)):
         raise UserError(
             f"{setting}={name} is neither a folder nor in the cache, and {reason}: "
             "connect, name a folder, or use --preset tiny, which needs no network"
@@ -57,6 +57,22 @@ def require_hub(setting: str, name: str) -> None:
 def _cache_folder(setting: str, name: str) -> Path:
     kind = "datasets" if setting.startswith("dataset") else "models"
     return Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
+
+
+def _in_cache(setting: str, name: str) -> bool:
+    return (_cache_folder(setting, name) / "snapshots").is_dir()
+
+
+def only_prepared(name: str) -> bool:
+    """Whether a data set's files are not in the cache of the hub, but a copy that `datasets` has prepared is."""
+    if _in_cache("dataset", name):
+        return False
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, last = name.split("/")
+    folder = "___".join([*owner, camelcase_to_snakecase(last)])
+    return any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*/dataset_info.json"))
 
 
 def _go_offline() -> None:

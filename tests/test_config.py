@@ -240,6 +240,11 @@ def test_parse_config_reads_switches_that_may_be_unset() -> None:
     assert parse_config(EvalConfig, ["--reward_on_prompt", "true"]).reward_on_prompt is True
 
 
+def test_a_value_may_begin_with_a_negative_number() -> None:
+    given = "-1=bad,0=neutral,1=good"
+    assert parse_config(EvalConfig, ["--label_names", given, "--seed", "5"]).label_names == given
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_parse_config_refuses_what_it_does_not_know(cls: type) -> None:
     assert "--learning_rate" in refused(cls, "--learning_rate", "1")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import EOS, train_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from data import PromptStream, is_file, load_examples, load_prompts, pad_left
+from data import PromptStream, cut, describe_labels, label_names, load_examples, load_labelled, load_prompts, pad_left
 from runtime.hub import load_tokenizer
+from runtime.tables import is_file
 
 TEXTS = ['A good film, "rare" even.', "Dull; too long\tby far.", "naïve ☃ 10/10"]
 
@@ -176,6 +177,131 @@ def test_load_examples_refuses_an_empty_folder_and_an_unknown_name(tmp_path: Pat
     assert "dataset" in refused("nobody-at-all/no-such-data")
 
 
+def write_rows(path: Path, **columns: list) -> str:
+    frame = pd.DataFrame(columns, dtype=object)
+    path.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")))
+    return str(path)
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "a.jsonl", text=["good", 5, None, " ", 7.5, "bad"])
+    assert load_examples(path, "train", "text")[0] == ["good", "bad"]
+    assert capsys.readouterr().out == (
+        f"note: 4 of 6 rows of {path} have no text in column 'text' and are left out: 1 int, 2 blank, 1 float\n"
+    )
+    load_examples(write_rows(tmp_path / "b.jsonl", text=["good"]), "train", "text")
+    assert capsys.readouterr().out == ""
+    assert "(its rows: 2 int)" in refused(write_rows(tmp_path / "c.jsonl", text=[1, 2]))
+
+
+def test_half_a_character_is_replaced(tmp_path: Path) -> None:
+    """JSON can spell one, and no tokenizer takes it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83d b \\ud83c\\udfac"}')
+    assert load_examples(str(path), "train", "text")[0] == ["a\N{REPLACEMENT CHARACTER} b 🎬"]
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+NAMED = {
+    "negative and positive": ([0, 1, 1, None], ["NEGATIVE", "POSITIVE", "POSITIVE", None]),
+    "floats because of a blank": ([0.0, 1.0, None], ["NEGATIVE", "POSITIVE", None]),
+    "spelt": (["0", "1", "", " 1 "], ["NEGATIVE", "POSITIVE", None, "POSITIVE"]),
+    "spelt as floats": (["0.0", "1.0", "1"], ["NEGATIVE", "POSITIVE", "POSITIVE"]),
+    "truth values": ([True, False, None], ["POSITIVE", "NEGATIVE", None]),
+    "spelt truth values": (["False", "True", "TRUE"], ["NEGATIVE", "POSITIVE", "POSITIVE"]),
+    "signs": (["+1", "-1", "1"], ["POSITIVE", "NEGATIVE", "POSITIVE"]),
+    "none": ([-1, -1], [None, None]),
+    "one class only": ([1, 1], ["1", "1"]),
+    "stars": ([5, 1.0, 3], ["5", "1", "3"]),
+    "a scale around 0": ([-2, -1, 0, 1], ["-2", "-1", "0", "1"]),
+    "names": (["pos", "neg", None, " pos"], ["pos", "neg", None, "pos"]),
+    "names and numbers": (["spam", 0, 1.0], ["spam", "0", "1"]),
+    "codes": (["007", "7"], ["007", "7"]),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_labels_are_decided_from_all_of_them(case: str, tmp_path: Path) -> None:
+    labels, names = NAMED[case]
+    path = write_rows(tmp_path / "a.jsonl", text=[f"text {i}" for i in range(len(labels))], label=labels)
+    assert load_labelled(path, "train", "text", "label")[1] == names
+    if all(isinstance(label, str) for label in labels):
+        table = pd.DataFrame({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+        table.to_csv(tmp_path / "a.csv", index=False)
+        assert load_labelled(str(tmp_path / "a.csv"), "train", "text", "label")[1] == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0.1, 0.9, 1.0], "holds 0.1, which is a degree"),
+        (["0", "0.5", ""], "holds 0.5, which is a degree"),
+        ([1, float("inf")], "holds inf, which is a degree"),
+        ([-1, 0, 1], "--label_names 0=...,1=...,-1=..."),
+        (["-1", "0", "1"], "--label_names 0=...,1=...,-1=..."),
+        ([-1, 0, None], "--label_names 0=...,-1=..."),
+        ([-1, 0, 1, 2], "--label_names 0=...,1=...,2=...,-1=..."),
+        ([[0], [1]], "holds [0], which is not a label"),
+        ([{"name": "pos"}], "which is not a label"),
+    ],
+    ids=str,
+)
+def test_labels_that_may_mean_several_things_are_refused(labels: list, words: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", text=["text"] * len(labels), label=labels)
+    with pytest.raises(UserError) as caught:
+        load_labelled(path, "train", "text", "label")
+    assert words in str(caught.value)
+
+
+@given(
+    labels=st.lists(st.none() | st.sampled_from([0, 1, 2, 5]), min_size=1, max_size=9),
+    form=st.sampled_from([str, float, int]),
+    kind=st.sampled_from(["csv", "jsonl", "parquet"]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+def test_labels_do_not_depend_on_how_they_are_written(
+    labels: list[int | None], form: Callable, kind: str, tmp_path: Path
+) -> None:
+    written = [None if label is None else form(label) for label in labels]
+    texts = [f"text {i}" for i in range(len(labels))]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_rows(path, text=texts, label=written)
+    elif kind == "csv":
+        pd.DataFrame({"text": texts, "label": written}, dtype=object).to_csv(path, index=False)
+    else:
+        pd.DataFrame({"text": texts, "label": written}).to_parquet(path)
+    plain = {0, 1} == set(labels) - {None}
+    names = {0: "NEGATIVE", 1: "POSITIVE"} if plain else {label: str(label) for label in labels}
+    expected = [None if label is None else names[label] for label in labels]
+    assert load_labelled(str(path), "train", "text", "label") == (texts, expected)
+
+
+def test_names_can_be_given_to_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "a.jsonl", text=["a", "b", "c", "d"], label=[-1, 0, 1, 0])
+    given = "-1=so bad, 0=neutral,1="
+    assert load_labelled(path, "train", "text", "label", given)[1] == ["so bad", "neutral", None, "neutral"]
+    assert capsys.readouterr().out == "labels: -1 = so bad (1), 0 = neutral (2), none (1)\n"
+    for wrong, words in (("0=x,1=y", "lacks the label -1"), ("bad,good", "is not understood"), ("", "not understood")):
+        with pytest.raises(UserError, match=words):
+            load_labelled(path, "train", "text", "label", wrong)
+
+
+def test_what_labels_are_is_said_in_one_line() -> None:
+    labels = [0, 1] * 12_500 + [None]
+    line = describe_labels(labels, label_names(labels))
+    assert line == "labels: 0 = NEGATIVE (12,500), 1 = POSITIVE (12,500), none (1)"
+    assert describe_labels(["b", "a", "b"], ["b", "a", "b"]) == "labels: a (1), b (2)"
+    assert describe_labels([None], [None]) == "labels: none (1)"
+    many = [f"{i:02}" for i in range(30)]
+    assert describe_labels(many, many).endswith("11 (1), 18 others")
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
 def test_load_tokenizer_round_trip_and_refusals(
     gpt2_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -225,8 +351,15 @@ def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(text: str
     tokenizer = _TOKENIZER[0]
     text = text * repeat
     ids = tokenizer(text)["input_ids"]
-    if ids:
-        assert load_prompts(tokenizer, [text], 1, longest) == [ids[:longest]]
+    if whole := whole_characters(tokenizer, text, longest):
+        assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+
+
+def whole_characters(tokenizer: PreTrainedTokenizerFast, text: str, longest: int) -> int:
+    """How many tokens, `longest` at most, spell whole characters: by the places in the text that the library gives."""
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    ends = [n for n in range(len(spans)) if not n or spans[n - 1][1] <= spans[n][0]] + [len(spans)]
+    return max(n for n in ends if n <= longest)
 
 
 LONG_WORDS = ["incomprehensibilities", "unforgettable", "cinematography", "melodrama", "of"]
@@ -263,8 +396,23 @@ def test_long_tokens_are_long() -> None:
 )
 def test_load_prompts_cuts_texts_without_word_ends(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     for longest in (1, 7, 64):
-        whole = tokenizer(text)["input_ids"]
-        assert load_prompts(tokenizer, [text], 1, longest) == [whole[:longest]]
+        ids = tokenizer(text)["input_ids"]
+        if whole := whole_characters(tokenizer, text, longest):
+            assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+        else:
+            with pytest.raises(UserError, match=f"max_prompt_len={longest} holds no whole character"):
+                load_prompts(tokenizer, [text], 1, longest)
+
+
+@given(text=st.text("电影ñé🎬👩‍👩‍👧 a.\N{REPLACEMENT CHARACTER}", min_size=1, max_size=12), longest=st.integers(0, 40))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_cut_prompt_ends_with_a_whole_character(text: str, longest: int) -> None:
+    """It spells the beginning of the text, and with one more character it would be too long."""
+    tokenizer = _TOKENIZER[0]
+    ids = cut(tokenizer, tokenizer(text)["input_ids"], longest)
+    beginning = tokenizer.decode(ids)
+    assert text.startswith(beginning)
+    assert len(ids) == whole_characters(tokenizer, text, longest)
 
 
 _TOKENIZER: list[PreTrainedTokenizerFast] = []

@@ -134,7 +134,9 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     finished_run: Path, tmp_path: Path, classifier_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, summary = run_eval(finished_run, tmp_path / "a")
-    assert "(its labels: none), so there is no second judge" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: there is no second judge (see --judge): label_column='label' is not in" in said
+    assert "name one of its columns, text, with --label_column" in said
     assert "policy_judge" not in plain
     assert "judge_gain" not in summary
     named, summary = run_eval(finished_run, tmp_path / "b", "--judge", str(classifier_dir))
@@ -169,6 +171,63 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     with pytest.raises(SystemExit):
         run_eval(finished_run, tmp_path / "e", "--judge", str(tmp_path / "nowhere"))
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: judge=")
+
+
+def test_labels_of_the_second_judge_are_named_or_asked_for(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = [f"{i} {text}" for i, text in enumerate(CORPUS)]
+    tests = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])]
+    for split, texts in (("train", train), ("test", tests)):
+        rows = pd.DataFrame({"text": texts, "stars": [(-1, 0, 1)[i % 3] for i in range(len(texts))]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows.to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    data = ("--dataset", str(tmp_path / "data"))
+    run_eval(finished_run, tmp_path / "a", *data)
+    assert "name one of its columns, text, stars, with --label_column" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_eval(finished_run, tmp_path / "b", *data, "--label_column", "stars")
+    assert "--label_names 0=...,1=...,-1=..." in capsys.readouterr().err.splitlines()[-1]
+    named = ("--label_column", "stars", "--label_names", "-1=neg,0=neutral,1=pos")
+    results, _ = run_eval(finished_run, tmp_path / "c", *data, *named)
+    n = len(CORPUS)
+    counts = [len(range(first, n, 3)) for first in range(3)]
+    said = capsys.readouterr().out
+    assert f"labels: -1 = neg ({counts[0]}), 0 = neutral ({counts[1]}), 1 = pos ({counts[2]})" in said
+    assert "policy_judge" in results
+
+
+def test_a_saved_data_set_without_splits_is_evaluated_like_a_file(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{i} {text}" for i, text in enumerate(CORPUS[:30])]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "saved.csv", index=False)
+    found = []
+    for name in ("saved", "saved.csv"):
+        found.append(run_eval(finished_run, tmp_path / f"of_{name}", "--dataset", str(tmp_path / name))[0])
+        assert "these prompts are not held out" in capsys.readouterr().out
+        card = (finished_run / "policy_lm" / "README.md").read_text()
+        assert "split test" not in card
+    pd.testing.assert_frame_equal(*found)
+
+
+def test_prompts_end_and_continuations_begin_with_whole_characters(
+    finished_run: Path, tmp_path: Path, gpt2_dir: Path
+) -> None:
+    texts = [f"{'电影🎬' * 3}{i}电影很好看" + "é" * 9 for i in range(20)]
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "a.csv", index=False)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
+    for longest in (11, 12, 13):
+        results, _ = run_eval(
+            finished_run, tmp_path, "--dataset", str(tmp_path / "a.csv"), "--max_prompt_len", str(longest),
+            "--judge", "none",
+        )  # fmt: skip
+        for row in results.itertuples():
+            text = next(text for text in texts if text.startswith(row.prompt))
+            spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+            assert len(row.prompt) == max(end for _, end in spans[:longest] if end <= spans[longest][0])
+            assert row.human_len == 8
 
 
 def test_best_is_evaluated_with_the_settings_of_its_run(finished_run: Path, tmp_path: Path) -> None:

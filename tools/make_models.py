@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import UserError, opt
+from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, UserError, opt
 
 import torch
 
@@ -33,6 +33,8 @@ class MakeConfig:
     lm_split: str | None = opt(None, "Splits for the language model, joined by + (default: split).")
     text_column: str = opt("text", "Column that holds the text.")
     label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
+    label_names: str | None = opt(None, LABEL_NAMES_HELP)
+    dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
     init: str | None = opt(None, "Language model to continue from, with its tokenizer.", "What is trained, and how")
     reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.")
     lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).")
@@ -79,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make both models as the command line says, and print how good they are."""
     cfg = read_settings(argv)
     device = torch.device(resolve_device(cfg.device))
-    corpus = load_corpus(cfg.dataset, cfg.split, cfg.text_column, cfg.label_column, cfg.lm_split, cfg.seed)
+    corpus = load_corpus(
+        cfg.dataset, cfg.split, cfg.text_column, cfg.label_column, cfg.lm_split, cfg.seed, cfg.label_names,
+        cfg.dataset_config,
+    )  # fmt: skip
     try:
         with quiet_saving(), new_folder(Path(cfg.out)) as folder:
             report = make_models(corpus, cfg.recipe, folder, cfg.seed, device, cfg.init, cfg.reward_init)

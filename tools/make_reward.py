@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import UserError, opt
+from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, UserError, opt
 
 import torch
 
-from data import Pair, label_names, load_examples, load_pairs
+from data import Pair, load_labelled, load_pairs
 from evaluation.intervals import wilson_ci
 from pretrain.models import quiet_saving
 from pretrain.preferences import PreferenceTrainer, pairs_from_labels, split_pairs
@@ -45,6 +45,8 @@ class MakeRewardConfig:
     chosen_label: str | None = opt(None, "Make pairs from labelled texts: this label is chosen over the others.")
     text_column: str = opt("text", "Column of the labelled texts.")
     label_column: str = opt("label", "Column of their labels.")
+    label_names: str | None = opt(None, LABEL_NAMES_HELP)
+    dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
     epochs: float = opt(1.0, "Passes over the pairs.", "How it is trained")
     lr: float = opt(5e-5, "Largest step size; small models want more, 1e-3 for the tiny ones.")
     batch_tokens: int = opt(8192, "Tokens per optimiser step.")
@@ -69,11 +71,12 @@ def read_pairs(cfg: MakeRewardConfig) -> list[Pair]:
     """The pairs of the data set, or those made from its labels (raises UserError where there are too few)."""
     name = resolve_name(cfg.dataset, cfg.split)
     if cfg.chosen_label is None:
-        pairs = load_pairs(name, cfg.split)
+        pairs = load_pairs(name, cfg.split, config=cfg.dataset_config)
     else:
-        texts, labels = load_examples(name, cfg.split, cfg.text_column, cfg.label_column)
-        named = zip(texts, label_names(labels or []), strict=True)
-        known = [(text, full_label(label)) for text, label in named if label is not None]
+        texts, names = load_labelled(
+            name, cfg.split, cfg.text_column, cfg.label_column, cfg.label_names, config=cfg.dataset_config
+        )
+        known = [(text, full_label(label)) for text, label in zip(texts, names, strict=True) if label is not None]
         pairs = pairs_from_labels(known, full_label(cfg.chosen_label), cfg.seed)
     if len(pairs) < 20:
         raise UserError(f"dataset {cfg.dataset} has {len(pairs)} pairs of different texts, and 20 are needed")

@@ -107,7 +107,7 @@ def prompts(prompt: str | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
     elif not sys.stdin.isatty():
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        yield from piped_lines()
     else:
         with suppress(ImportError):
             import readline  # noqa: F401 (input then has a history; not on every system)
@@ -122,6 +122,17 @@ def prompts(prompt: str | None) -> Iterator[str]:
                 raise
             if line.strip():
                 yield line
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of the standard input that hold text, without a byte-order mark (raises UserError)."""
+    try:
+        for number, line in enumerate(sys.stdin):
+            text = line.rstrip("\r\n").removeprefix("" if number else "\N{BYTE ORDER MARK}")
+            if text.strip():
+                yield text
+    except UnicodeDecodeError:
+        raise UserError("the prompts of the standard input are not UTF-8: save them as UTF-8") from None
 
 
 # --- the models -----------------------------------------------------------------------------------------------------
@@ -154,6 +165,8 @@ class ModelSet:
 
     def respond(self, prompt: str, draw: int) -> list[list[Response]]:
         """n rows of one response per model; the draw-th prompt has random numbers of its own (raises UserError)."""
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # what Python makes of bytes that are no UTF-8
+            raise UserError(f"prompt={prompt!a} is not UTF-8: save it as UTF-8")
         with enough_memory("n or max_new_tokens"):
             columns = [self._respond(model, prompt, draw) for model in self.models]
         return [list(row) for row in zip(*columns, strict=True)]

@@ -18,9 +18,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from data import is_file
 from reward import score_title
 from runtime.files import write_atomic
+from runtime.tables import has_splits
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 RESULTS = re.compile(r"(<!-- results of eval\.py -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
@@ -181,7 +181,7 @@ def _results(summary: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
     settings = summary["settings"]
     decoding = ", ".join(f"{name} {settings[name]:g}" for name in ("temperature", "top_k", "top_p", "max_new_tokens"))
     dataset = _link(settings["dataset"], "datasets/")
-    dataset += "" if is_file(settings["dataset"]) else f", split {settings['split']}"
+    dataset += f", split {settings['split']}" if has_splits(settings["dataset"]) else ""
     made = (f"{summary['n']} prompts from {dataset}, the same random numbers for policy and base; {decoding}; seed "
             f"{settings['seed']}. Brackets are 95 % intervals.")  # fmt: skip
     return f"{summary['verdict']}\n\n{made}\n\n{markdown_table(('', 'policy', 'base'), rows)}"
@@ -200,7 +200,7 @@ def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type=kind,
-            dataset_split=None if is_file(settings["dataset"]) else settings["split"], metric_name=name,
+            dataset_split=settings["split"] if has_splits(settings["dataset"]) else None, metric_name=name,
             metric_value=round(value, 4),
             metric_args={"interval_95": [round(end, 4) for end in interval], "prompts": summary["n"]},
         )

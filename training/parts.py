@@ -17,6 +17,7 @@ from reward import Classifier, Reward, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
+from runtime.tables import has_splits
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def load_parts(cfg: TrainConfig) -> Parts:
     """Load everything that a run needs (raises UserError)."""
     models = load_models(cfg)
     name = resolve_name(cfg.dataset, cfg.split)
-    texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision)
+    if cfg.split != TrainConfig.split and not has_splits(name):
+        print(f"note: {cfg.dataset} has no splits: it is used whole, and split={cfg.split} says nothing")
+    texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision, config=cfg.dataset_config)
     prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
     train, held_out = split_held_out(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
     return Parts(

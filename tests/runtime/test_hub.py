@@ -10,8 +10,10 @@ from typing import Any
 from config import UserError
 
 import pytest
+from datasets.packaged_modules.generator.generator import Generator
 
 import train
+from data import load_examples
 from runtime.hub import loading, refuse_missing_weights, require_hub
 
 REPOSITORY = Path(train.__file__).parent
@@ -78,3 +80,22 @@ def test_require_hub_accepts_a_folder_and_refuses_what_cannot_be_had(tmp_path: P
         require_hub("policy_name", "nobody-at-all/no-such-model")
     assert "\n" not in str(caught.value)
     assert "nobody-at-all/no-such-model" in str(caught.value)
+
+
+def test_a_prepared_data_set_is_used_where_the_hub_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="neither a folder nor in the cache"):
+        load_examples("some/MyReviews", "train", "text")
+    about = {"dataset_name": "MyReviews", "repo_id": "some/MyReviews", "hash": "a" * 40, "cache_dir": str(tmp_path)}
+    builder = Generator(generator=lambda: iter([{"text": "one"}]), **about)
+    builder.download_and_prepare()
+    folder = Path(builder.cache_dir).parents[1]
+    folder.rename(folder.parent / "default")  # as the library calls that of a data set of the hub
+    for revision in (None, "a" * 40):
+        assert load_examples("some/MyReviews", "train", "text", revision=revision)[0] == ["one"]
+    with pytest.raises(UserError, match=f"dataset_revision={'b' * 40} of some/MyReviews is not in the cache"):
+        load_examples("some/MyReviews", "train", "text", revision="b" * 40)

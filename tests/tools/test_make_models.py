@@ -33,12 +33,18 @@ def test_the_shape_of_the_language_model_can_be_chosen(labelled_csv: Path, tmp_p
     assert (config["n_layer"], config["n_embd"], config["n_head"]) == (1, 192, 3)
 
 
-def test_rows_without_label_go_to_the_language_model_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("missing", "flags"), [(None, []), (-1, ["--label_names", "-1=,0=bad,1=good"])])
+def test_rows_without_label_go_to_the_language_model_only(
+    missing: int | None, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "some.jsonl"
     texts, labels = tiny_reviews.generate_reviews(60, seed=0)
-    rows = [{"text": t, "label": y if i < 40 else -1} for i, (t, y) in enumerate(zip(texts, labels, strict=True))]
+    rows = [{"text": t, "label": y if i < 40 else missing} for i, (t, y) in enumerate(zip(texts, labels, strict=True))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = json.loads((make_models(path, tmp_path / "out") / "report.json").read_text())
+    report = json.loads((make_models(path, tmp_path / "out", *flags) / "report.json").read_text())
+    names = ("bad", "good") if flags else ("NEGATIVE", "POSITIVE")
+    counts = [f"{y} = {names[y]} ({labels[:40].count(y)})" for y in (0, 1)]
+    assert f"labels: {counts[0]}, {counts[1]}, none (20)" in capsys.readouterr().out.splitlines()
     assert report["policy"]["texts"] == 56
     assert report["reward"]["texts"] == 36
     assert report["reward"]["held_out_texts"] == 4

@@ -184,3 +184,18 @@ def read_until(master: int, last: bytes, first: bytes = b"") -> bytes:
         assert time.monotonic() < ends, said
         said += os.read(master, 4096)
     return said
+
+
+def test_piped_prompts_lose_a_byte_order_mark_and_must_be_utf8(
+    finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = "\ufeff电 film\r\n\nplain\u2028text".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+    found = sampled(capsys, str(finished_run))
+    assert [one["prompt"] for one in found[::2]] == ["电 film", "plain\u2028text"]
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve\n"), "utf-8", errors))
+        with pytest.raises(UserError, match=r"prompt.* not UTF-8: save"):
+            main([str(finished_run), "--json", *SAME])
+    with pytest.raises(UserError, match=r"prompt='na\\udcefve' is not UTF-8"):
+        main([str(finished_run), "--prompt", "na\udcefve", *SAME])
