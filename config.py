@@ -125,7 +125,9 @@ class TrainConfig:
     batch_size: int = opt(64, "Prompts per step.")
     ppo_epochs: int = opt(2, "Passes over each step's responses.")
     minibatch_size: int = opt(16, "Responses per optimiser step; divides batch_size.")
-    micro_batch_size: int = opt(0, "Responses per forward and backward pass (0: a whole minibatch); saves memory only.")
+    micro_batch_size: int = opt(
+        0, "Responses per forward and backward pass (0: as many as fit into memory); changes no result."
+    )
     reward_batch_size: int = opt(64, "Texts per forward pass of the reward model.")
     max_prompt_len: int = opt(128, "Tokens kept of each review as its prompt.")
     min_prompt_len: int = opt(8, "Reviews with fewer tokens than this are left out.")

@@ -5,7 +5,7 @@ References: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from config import TrainConfig
@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from model import GPT2WithValueHead, ReferenceStates, Sequences, decode, evaluate_both, sample_responses
 from reward import UNSCALED, Reward, ScoreScale, score_responses
-from runtime.device import FittingSize, Stopwatch
+from runtime.device import Stopwatch
 from runtime.distributed import (
-    GradientReducer,
     all_reduce_max,
     all_reduce_sum,
     gather_rows,
     raise_on_all_ranks,
     rank_slice,
+    sum_gradients,
     world_size,
 )
 from utils import (
@@ -216,7 +216,8 @@ def collect_rollout(
 class Batch:
     """What the loss compares the new policy with: everything (B, R), but for hidden states (B, R, H).
 
-    kl_price is that of a nat in the units of the advantages; None, as ref_states, where the rewards have KL.
+    kl_price is beta / std(advantages), the cost of one nat on the scale of the whitened advantages; it and ref_states
+    are None where the rewards have KL.
     """
 
     sequences: Sequences
@@ -233,6 +234,11 @@ class Batch:
     def select(self, rows: Tensor | slice) -> "Batch":
         """Some of the rows."""
         return map_tensors(lambda x: take_rows(x, rows), self)
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """The rows in order, `size` at a time."""
+        for first in range(0, len(self), size):
+            yield self.select(slice(first, first + size))
 
 
 def ppo_loss(
@@ -297,92 +303,106 @@ def ppo_update(
     """Improve the policy on one rollout: ppo_epochs passes in new random order, one optimiser step per minibatch.
 
     Changes policy, optimizer and scaler in place. A minibatch whose loss or gradient is not finite changes nothing and
-    counts as skipped, or as overflow where the scaler was too bold: it lowers its factor on the loss and goes on.
-    Returns averages over all real tokens of all minibatches, on every rank the same.
+    is counted. Returns averages over all real tokens of all minibatches, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
-    rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
-    baseline = expected + rollout.values  # the value head learns what partial scores do not tell
-    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
-    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
-    if rollout.ref_states is not None:
-        kl_price = (rollout.kl_coef * inverse_std(advantages, mask)).expand_as(advantages)
-        batch = replace(batch, ref_states=rollout.ref_states, kl_price=kl_price)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
-    device = rollout.mask.device
-    stats, micro_batch = UpdateStats(device), FittingSize(cfg.micro_batch_size or cfg.minibatch_size)
-    with GradientReducer([*reversed(list(policy.lm.parameters())), *policy.value_head.parameters()]) as reducer:
-        for epoch in range(cfg.ppo_epochs):
-            epoch_stats = UpdateStats(device)
-            for rows in permutation(cfg.seed, step, epoch, len(batch)).split(cfg.minibatch_size):
-                # loss and backward
-                minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, micro_batch, reducer, scaler)
-                # clip and step
-                scaler.unscale_(optimizer)
-                minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                if minibatch_stats.is_finite():
-                    optimizer.step()
-                    epoch_stats.add(minibatch_stats)
-                    epoch_stats.steps += 1
-                elif minibatch_stats.overflowed(scaler):
-                    epoch_stats.overflows += 1
-                else:
-                    epoch_stats.skipped += 1
-                scaler.update()
-            stats.add(epoch_stats)
-            if cfg.target_kl is not None and epoch_stats.mean("approx_kl") > cfg.target_kl:
-                break
+    batch, explained_var = estimate_advantages(rollout, cfg)
+    stats = UpdateStats(rollout.mask.device)
+    for epoch in range(cfg.ppo_epochs):
+        epoch_stats = UpdateStats(rollout.mask.device)
+        for rows in permutation(cfg.seed, step, epoch, len(batch)).split(cfg.minibatch_size):
+            # loss and backward
+            policy.zero_grad()
+            minibatch_stats = accumulate_gradients(policy, batch.select(rows), cfg, scaler)
+            # sum over processes
+            sum_gradients(policy)
+            minibatch_stats.all_reduce()
+            # clip
+            scaler.unscale_(optimizer)
+            minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            # step
+            epoch_stats.add(step_if_finite(optimizer, minibatch_stats, scaler))
+        stats.add(epoch_stats)
+        if cfg.target_kl is not None and epoch_stats.mean("approx_kl") > cfg.target_kl:
+            break
     return {
         **stats.metrics(),
-        "explained_var": explained_variance(compute_gae(rewards, baseline, mask, cfg.gamma, 1.0)[1], baseline, mask),
+        "explained_var": explained_var,
         "epochs": epoch + 1,
-        "micro_batch_size": -int(all_reduce_max(-micro_batch.size)),
+        "micro_batch_size": cfg.micro_batch_size or cfg.minibatch_size,
         "lr": learning_rate(cfg, step),
         "seconds_update": watch.lap(),
     }
 
 
-def accumulate_gradients(
-    policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, micro_batch: FittingSize, reducer: GradientReducer,
-    scaler: GradScaler = NO_SCALER,
-) -> "UpdateStats":  # fmt: skip
-    """Set the policy's gradient to that of the (scaled) loss on a minibatch; returns its statistics.
+def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, float]:
+    """Whitened advantages and the value head's returns, with what of the rollout the loss needs.
 
-    The loss is PPO's, and the price of KL where the rewards leave it out.
-    Each rank takes its share of the rows, in micro-batches of a size that memory suffices for. A micro-batch is one
-    pass through the transformer. The loss above its hidden states is a sum over tokens, so it is backpropagated to
-    them chunk by chunk. The logits of all tokens, 50,257 each for GPT-2, never exist at once.
+    Also returns how much of the rewards still to come critic and partial scores explain: 1 all, 0 nothing.
+    """
+    rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
+    baseline = expected + rollout.values  # the value head predicts the residual of the partial-score baseline
+    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
+    if rollout.ref_states is not None:
+        kl_price = rollout.kl_coef * inverse_std(advantages, mask)
+        batch = replace(batch, ref_states=rollout.ref_states, kl_price=kl_price.expand_as(advantages))
+    reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, 1.0)[1]
+    return batch, explained_variance(reward_to_go, baseline, mask)
+
+
+def accumulate_gradients(
+    policy: GPT2WithValueHead, minibatch: Batch, cfg: TrainConfig, scaler: GradScaler = NO_SCALER
+) -> "UpdateStats":
+    """Add to the policy's gradient that of the (scaled) loss on this rank's rows of a minibatch; returns statistics.
+
+    A micro-batch is one pass through the transformer. The loss above its hidden states is a sum over tokens, so it is
+    backpropagated to them chunk by chunk: the logits of all tokens, 50,257 each for GPT-2, never exist at once.
     """
     token_count = minibatch.sequences.response_mask.sum()
     own = minibatch.select(rank_slice(len(minibatch)))
+    stats = UpdateStats(token_count.device)
+    for micro in own.split(cfg.micro_batch_size or cfg.minibatch_size):
+        hidden = policy.response_hidden(micro.sequences)
+        states = hidden.detach().requires_grad_()
+        for rows in policy.chunk(micro.sequences):
+            loss, sums = total_loss(policy, states[rows], micro.select(rows), cfg, token_count)
+            scaler.scale(loss).backward()
+            stats.add_sums(sums)
+        hidden.backward(states.grad)
+    return stats
 
-    def attempt(size: int) -> UpdateStats:
-        policy.zero_grad()
-        reducer.expect_last(False)
-        stats = UpdateStats(token_count.device)
-        for first in range(0, len(own), size):
-            micro = own.select(slice(first, first + size))
-            hidden = policy.response_hidden(micro.sequences)
-            states = hidden.detach().requires_grad_()
-            for rows in policy.chunk(micro.sequences):
-                part = micro.select(rows)
-                logprobs, values, entropy, kl = policy.evaluate_hidden(
-                    states[rows], part.sequences, cfg.ent_coef > 0, part.ref_states
-                )  # fmt: skip
-                loss, sums = ppo_loss(logprobs, values, entropy, part, cfg, token_count)
-                if part.ref_states is not None:
-                    loss = loss + kl_loss(kl, part, token_count)
-                scaler.scale(loss).backward()
-                stats.add_sums(sums)
-            reducer.expect_last(first + size >= len(own))
-            hidden.backward(states.grad)
-        return stats
 
-    stats = micro_batch.run(attempt)
-    reducer.finish()
-    return stats.all_reduced()
+def total_loss(
+    policy: GPT2WithValueHead, hidden: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss of some rows from their hidden states (B, R, H), plus the price of KL where the rewards lack it."""
+    logprobs, values, entropy, kl = policy.evaluate_hidden(hidden, batch.sequences, cfg.ent_coef > 0, batch.ref_states)
+    loss, sums = ppo_loss(logprobs, values, entropy, batch, cfg, token_count)
+    if batch.ref_states is not None:
+        loss = loss + kl_loss(kl, batch, token_count)
+    return loss, sums
+
+
+def step_if_finite(optimizer: Optimizer, minibatch_stats: "UpdateStats", scaler: GradScaler) -> "UpdateStats":
+    """Take an optimiser step, unless loss or gradient is not finite; returns what there is to count.
+
+    Where only the scaled gradient is not finite the loss scale was too large, and the scaler lowers it.
+    """
+    counted = UpdateStats(minibatch_stats.ratio_max.device)
+    if minibatch_stats.is_finite():
+        optimizer.step()
+        counted = minibatch_stats
+        counted.steps = 1
+    elif minibatch_stats.overflowed(scaler):
+        counted.overflows = 1
+    else:
+        counted.skipped = 1
+    scaler.update()
+    return counted
 
 
 class UpdateStats:
@@ -394,7 +414,6 @@ class UpdateStats:
     NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "tokens")
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        """Nothing yet."""
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.NAMES}
         self.ratio_max, self.grad_norms = torch.zeros((), device=device), torch.zeros((), device=device)
         self.steps, self.skipped, self.overflows = 0, 0, 0
@@ -412,12 +431,11 @@ class UpdateStats:
         self.skipped += other.skipped
         self.overflows += other.overflows
 
-    def all_reduced(self) -> "UpdateStats":
-        """The same over the micro-batches of all ranks."""
+    def all_reduce(self) -> None:
+        """Add the sums of all ranks."""
         if world_size() > 1:
             self.sums = dict(zip(self.sums, all_reduce_sum(torch.stack(list(self.sums.values()))), strict=True))
             self.ratio_max = torch.full_like(self.ratio_max, all_reduce_max(float(self.ratio_max)))
-        return self
 
     def is_finite(self) -> bool:
         """Whether every sum and gradient is a number: the one time that a minibatch waits for the GPU."""

@@ -31,6 +31,7 @@ from runtime.distributed import (
 )
 from runtime.hub import quiet_libraries
 from training.audit import audit
+from training.memory import fit_micro_batches
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import inspect_run_folder, was_begun_by
 from training.score_scale import with_score_scale
@@ -57,6 +58,7 @@ def main(cfg: TrainConfig) -> Path:
         check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
         if not cfg.check:
             parts = with_score_scale(parts, cfg, found.score_scale)
+            cfg = fit_micro_batches(parts.models, cfg)
             with open_session(cfg, parts, found) as session:
                 train(cfg, parts, session)
     return Path(cfg.ckpt_dir)

@@ -15,7 +15,6 @@ from config import UserError
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 Device = Literal["cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -108,25 +107,6 @@ def enough_memory(to_lower: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(f"memory does not suffice: lower {to_lower}") from None
-
-
-class FittingSize:
-    """The number of rows that memory suffices for: it is halved whenever it turns out too large."""
-
-    def __init__(self, size: int) -> None:
-        """Start with `size` rows."""
-        self.size = size
-
-    def run(self, work: Callable[[int], T]) -> T:
-        """Return work(size), repeated with half the size as long as memory does not suffice (raises at size 1)."""
-        while True:
-            try:
-                return work(self.size)
-            except torch.OutOfMemoryError:
-                if self.size == 1:
-                    raise
-                self.size = -(-self.size // 2)
-            torch.cuda.empty_cache()  # outside the except block, where the failed work is no longer referenced
 
 
 def reset_peak_memory(device: str) -> None:

@@ -21,6 +21,7 @@ from config import TrainConfig, UserError
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from runtime.cli import Stopped
@@ -269,61 +270,18 @@ def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequen
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-class GradientReducer:
-    """Adds up the gradients of all ranks, once per optimiser step, while the backward pass is still running.
+def sum_gradients(model: nn.Module) -> None:
+    """Put the sum over all ranks in place of every gradient, in one collective.
 
-    Gradients are sent in buckets, in the order in which a backward pass finishes them. Loss and gradient of a
-    minibatch are sums over its rows, so the sum over ranks is that of one process with all rows.
+    Loss and gradient of a minibatch are sums over its rows, so this is the gradient of one process with all rows.
     """
-
-    BUCKET = 6_000_000  # numbers: 24 MB at a time keep the network busy and leave little for the end
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        """Parameters in the order in which their gradients become ready."""
-        self.buckets: list[list[Tensor]] = []
-        self.sent: list[tuple[Tensor, Any]] = []
-        self.pending: set[Tensor] = set()
-        self.hooks: list[Any] = []
-        if world_size() == 1:
-            return
-        room = 0
-        for parameter in parameters:
-            if room < parameter.numel():
-                self.buckets.append([])
-                room = self.BUCKET
-            self.buckets[-1].append(parameter)
-            room -= parameter.numel()
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))  # type: ignore[arg-type]
-
-    def __enter__(self) -> "GradientReducer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def expect_last(self, is_last: bool) -> None:
-        """Say whether a gradient accumulated from here on is complete: true for the last micro-batch only."""
-        self.pending = {p for bucket in self.buckets for p in bucket} if is_last else set()
-
-    def _on_gradient(self, parameter: Tensor) -> None:
-        if parameter in self.pending:
-            self.pending.discard(parameter)
-            while len(self.sent) < len(self.buckets) and self.pending.isdisjoint(self.buckets[len(self.sent)]):
-                self._send()  # in the same order on all ranks, whichever gradient is ready first
-
-    def _send(self) -> None:
-        bucket = self.buckets[len(self.sent)]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
-
-    def finish(self) -> None:
-        """Send what is left, wait, and put the sums in place of the gradients."""
-        self.pending = set()
-        while len(self.sent) < len(self.buckets):
-            self._send()
-        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
-            work.wait()
-            for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = grad.view_as(parameter)
-        self.sent = []
+    if world_size() == 1:
+        return
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is None:  # of a rank without rows
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    summed = parameters_to_vector(gradients)
+    dist.all_reduce(summed)
+    vector_to_parameters(summed, gradients)

@@ -148,7 +148,7 @@ def test_kl_in_the_loss_reaches_its_own_optimum() -> None:
     policy, reference = make_policy(VOCAB), make_policy(VOCAB)
     rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
     cfg = TrainConfig(
-        total_steps=100, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA, gae_lambda=1.0,
+        total_steps=140, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA, gae_lambda=1.0,
         kl_in_loss=True,
     )  # fmt: skip
     train(policy, reference, rewards, cfg)

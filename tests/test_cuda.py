@@ -31,6 +31,7 @@ import utils
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
 from reward import SentimentReward
+from training.memory import fit_micro_batches
 from utils import map_tensors, uniforms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -204,12 +205,10 @@ def test_cuda_ratio_starts_at_1_and_an_update_moves_only_the_policy(dtype: torch
     assert not same_weights(policy, before)
 
 
-def test_cuda_halves_micro_batches_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, reference, seqs = sampled(torch.float32)
-    rollout = make_rollout(policy, reference, seqs, torch.randn(8, device="cuda"), 0.1)
-    cfg = TrainConfig(batch_size=8, minibatch_size=8, ppo_epochs=1, lr=1e-3)
-    whole = copy.deepcopy(policy)
-    ppo_update(whole, build_optimizer(whole, cfg), rollout, cfg, 1)
+def test_cuda_finds_the_micro_batch_that_memory_suffices_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, reference, _ = sampled(torch.float32)
+    models = Models(policy, reference, None, None)  # type: ignore[arg-type]
+    cfg = TrainConfig(batch_size=8, minibatch_size=8, min_prompt_len=1, max_prompt_len=6, max_new_tokens=10)
     original = GPT2WithValueHead.response_hidden
 
     def cramped(self: GPT2WithValueHead, some: Sequences) -> Tensor:
@@ -217,11 +216,9 @@ def test_cuda_halves_micro_batches_where_memory_does_not_suffice(monkeypatch: py
             torch.empty(2**50, device="cuda")  # a petabyte
         return original(self, some)
 
+    assert fit_micro_batches(models, cfg) == cfg
     monkeypatch.setattr(GPT2WithValueHead, "response_hidden", cramped)
-    row = ppo_update(policy, build_optimizer(policy, cfg), rollout, cfg, 1)
-    assert row["micro_batch_size"] == 2
-    for a, b in zip(policy.parameters(), whole.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-4
+    assert fit_micro_batches(models, cfg).micro_batch_size == 2
 
 
 def test_cuda_training_and_resuming(flags: dict[str, str], tmp_path: Path, no_pictures: None) -> None:

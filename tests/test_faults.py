@@ -3,7 +3,6 @@
 FAULT_CASES=2000 in the environment makes the property tests as long as a night.
 """
 
-import copy
 import json
 import math
 import os
@@ -23,8 +22,9 @@ from torch import Tensor
 import ppo
 import train
 from data import load_examples
-from ppo import ppo_update
+from ppo import Models, ppo_update
 from reward import SentimentReward
+from training.memory import largest_micro_batch
 
 CASES = int(os.environ.get("FAULT_CASES", "200"))
 
@@ -101,31 +101,36 @@ def test_no_number_that_is_not_finite_reaches_the_weights(
     assert math.isfinite(stats["policy_loss"])
 
 
+@pytest.mark.parametrize("kl_in_loss", [False, True])
 @pytest.mark.parametrize("fits", [1, 3, 8])
-def test_too_little_memory_halves_the_micro_batch_and_changes_nothing(
-    fits: int, monkeypatch: pytest.MonkeyPatch
+def test_micro_batches_are_as_large_as_memory_suffices_for(
+    fits: int, kl_in_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Tried with responses of full length; the search leaves no trace on the policy."""
     policy = make_policy()
-    twin = copy.deepcopy(policy)
-    rollout = make_rollout(policy, make_policy(seed=1), sample(policy), torch.randn(8), 0.1)
-    cfg = TrainConfig(batch_size=8, minibatch_size=8, ppo_epochs=2, lr=0.02)
-    hidden = policy.response_hidden
+    before = weights_of(policy)
+    models = Models(policy, make_policy(seed=1).requires_grad_(False), None, None)  # type: ignore[arg-type]
+    cfg = TrainConfig(
+        batch_size=8, minibatch_size=8, min_prompt_len=1, max_prompt_len=6, max_new_tokens=10, kl_in_loss=kl_in_loss
+    )
+    hidden, tried = policy.response_hidden, []
 
     def cramped(seqs: Any) -> Tensor:
+        assert seqs.attention_mask.all()
+        assert seqs.tokens.shape[1] == 16
+        tried.append(len(seqs.tokens))
         if len(seqs.tokens) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return hidden(seqs)
 
     monkeypatch.setattr(policy, "response_hidden", cramped)
-    stats = ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, cfg, 1)
-    expected = ppo_update(twin, torch.optim.SGD(twin.parameters()), rollout, cfg, 1)
-    assert stats["micro_batch_size"] == {1: 1, 3: 2, 8: 8}[fits]
-    assert stats["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-6)
-    for a, b in zip(policy.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    assert largest_micro_batch(models, cfg, 8) == {1: 1, 3: 2, 8: 8}[fits]
+    assert tried == {1: [8, 4, 2, 1], 3: [8, 4, 2], 8: [8]}[fits]
+    assert same_weights(policy, before)
+    assert all(weight.grad is None for weight in policy.parameters())
     fits = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, cfg, 1)
+    with pytest.raises(UserError, match="memory does not suffice for one response: lower max_prompt_len"):
+        largest_micro_batch(models, cfg, 8)
 
 
 NUMBERS = st.one_of(st.integers(-3, 300), st.floats(allow_nan=True, allow_infinity=True), st.text(max_size=4))

@@ -17,7 +17,7 @@ class Diagnostics:
 
     def __init__(self, cfg: TrainConfig) -> None:
         """Keep the settings to compare the rows with."""
-        self.cfg, self.micro_batch_size = cfg, cfg.micro_batch_size or cfg.minibatch_size
+        self.cfg = cfg
         self.paid_at_end = cfg.batch_size < MIN_ROWS_TO_PREDICT or cfg.reward_every not in range(1, cfg.max_new_tokens)
         self.given: set[str] = set()
         self.first_entropy = self.first_length = math.nan
@@ -43,7 +43,6 @@ class Diagnostics:
         length = sum(self.lengths) / len(self.lengths)
         wrong = {
             "skipped": row["skipped"] > 0,
-            "memory": row["micro_batch_size"] < self.micro_batch_size,
             "kl_negative": row["kl_seq"] < -2,
             "kl_high": row["kl_seq_exact"] > 20,
             "ratio": sum(self.large_ratios) >= 3,  # once is no sign: Adam's first steps are large
@@ -57,8 +56,6 @@ class Diagnostics:
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
             "loss or gradient was not finite; lower --lr, or check the reward for NaN",
-            "memory": f"memory suffices for micro-batches of {row['micro_batch_size']} only, which changes no result; "
-            f"set --micro_batch_size {row['micro_batch_size']} to save the failed attempts",
             "kl_negative": f"KL is {row['kl_seq']:.1f} nats, far below 0: the sampled distribution is not the scored "
             "one; run with --check",
             "kl_high": f"KL is {row['kl_seq_exact']:.0f} nats: the policy is leaving the language of the base; raise "

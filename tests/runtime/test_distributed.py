@@ -195,23 +195,14 @@ def test_wrong_input_is_still_one_line(flags: dict[str, str]) -> None:
     assert "joy" in errors[0]
 
 
-def cramped(folder: Path, weight: str, calls_per_micro_batch: int) -> None:
-    """One rank: an update in which the last rank is short of memory at a weight's last gradient."""
-    rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    calls = []
-
-    def fail(grad: torch.Tensor) -> None:
-        calls.append(1)
-        if len(calls) == calls_per_micro_batch * 4 // count and rank == count - 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    ppo.GradientReducer.BUCKET = 500
+def one_update(folder: Path) -> None:
+    """One rank: an update of the same policy on the same rollout."""
+    rank = int(os.environ["RANK"])
     with process_group("cpu"):
         policy, rollout = make_policy(), one_rollout()
-        dict(policy.lm.named_parameters())[weight].register_hook(fail)
         row = ppo.ppo_update(policy, torch.optim.SGD(policy.parameters()), rollout, ONE_STEP, 1)
     torch.save([p.detach() for p in policy.parameters()], folder / f"weights_{rank}.pt")
-    (folder / f"row_{rank}.txt").write_text(f"{row['micro_batch_size']} {row['updates']} {row['skipped']}")
+    (folder / f"row_{rank}.txt").write_text(f"{row['updates']} {row['skipped']}")
 
 
 def one_rollout() -> ppo.Rollout:
@@ -224,23 +215,17 @@ ONE_STEP = TrainConfig(  # no gradient is scaled down, which would hide a wrong 
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("count", "weight", "calls"), [(2, "transformer.h.0.ln_1.weight", 1), (4, "transformer.wte.weight", 2)]
-)  # the output embedding is the input's: its gradient comes in two parts
-def test_gradients_do_not_depend_on_the_number_of_processes(
-    count: int, weight: str, calls: int, tmp_path: Path
-) -> None:
-    """Of one minibatch, to 1e-6. The last rank runs out of memory in the last micro-batch of its share, when some
-    gradients are already being sent: it halves its own micro-batch, and nothing else changes.
-    """
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path: Path) -> None:
+    """Of one minibatch, to 1e-6; 8 rows leave three processes with shares of different sizes."""
     policy = make_policy()
     ppo.ppo_update(
         policy, torch.optim.SGD(policy.parameters()), one_rollout(), replace(ONE_STEP, micro_batch_size=0), 1
     )
     printed = tmp_path / "printed.txt"
-    assert as_processes(count, partial(cramped, tmp_path, weight, calls), printed) == [0] * count, printed.read_text()
+    assert as_processes(count, partial(one_update, tmp_path), printed) == [0] * count, printed.read_text()
     for rank in range(count):
-        assert (tmp_path / f"row_{rank}.txt").read_text() == "1 1 0"
+        assert (tmp_path / f"row_{rank}.txt").read_text() == "1 0"
         for ours, theirs in zip(torch.load(tmp_path / f"weights_{rank}.pt"), policy.parameters(), strict=True):
             assert (ours - theirs).abs().max() <= 1e-6
 

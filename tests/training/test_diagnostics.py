@@ -9,7 +9,7 @@ from training.diagnostics import Diagnostics
 HEALTHY = {
     "kl_seq": 2.0, "kl_seq_exact": 2.0, "ratio_max": 1.5, "clip_frac": 0.02, "entropy": 4.0, "distinct_rate": 1.0,
     "explained_var": 0.2, "positive_rate": 0.6, "skipped": 0, "updates": 8,
-    "micro_batch_size": 16, "response_len": 40.0,
+    "response_len": 40.0,
 }  # fmt: skip
 
 
@@ -17,12 +17,11 @@ SICK = {
     "kl_seq": (-5.0, "--check"), "kl_seq_exact": (50.0, "--kl_coef"), "ratio_max": (40.0, "--lr"),
     "clip_frac": (0.5, "--ppo_epochs"), "entropy": (0.5, "--ent_coef"), "distinct_rate": (0.1, "samples.csv"),
     "explained_var": (-3.0, "--value_coef"), "skipped": (2, "--lr"),
-    "micro_batch_size": (4, "--micro_batch_size 4"),
 }  # fmt: skip
 
 
 def test_a_healthy_run_gets_no_warning() -> None:
-    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    diagnostics = Diagnostics(TrainConfig())
     assert not any(diagnostics.warnings(HEALTHY) for _ in range(30))
     for reward_every, gae_lambda in ((0, 1.0), (1, 0.0)):
         assert not Diagnostics(TrainConfig(reward_every=reward_every, gae_lambda=gae_lambda)).warnings(HEALTHY)
@@ -57,7 +56,7 @@ def test_short_responses_are_warned_of_and_a_passing_dip_is_not(kl_in_loss: bool
 
 @pytest.mark.parametrize("name", SICK)
 def test_each_warning_is_given_once_and_names_the_setting_to_change(name: str) -> None:
-    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    diagnostics = Diagnostics(TrainConfig())
     assert diagnostics.warnings(HEALTHY) == []
     value, remedy = SICK[name]
     given = [text for _ in range(30) for text in diagnostics.warnings({**HEALTHY, name: value})]
@@ -68,7 +67,7 @@ def test_each_warning_is_given_once_and_names_the_setting_to_change(name: str) -
 
 def test_one_large_ratio_is_no_sign_and_three_are() -> None:
     """Adam's first steps are large; the first step of --preset tiny once warned every newcomer."""
-    diagnostics = Diagnostics(TrainConfig(micro_batch_size=16))
+    diagnostics = Diagnostics(TrainConfig())
     assert diagnostics.warnings({**HEALTHY, "ratio_max": 40.0}) == []
     assert not any(diagnostics.warnings(HEALTHY) for _ in range(20))
     given = [

@@ -216,7 +216,8 @@ def test_a_signal_saves_and_prints_how_to_resume(number: signal.Signals, flags: 
         ("evaluate_both", 2, [1]),
         ("permutation", 3, [1]),
         ("permutation", 4, [1, 2]),
-        ("explained_variance", 2, [1, 2]),
+        ("explained_variance", 2, [1]),
+        ("learning_rate", 4, [1, 2]),
     ],
 )
 def test_a_signal_discards_a_step_until_its_first_optimiser_step(
