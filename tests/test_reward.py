@@ -416,6 +416,11 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
         assert name in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def any_result(tmp_path_factory: pytest.TempPathFactory) -> PythonReward:
+    return python_reward_of(tmp_path_factory.mktemp("any"), "def f(responses): return f.result")
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     result=st.recursive(
@@ -424,10 +429,9 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
         max_leaves=6,
     )
 )
-def test_any_result_is_three_finite_numbers_or_one_line(result: object) -> None:
-    reward = PythonReward.__new__(PythonReward)
-    reward.name, reward.device, reward.file, reward.takes_prompts = "x.py:f", "cpu", "x.py", False
-    reward.function = lambda responses: result
+def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_result: PythonReward) -> None:
+    any_result.function.result = result  # type: ignore[attr-defined]
+    reward = any_result
     try:
         scores = reward(GIVEN)
     except UserError as error:
