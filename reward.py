@@ -359,13 +359,13 @@ def match_arguments(signature: inspect.Signature, bound: Container[str] = ()) ->
     for parameter in required:
         understand(parameter, _kind(parameter.name.lower().split("_")))
     for parameter, kind in zip(places, ("responses", "prompts"), strict=False):
-        if parameter in required:
+        if parameter in required and _kind(parameter.name.lower().split("_")) is None:
             understand(parameter, kind)
     for parameter in named:
         understand(parameter, _kind([parameter.name.lower()]))
     for parameter in places[:1]:
         understand(parameter, "responses")
-    if not named and inspect.Parameter.VAR_POSITIONAL in kinds:
+    if not named and kinds == {inspect.Parameter.VAR_POSITIONAL}:
         return Arguments(["responses", "prompts"], {})
     if "responses" not in meaning.values() or any(p.name not in meaning for p in required):
         return None
@@ -400,8 +400,7 @@ def _called_signature(function: Callable[..., Any]) -> inspect.Signature:
         if inner is None:
             break
         function, signature = inner, inspect.signature(inner, follow_wrapped=False)
-    kinds = {p.kind for p in signature.parameters.values()}
-    return signature.replace(parameters=[]) if kinds == {*VARIADIC} else signature
+    return signature
 
 
 def _wrapped(function: Any) -> Callable[..., Any] | None:

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -173,7 +174,8 @@ def is_of_the_program(error: BaseException) -> bool:
     It is a request to stop, too little memory, or Ctrl-C where nothing else waits for it.
     """
     if isinstance(error, KeyboardInterrupt):
-        return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Ctrl-C comes nowhere else
+        return in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return isinstance(error, Stopped | Interrupted | torch.OutOfMemoryError)
 
 

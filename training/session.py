@@ -62,7 +62,7 @@ def open_session(cfg: TrainConfig, parts: Parts, found: Found) -> Iterator["Sess
             except Interrupted:
                 session.undo_step()
                 session.save()
-            except (UserError, KeyboardInterrupt):  # such as a reward that failed: what was learnt is saved
+            except UserError:  # such as a reward that failed: what was learnt is saved
                 session.save()
                 raise
         session.bar.close()
