@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.contrib import DummyTqdmFile
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
+from pretrain.tiny_world import resolve_name
 from runtime.hub import DEFAULT_REVISION, load_tokenizer, loading, refuse_missing_weights
 from runtime.user_code import UserCode, is_of_the_program
 
@@ -65,6 +66,7 @@ def load_reward(
     """The reward that a setting names: Python, or a classifier with one output or several (raises UserError)."""
     if python_reward(name):
         return PythonReward(name, device)
+    name = resolve_name(name)
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
     rest = (device, batch_size, dtype, revision, setting, cut_left)
@@ -109,6 +111,7 @@ class Classifier:
 
         Texts that are too long are cut at the end, or at the beginning where cut_left is set.
         """
+        name = resolve_name(name)  # here as well as on the command line: a user's reward may build its own
         self.model: Any = _load_classifier(setting, name, revision).to(device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(setting, name, revision)
         if self.tokenizer.pad_token_id is None:

@@ -384,7 +384,8 @@ def test_what_a_function_wants_is_refused_where_it_is_not_clear(parameters: str,
         "  return call\n@each\ndef f(text, unit=2): return unit * len(text)",
         "class G:\n  @staticmethod\n  def s(prompts, completions): return [2 * len(r) for r in completions]\nf = G.s",
         "class G:\n  @classmethod\n  def s(cls, completion): return [2 * len(r) for r in completion]\nf = G.s",
-        "import torch\n@torch.inference_mode()\ndef f(responses): return torch.tensor([2.0 * len(r) for r in responses])",
+        "import torch\n@torch.inference_mode()\ndef f(responses):\n"
+        "  return torch.tensor([2.0 * len(r) for r in responses])",
     ],
 )
 def test_whatever_can_be_called_is(source: str, tmp_path: Path) -> None:

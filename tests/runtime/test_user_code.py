@@ -115,7 +115,7 @@ def test_a_package_beside_the_code_hides_no_submodule_of_the_program(tmp_path: P
 
 
 def test_the_programs_modules_remain_at_hand(tmp_path: Path) -> None:
-    code, module = load(tmp_path, "import utils\nfrom reward import SentimentReward as R", utils="")
+    _, module = load(tmp_path, "import utils\nfrom reward import SentimentReward as R", utils="")
     assert module.R is __import__("reward").SentimentReward
     assert utils is sys.modules["utils"] is not module.utils
 
@@ -243,8 +243,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("end", ["", "raise ValueError", "raise KeyboardInterrupt"])
 def test_a_setting_of_the_code_is_not_one_of_the_program(change: str, end: str, tmp_path: Path) -> None:
-    """Changed by a call, which may fail; the next call finds it as the last one left it."""
-    source = f"import numpy, os, signal, sys, torch, warnings\ndef f(state):\n  {change}\n  {end}\ndef g(state): return 1"
+    """Changed by a call, which may fail."""
+    source = f"import numpy, os, signal, sys, torch, warnings\ndef f(state):\n  {change}\n  {end}\n"
     code, module = load(tmp_path, source)
     state = CHANGES[change]
     here = [*sys.path]
@@ -285,7 +285,7 @@ def test_random_numbers_are_the_codes_own(tmp_path: Path) -> None:
 def test_settings_are_put_back_where_loading_fails(tmp_path: Path) -> None:
     here, main = os.getcwd(), sys.modules["__main__"]
     with pytest.raises(ZeroDivisionError):
-        load(tmp_path, "import os, torch, utils\nos.chdir('/')\ntorch.set_default_dtype(torch.float64)\n1 / 0", utils="")
+        load(tmp_path, "import os, torch, utils\nos.chdir('/')\ntorch.set_default_dtype(torch.half)\n1 / 0", utils="")
     assert os.getcwd() == here
     assert torch.get_default_dtype() == torch.float32
     assert sys.modules["__main__"] is main
