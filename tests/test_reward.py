@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import textwrap
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from reward import PythonReward, SentimentReward, load_reward
+from runtime.cli import Interrupted, Stopped
 
 TEXTS = [
     "A film this good is rare.",
@@ -238,6 +240,11 @@ def python_reward_of(folder: Path, source: str, name: str = "f") -> PythonReward
     """A reward of this source in a file of its own."""
     (folder / "my_rewards.py").write_text(textwrap.dedent(source))
     return PythonReward(f"{folder / 'my_rewards.py'}:{name}")
+
+
+@pytest.fixture(scope="module")
+def any_result(tmp_path_factory: pytest.TempPathFactory) -> PythonReward:
+    return python_reward_of(tmp_path_factory.mktemp("any"), "def f(responses): return f.result")
 
 
 GIVEN = ["one", "two words", "three more words"]
@@ -484,9 +491,18 @@ def test_a_wrong_result_is_one_line_with_function_file_and_line(result: str, tmp
         ("return [responses[99]]", "IndexError", 4),
         ("while True: raise StopIteration", "StopIteration", 4),
         ("return deepest(responses)", "RecursionError", 9),
+        ("raise KeyboardInterrupt", "(KeyboardInterrupt)", 4),
+        ("raise GeneratorExit", "(GeneratorExit)", 4),
+        ("raise __import__('asyncio').CancelledError", "(CancelledError)", 4),
+        ("raise type('PanicException', (BaseException,), {})('a panic')", "(PanicException: a panic)", 4),
+        ("raise type('Mute', (Exception,), {'__str__': None})", "(Mute)", 4),
+        ("raise __import__('config').UserError('no luck')", "failed (no luck)", 4),
     ],
 )
-def test_whatever_it_raises_is_one_line_that_says_where(body: str, words: str, line: int, tmp_path: Path) -> None:
+def test_whatever_it_raises_is_one_line_that_says_where(
+    body: str, words: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as in a run, which waits for Ctrl-C itself
     source = f"import sys, json\n\ndef f(responses):\n    {body}\n\ndef deeper(responses):\n    return dict()[3]\n"
     reward = python_reward_of(tmp_path, source + "def deepest(x):\n    return deepest(x)\n")
     with pytest.raises(UserError) as caught:
@@ -497,11 +513,16 @@ def test_whatever_it_raises_is_one_line_that_says_where(body: str, words: str, l
     assert "\n" not in message
 
 
-def test_too_little_memory_and_an_interruption_pass_through(tmp_path: Path) -> None:
-    for error in ("torch.OutOfMemoryError('full')", "KeyboardInterrupt()"):
-        reward = python_reward_of(tmp_path, f"import torch\ndef f(responses): raise {error}")
-        with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)):
-            reward(GIVEN)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt(), Interrupted(), Stopped(1, "")])
+def test_too_little_memory_and_an_interruption_pass_through(
+    error: BaseException, any_result: PythonReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(responses: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(any_result, "function", fail)
+    with pytest.raises(type(error)):
+        any_result(GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -534,11 +555,6 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no file|No module named") as caught:
             PythonReward(name)
         assert name in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def any_result(tmp_path_factory: pytest.TempPathFactory) -> PythonReward:
-    return python_reward_of(tmp_path_factory.mktemp("any"), "def f(responses): return f.result")
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
