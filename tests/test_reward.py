@@ -387,8 +387,8 @@ def test_what_a_function_wants_is_refused_where_it_is_not_clear(parameters: str,
         "  def __call__(self, *args, **kwargs): return self.g(*args, **kwargs)\n"
         "@Timed\ndef f(responses): return [2 * len(r) for r in responses]",
         "def g(responses): return [2 * len(r) for r in responses]\nf = lambda *args, **kwargs: g(*args, **kwargs)",
-        "import functools\ndef each(g):\n  @functools.wraps(g)\n  def call(responses): return [*map(g, responses)]\n"
-        "  return call\n@each\ndef f(text, unit=2): return unit * len(text)",
+        "import functools\ndef each(g):\n  @functools.wraps(g)\n  def call(texts): return [g(2, r) for r in texts]\n"
+        "  return call\n@each\ndef f(unit, text): return unit * len(text)",
         "class G:\n  @staticmethod\n  def s(prompts, completions): return [2 * len(r) for r in completions]\nf = G.s",
         "class G:\n  @classmethod\n  def s(cls, completion): return [2 * len(r) for r in completion]\nf = G.s",
         "import torch\n@torch.inference_mode()\ndef f(responses):\n"

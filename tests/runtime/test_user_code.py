@@ -56,7 +56,8 @@ def test_a_process_pool_can_import_the_code(method: str, tmp_path: Path) -> None
     assert module.__name__ == "pooled"
 
 
-def test_a_process_imports_the_neighbours_and_not_the_program(tmp_path: Path) -> None:
+def test_a_process_imports_the_neighbours_and_not_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", __import__("ppo"))  # what processes import where they are spawned
     source = f"import config, utils\n{textwrap.dedent(POOL)}\ndef one(text): return [config.A, utils.B]\n"
     source += "import os, sys\ndef main(text): return 'torch' in sys.modules\n"
     code, module = load(tmp_path, source, config="A = 1", utils="B = 2")
