@@ -5,17 +5,15 @@ classifier with a single output, as reward models trained on preferences have, g
 class gives what it likes. No gradient leaves this file.
 """
 
-import hashlib
-import importlib
 import inspect
+import itertools
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
+from types import MethodType
 from typing import Any, Protocol
 
 from config import UserError, python_reward
@@ -26,7 +24,9 @@ from torch import Tensor
 from tqdm.contrib import DummyTqdmFile
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
+from pretrain.tiny_world import resolve_name
 from runtime.hub import DEFAULT_REVISION, load_tokenizer, loading, refuse_missing_weights
+from runtime.user_code import UserCode, is_of_the_program
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 SENTIMENTS = ("positive", "negative", "neutral")
@@ -66,6 +66,7 @@ def load_reward(
     """The reward that a setting names: Python, or a classifier with one output or several (raises UserError)."""
     if python_reward(name):
         return PythonReward(name, device)
+    name = resolve_name(name)
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
     rest = (device, batch_size, dtype, revision, setting, cut_left)
@@ -110,6 +111,7 @@ class Classifier:
 
         Texts that are too long are cut at the end, or at the beginning where cut_left is set.
         """
+        name = resolve_name(name)  # here as well as on the command line: a user's reward may build its own
         self.model: Any = _load_classifier(setting, name, revision).to(device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(setting, name, revision)
         if self.tokenizer.pad_token_id is None:
@@ -224,11 +226,25 @@ def _load_classifier(setting: str, name: str, revision: str | None) -> torch.nn.
 
 # --- Python ---------------------------------------------------------------------------------------------------------
 
+# Names of a function's parameters that say what it wants, whatever their order; other names are understood by order.
+RESPONSES = {"response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "generation",
+             "generations"}  # fmt: skip
+PROMPTS = {"prompt", "prompts", "query", "queries"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a function is called with, by position and by keyword: each is "responses" or "prompts"."""
+
+    by_position: list[str]
+    by_keyword: dict[str, str]
+
 
 class PythonReward:
     """A user's function of responses, or of responses and prompts, that returns one real number per response.
 
-    A class is built once, with the run's device where it takes `device`, and its instance is called.
+    A class is built once, with the run's device where it takes `device`, and its instance is called. The user's code
+    is kept apart from the program's: see runtime/user_code.py.
     """
 
     label: str | None = None
@@ -237,80 +253,53 @@ class PythonReward:
         """Load `file.py:function` or `package.module:function` (raises UserError where that fails)."""
         self.name, self.device = name, device
         place, function = python_reward(name) or ("", "")
-        self.file, self.sha256 = place, ""
-        with self._one_line_errors("cannot be loaded"):
-            module = self._load_file(Path(place)) if place.endswith(".py") else self._load_module(place)
+        self.code = UserCode(place, f"rm_name={name}")
+        with self._one_line_errors("cannot be loaded"), self.code.running():
+            module = self.code.load()
             if not hasattr(module, function):
-                known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-                raise UserError(f"rm_name={name}: {place} has no {function!r}; it has {', '.join(known) or 'none'}")
-            found = getattr(module, function)
-            if isinstance(found, type):
-                found = found(device=device) if "device" in inspect.signature(found).parameters else found()
-        self.function: Callable[..., Any] = found
-        if not callable(found):
-            raise UserError(f"rm_name={name} is {type(found).__name__}, which cannot be called: name a function")
-        self.takes_prompts = self._takes_prompts()
+                names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+                raise UserError(f"rm_name={name}: {place} has no {function!r}; it has {', '.join(names) or 'none'}")
+            target = getattr(module, function)
+            if isinstance(target, type):
+                target = target(device=device) if "device" in inspect.signature(target).parameters else target()
+        self.function: Callable[..., Any] = target
+        if not callable(target):
+            raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
+        self.file, self.sha256 = self.code.file, self.code.sha256()
+        self.arguments = self._match_arguments()
 
-    @torch.no_grad()
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
         """Scores (B,) float32 (raises UserError with file and line where the function fails)."""
         if not responses:
             return torch.empty(0, device=self.device)
-        given = (list(responses), list(prompts)) if self.takes_prompts else (list(responses),)
-        with self._one_line_errors("failed"), redirect_stdout(DummyTqdmFile(sys.stdout)):
-            found = self.function(*given)
-        return self._checked(found, responses).to(self.device, non_blocking=True)
+        texts = {"responses": responses, "prompts": prompts}
+        args = [list(texts[kind]) for kind in self.arguments.by_position]
+        kwargs = {name: list(texts[kind]) for name, kind in self.arguments.by_keyword.items()}
+        with self._one_line_errors("failed"), self.code.running(), torch.no_grad():
+            with redirect_stdout(DummyTqdmFile(sys.stdout)):
+                result = self.function(*args, **kwargs)
+            scores = _as_tensor(result)
+        return self._checked(result, scores, responses).to(self.device, non_blocking=True)
 
-    def _load_file(self, path: Path) -> ModuleType:
-        """Run a file as a module of its own; it can import the files beside it."""
-        if not path.is_file():
-            raise UserError(f"rm_name={self.name}: there is no file {path}")
-        source = path.read_bytes()  # read once: what is recorded is what runs
-        self.file, self.sha256 = str(path.resolve()), hashlib.sha256(source).hexdigest()
-        module = ModuleType(f"python_reward_{path.stem}")
-        module.__file__ = self.file
-        sys.modules[module.__name__] = module  # where dataclasses and pickle look
-        if str(path.resolve().parent) not in sys.path:
-            sys.path.append(str(path.resolve().parent))  # at the end: its neighbours hide no module of this project
-        exec(compile(source, self.file, "exec"), module.__dict__)
-        return module
-
-    def _load_module(self, place: str) -> ModuleType:
-        """Import a module, which may be in the current folder."""
-        if "" not in sys.path:
-            sys.path.append("")
-        module = importlib.import_module(place)
-        if module.__file__:
-            self.file = module.__file__
-            self.sha256 = hashlib.sha256(Path(self.file).read_bytes()).hexdigest()
-        return module
-
-    def _takes_prompts(self) -> bool:
-        """Whether the function has a second parameter for the prompts (raises UserError where it wants still more)."""
+    def _match_arguments(self) -> Arguments:
+        """What the function's parameters mean (raises UserError where that is not clear)."""
         try:
-            signature = inspect.signature(self.function)
+            signature = _called_signature(self.function)
         except ValueError:  # some functions written in C have none
-            return False
-        places = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        named = [p for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY]
-        needed = [p for p in (*places, *named) if p.default is p.empty]
-        both = len(needed) == 2 or any(p.name == "prompts" for p in places[1:2]) or any(
-            p.kind == p.VAR_POSITIONAL for p in signature.parameters.values()
-        )  # fmt: skip
-        try:
-            signature.bind(*([[]] * (2 if both else 1)))
-        except TypeError as error:
+            return Arguments(["responses"], {})
+        arguments = match_arguments(signature, _bound_keywords(self.function))
+        if arguments is None:
             raise UserError(
                 f"rm_name={self.name} takes {signature}, {self._place()}: it must take (responses) or "
-                f"(responses, prompts) ({error})"
-            ) from None
-        return both
+                "(responses, prompts), with these names where the order is another"
+            )
+        return arguments
 
-    def _checked(self, found: Any, responses: Sequence[str]) -> Tensor:
-        """What the function returned as scores (B,) float32 on the CPU (raises UserError where it is not that)."""
-        n, scores = len(responses), _as_tensor(found)
+    def _checked(self, result: Any, scores: Tensor | None, responses: Sequence[str]) -> Tensor:
+        """Scores (B,) float32 on the CPU; `result` is what they were made of (raises UserError where it is no such)."""
+        n, what = len(responses), type(result).__name__
         if scores is None or scores.shape != (n,):
-            what = type(found).__name__ if scores is None else f"{type(found).__name__} of shape {tuple(scores.shape)}"
+            what += "" if scores is None else f" of shape {tuple(scores.shape)}"
             raise UserError(
                 f"rm_name={self.name} returned {what} instead of one real number for each of {n} responses, "
                 f"{self._place()}: fix it"
@@ -329,34 +318,141 @@ class PythonReward:
         """Whatever the user's code raises becomes a UserError that says where; too little memory passes."""
         try:
             yield
-        except (torch.OutOfMemoryError, UserError):
-            raise
-        except (Exception, SystemExit) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        except BaseException as error:
+            if is_of_the_program(error) or (isinstance(error, UserError) and not self._frames(error)):
+                raise
+            reason = _describe(error)
+            if isinstance(error, ImportError) and (hidden := self.code.hidden_modules()):
+                reason += f"; beside it are {', '.join(hidden)}, which it gets instead of this program's"
             raise UserError(f"rm_name={self.name} {what} ({reason}), {self._place(error)}: fix it") from error
+
+    def _frames(self, error: BaseException) -> list[traceback.FrameSummary]:
+        return [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.code.file]
 
     def _place(self, error: BaseException | None = None) -> str:
         """Function, file and line: of the user's code that raised an error, else where the function begins."""
-        if isinstance(error, SyntaxError) and error.filename == self.file:
-            return f"{self.file}:{error.lineno}"
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == self.file] if error else []
-        if frames:
-            return f"in {frames[-1].name}, {self.file}:{frames[-1].lineno}"
+        file = self.code.file
+        if isinstance(error, SyntaxError) and error.filename == file:
+            return f"{file}:{error.lineno}"
+        if frames := self._frames(error) if error else []:
+            return f"in {frames[-1].name}, {file}:{frames[-1].lineno}"
         function: Any = getattr(self, "function", None)
         function = function.func if isinstance(function, partial) else function
         call = inspect.unwrap(function) if hasattr(function, "__code__") else type(function).__call__
         code = getattr(call, "__code__", None)
-        return f"in {call.__name__}, {code.co_filename}:{code.co_firstlineno}" if code else f"in {self.file}"
+        return f"in {call.__name__}, {code.co_filename}:{code.co_firstlineno}" if code else f"in {file}"
 
 
-def _as_tensor(found: Any) -> Tensor | None:
-    """Real numbers as a float32 tensor on the CPU, whatever holds them; None where there is something else."""
-    if isinstance(found, Tensor):
-        return None if found.is_complex() else found.detach().float().cpu()
-    if isinstance(found, list | tuple):
-        found = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in found]
+def match_arguments(signature: inspect.Signature, bound: Container[str] = ()) -> Arguments | None:
+    """What to call a function of this signature with; None where that is not clear.
+
+    A parameter is understood by its name, or else by its place: responses first, prompts second. One with a default is
+    filled where its name is understood, unless `bound` says that its value was chosen. `**kwargs` gets the prompts.
+    """
+    kinds = {p.kind for p in signature.parameters.values()}
+    named = [p for p in signature.parameters.values() if p.name not in bound and p.kind not in VARIADIC]
+    places = [p for p in named if p.kind != p.KEYWORD_ONLY]
+    meaning: dict[str, str] = {}
+
+    def understand(parameter: inspect.Parameter, kind: str | None) -> None:
+        if kind is not None and kind not in meaning.values():
+            meaning.setdefault(parameter.name, kind)
+
+    required = [p for p in named if p.default is p.empty]
+    for parameter in required:
+        understand(parameter, _kind(parameter.name.lower().split("_")))
+    for parameter, kind in zip(places, ("responses", "prompts"), strict=False):
+        if parameter in required and _kind(parameter.name.lower().split("_")) is None:
+            understand(parameter, kind)
+    for parameter in named:
+        understand(parameter, _kind([parameter.name.lower()]))
+    for parameter in places[:1]:
+        understand(parameter, "responses")
+    if not named and kinds == {inspect.Parameter.VAR_POSITIONAL}:
+        return Arguments(["responses", "prompts"], {})
+    if "responses" not in meaning.values() or any(p.name not in meaning for p in required):
+        return None
+
+    by_position = [meaning[p.name] for p in itertools.takewhile(lambda p: p.name in meaning, places)]
+    by_keyword = {p.name: meaning[p.name] for p in named if p not in places[: len(by_position)] and p.name in meaning}
+    if "prompts" not in meaning.values():
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            by_keyword["prompts"] = "prompts"
+        elif inspect.Parameter.VAR_POSITIONAL in kinds and len(by_position) == len(places):
+            by_position.append("prompts")
+    return Arguments(by_position, by_keyword)
+
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _kind(words: list[str]) -> str | None:
+    """What a parameter whose name consists of these words means, if that is understood."""
+    if PROMPTS & {*words}:
+        return "prompts"
+    return "responses" if RESPONSES & {*words} else None
+
+
+def _called_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function, or of what a wrapper that takes anything passes it on to (raises ValueError)."""
+    signature = inspect.signature(function, follow_wrapped=False)
+    for _ in range(20):  # wrappers of wrappers
+        if not signature.parameters or any(p.kind not in VARIADIC for p in signature.parameters.values()):
+            break
+        inner = _wrapped(function)
+        if inner is None:
+            break
+        function, signature = inner, inspect.signature(inner, follow_wrapped=False)
+    return signature
+
+
+def _wrapped(function: Any) -> Callable[..., Any] | None:
+    """The one function that a wrapper calls, where it can be told; inspect knows only those made by functools.wraps."""
+    if isinstance(function, partial):
+        inner = _wrapped(function.func)
+        return inner and partial(inner, *function.args, **function.keywords)
+    if inspect.ismethod(function):
+        inner = _wrapped(function.__func__)
+        return inner and MethodType(inner, function.__self__)
+    if isinstance(function, torch.nn.Module):
+        return function.forward
+    if hasattr(function, "__wrapped__"):
+        return function.__wrapped__
+    if inspect.isfunction(function):
+        variables = inspect.getclosurevars(function)
+        candidates = [*variables.nonlocals.values()] or [*variables.globals.values()]
+    else:
+        candidates = [*vars(function).values()] if hasattr(function, "__dict__") else []
+    functions = [x for x in candidates if callable(x) and not isinstance(x, type)]
+    if not functions and not inspect.isfunction(function):
+        return _wrapped(MethodType(type(function).__call__, function))
+    return functions[0] if len(functions) == 1 else None
+
+
+def _bound_keywords(function: Any) -> set[str]:
+    """Keywords to which functools.partial has given a value."""
+    return set(function.keywords) if isinstance(function, partial) else set()
+
+
+def _describe(error: BaseException) -> str:
+    """An error's kind and message on one line."""
     try:
-        array = np.asarray(found)
+        message = " ".join(str(error).split())
+    except Exception:  # a class of the user's own
+        message = ""
+    if isinstance(error, UserError):
+        return message
+    return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
+
+
+def _as_tensor(result: Any) -> Tensor | None:
+    """Real numbers as a new float32 tensor on the CPU, whatever holds them; None where there is something else."""
+    if isinstance(result, Tensor):
+        return None if result.is_complex() else result.detach().cpu().to(torch.float32, copy=True)
+    if isinstance(result, list | tuple):
+        result = [x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in result]
+    try:
+        array = np.asarray(result)
     except ValueError:  # rows of different lengths
         return None
     return torch.from_numpy(array.astype(np.float64)).float() if array.dtype.kind in "biuf" else None

@@ -92,6 +92,6 @@ def _make_tiny_world(recipe: TinyRecipe, folder: Path, world: Path) -> None:
     corpus = Corpus(texts[:n], texts[:n], labels[:n], texts[n:], labels[n:], names)
     # On the CPU everywhere, and with the caller's random state restored: a run must not depend on whether it made the
     # models itself.
-    with quiet_saving(), torch.random.fork_rng():
+    with quiet_saving(), torch.random.fork_rng(), torch.enable_grad():
         report = make_models(corpus, recipe.models, folder, recipe.seed, torch.device("cpu"))
     print(f"Done: {describe_models(report)}.", file=sys.stderr)

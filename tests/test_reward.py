@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import textwrap
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from reward import PythonReward, SentimentReward, load_reward
+from runtime.cli import Interrupted, Stopped
 
 TEXTS = [
     "A film this good is rare.",
@@ -240,6 +242,11 @@ def python_reward_of(folder: Path, source: str, name: str = "f") -> PythonReward
     return PythonReward(f"{folder / 'my_rewards.py'}:{name}")
 
 
+@pytest.fixture(scope="module")
+def any_result(tmp_path_factory: pytest.TempPathFactory) -> PythonReward:
+    return python_reward_of(tmp_path_factory.mktemp("any"), "def f(responses): return f.result")
+
+
 GIVEN = ["one", "two words", "three more words"]
 
 
@@ -286,6 +293,126 @@ def test_prompts_arrive_with_their_responses(tmp_path: Path) -> None:
         tmp_path, "def f(responses, prompts): return [len(r) + 100 * len(p) for r, p in zip(responses, prompts)]"
     )
     assert reward(["a", "bb"], ["ccc", "d"]).tolist() == [301, 102]
+
+
+# Every function below returns 100 times the lengths of the prompts, plus those of the responses.
+BOTH = "[100 * len(p) + len(r) for p, r in zip({p}, {r})]"
+TIMED = "def timed(g):\n  def call(*args, **kwargs): return g(*args, **kwargs)\n  return call\n"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "p", "r"),
+    [
+        ("responses, prompts", "prompts", "responses"),
+        ("a, b", "b", "a"),
+        ("a, prompts", "prompts", "a"),
+        ("responses, b", "b", "responses"),
+        ("prompts, completions", "prompts", "completions"),
+        ("prompt, response", "prompt", "response"),
+        ("prompts, completions, **kwargs", "prompts", "completions"),
+        ("completions, prompts, **kwargs", "prompts", "completions"),
+        ("completions, **kwargs", "kwargs['prompts']", "completions"),
+        ("query, response", "query", "response"),
+        ("prompt_texts, response_texts", "prompt_texts", "response_texts"),
+        ("Prompts, Texts", "Prompts", "Texts"),
+        ("prompts=None, completions=None", "prompts", "completions"),
+        ("responses, prompt=None", "prompt", "responses"),
+        ("a, unit=1, prompts=()", "prompts", "a"),
+        ("responses, *, prompts=None", "prompts", "responses"),
+        ("a, *, prompts", "prompts", "a"),
+        ("*, responses, prompts", "prompts", "responses"),
+        ("*, prompts, completions, **rest", "prompts", "completions"),
+        ("responses, prompts, /", "prompts", "responses"),
+        ("prompts, completions, /", "prompts", "completions"),
+        ("*texts", "texts[1]", "texts[0]"),
+        ("responses, *rest", "rest[0]", "responses"),
+        ("responses, prompts, text_weight=1, output=None, unit=1", "prompts if text_weight == 1 else 0", "responses"),
+    ],
+)
+@pytest.mark.parametrize("form", ["plain", "wrapped", "method", "wrapped method"])
+def test_a_parameter_gets_what_its_name_says(parameters: str, p: str, r: str, form: str, tmp_path: Path) -> None:
+    body = f"return {BOTH.format(p=p, r=r)}"
+    decorator = "@timed\n" if "wrapped" in form else ""
+    if "method" in form:
+        source = "class f:\n" + textwrap.indent(f"{decorator}def __call__(self, {parameters}): {body}", "  ")
+    else:
+        source = f"{decorator}def f({parameters}): {body}"
+    reward = python_reward_of(tmp_path, TIMED + source)
+    assert reward(["a", "bb"], ["ccc", "d"]).tolist() == [301, 102]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "prompts, x",
+        "x, completions",
+        "prompts",
+        "query",
+        "prompts, **kwargs",
+        "texts, responses",
+        "prompt, query",
+        "samples, prompts, outputs",
+        "prompts, completions, answer",
+        "*args, **kwargs",
+        "**kwargs",
+        "",
+        "responses, *, weights",
+    ],
+)
+def test_what_a_function_wants_is_refused_where_it_is_not_clear(parameters: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must take \(responses\) or \(responses, prompts\)") as caught:
+        python_reward_of(tmp_path, f"def f({parameters}): return [1.0, 2.0, 3.0]")
+    assert f"({parameters})" in str(caught.value)
+    assert "my_rewards.py:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(responses, prompt=None): return [2 * len(r) for r in responses] if prompt else None",
+        "import functools\ndef g(responses, prompts): return [prompts[0] * len(r) for r in responses]\n"
+        "f = functools.partial(g, prompts=[2])",
+        "import functools\n@timed\ndef g(unit, responses): return [unit * len(r) for r in responses]\n"
+        "f = functools.partial(g, 2)",
+        "import numpy\nf = numpy.vectorize(lambda response: 2 * len(response))",
+        "import numpy\n@numpy.vectorize\ndef f(prompt, response): return len(prompt) + 2 * len(response) - 1",
+        "import torch\nclass f(torch.nn.Module):\n  def forward(self, responses):\n"
+        "    return torch.tensor([2.0 * len(r) for r in responses])",
+        "import torch\nclass f(torch.nn.Module):\n  def forward(self, prompts, completions):\n"
+        "    return torch.tensor([2.0 * len(r) for r in completions])",
+        "import torch\nclass M(torch.nn.Module):\n  def __call__(self, responses):\n"
+        "    return torch.tensor([2.0 * len(r) for r in responses])\nf = M()",
+        "@timed\n@timed\ndef f(prompts, completions): return [2 * len(r) for r in completions]",
+        "class Timed:\n  def __init__(self, g): self.g = g\n"
+        "  def __call__(self, *args, **kwargs): return self.g(*args, **kwargs)\n"
+        "@Timed\ndef f(responses): return [2 * len(r) for r in responses]",
+        "def g(responses): return [2 * len(r) for r in responses]\nf = lambda *args, **kwargs: g(*args, **kwargs)",
+        "import functools\ndef each(g):\n  @functools.wraps(g)\n  def call(texts): return [g(2, r) for r in texts]\n"
+        "  return call\n@each\ndef f(unit, text): return unit * len(text)",
+        "class G:\n  @staticmethod\n  def s(prompts, completions): return [2 * len(r) for r in completions]\nf = G.s",
+        "class G:\n  @classmethod\n  def s(cls, completion): return [2 * len(r) for r in completion]\nf = G.s",
+        "import torch\n@torch.inference_mode()\ndef f(responses):\n"
+        "  return torch.tensor([2.0 * len(r) for r in responses])",
+    ],
+)
+def test_whatever_can_be_called_is(source: str, tmp_path: Path) -> None:
+    scores = python_reward_of(tmp_path, TIMED + source)(["four", "sixsix"], ["p", "q"])
+    assert scores.tolist() == [8, 12]
+    assert not scores.is_inference(), "it can be used in training"
+
+
+def test_a_buffer_that_is_used_again_does_not_change_earlier_scores(tmp_path: Path) -> None:
+    source = """
+        import torch
+        kept = torch.zeros(2)
+        def f(responses):
+            kept.copy_(torch.tensor([float(len(r)) for r in responses]))
+            return kept
+        """
+    reward = python_reward_of(tmp_path, source)
+    first = reward(["a", "bb"])
+    reward(["four", "four"])
+    assert first.tolist() == [1, 2]
 
 
 def test_a_class_is_built_once(tmp_path: Path) -> None:
@@ -364,9 +491,18 @@ def test_a_wrong_result_is_one_line_with_function_file_and_line(result: str, tmp
         ("return [responses[99]]", "IndexError", 4),
         ("while True: raise StopIteration", "StopIteration", 4),
         ("return deepest(responses)", "RecursionError", 9),
+        ("raise KeyboardInterrupt", "(KeyboardInterrupt)", 4),
+        ("raise GeneratorExit", "(GeneratorExit)", 4),
+        ("raise __import__('asyncio').CancelledError", "(CancelledError)", 4),
+        ("raise type('PanicException', (BaseException,), {})('a panic')", "(PanicException: a panic)", 4),
+        ("raise type('Mute', (Exception,), {'__str__': None})", "(Mute)", 4),
+        ("raise __import__('config').UserError('no luck')", "failed (no luck)", 4),
     ],
 )
-def test_whatever_it_raises_is_one_line_that_says_where(body: str, words: str, line: int, tmp_path: Path) -> None:
+def test_whatever_it_raises_is_one_line_that_says_where(
+    body: str, words: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as in a run, which waits for Ctrl-C itself
     source = f"import sys, json\n\ndef f(responses):\n    {body}\n\ndef deeper(responses):\n    return dict()[3]\n"
     reward = python_reward_of(tmp_path, source + "def deepest(x):\n    return deepest(x)\n")
     with pytest.raises(UserError) as caught:
@@ -377,11 +513,16 @@ def test_whatever_it_raises_is_one_line_that_says_where(body: str, words: str, l
     assert "\n" not in message
 
 
-def test_too_little_memory_and_an_interruption_pass_through(tmp_path: Path) -> None:
-    for error in ("torch.OutOfMemoryError('full')", "KeyboardInterrupt()"):
-        reward = python_reward_of(tmp_path, f"import torch\ndef f(responses): raise {error}")
-        with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)):
-            reward(GIVEN)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt(), Interrupted(), Stopped(1, "")])
+def test_too_little_memory_and_an_interruption_pass_through(
+    error: BaseException, any_result: PythonReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(responses: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(any_result, "function", fail)
+    with pytest.raises(type(error)):
+        any_result(GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -424,10 +565,9 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
         max_leaves=6,
     )
 )
-def test_any_result_is_three_finite_numbers_or_one_line(result: object) -> None:
-    reward = PythonReward.__new__(PythonReward)
-    reward.name, reward.device, reward.file, reward.takes_prompts = "x.py:f", "cpu", "x.py", False
-    reward.function = lambda responses: result
+def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_result: PythonReward) -> None:
+    any_result.function.result = result  # type: ignore[attr-defined]
+    reward = any_result
     try:
         scores = reward(GIVEN)
     except UserError as error:

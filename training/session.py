@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ppo import KLController, Rollout, build_optimizer, build_scaler
 from reward import UNSCALED, score_title, show_score
-from runtime.cli import Stopped
+from runtime.cli import Interrupted, Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
@@ -32,7 +32,7 @@ from training.commands import eval_command, resume_command
 from training.estimate import note_slow_run
 from training.parts import Parts
 from training.run_folder import Found, RunFolder, open_run_folder
-from training.signals import Interrupted, StopRequest, stop_signals
+from training.signals import StopRequest, stop_signals
 
 FAILED_STEPS_ALLOWED = 3  # steps in a row in which every minibatch was skipped
 SLOW_UPDATE = 8.0  # seconds: an update that takes longer is undone on a request to stop, and not finished

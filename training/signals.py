@@ -8,12 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from runtime.cli import Stopped
+from runtime.cli import Interrupted, Stopped
 from runtime.distributed import all_reduce_max, is_main_process, world_size
-
-
-class Interrupted(BaseException):
-    """Raised in the middle of work that can be discarded: the run was asked to stop."""
 
 
 @dataclass

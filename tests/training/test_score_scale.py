@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TIMINGS, as_processes, exact, run, run_eval, save_classifier
+from safetensors.torch import load_file
 
+from pretrain import tiny_world
 from reward import PythonReward, ScalarReward, SentimentReward
 from training.parts import load_parts, resolve
 from training.score_scale import PROMPTS, measure
@@ -149,6 +151,7 @@ def test_a_changed_function_is_named_on_resume(python: dict[str, str], capsys: p
         ("return [float('nan')] * len(responses)", "returned nan for response 1 of 8"),
         ("return [1.0]", "list of shape (1,)"),
         ("return 'abc'", "returned str"),
+        ("raise KeyboardInterrupt", "(KeyboardInterrupt)"),
     ],
 )
 def test_a_function_that_fails_later_loses_nothing(
@@ -172,6 +175,78 @@ def test_a_function_that_fails_later_loses_nothing(
     assert (folder / "policy_lm").is_dir()
     run({"ckpt_dir": str(folder), "rm_name": python["rm_name"]}, "--resume")
     assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+NUISANCE = """
+import os, random, signal, sys, tempfile, warnings
+import numpy, torch
+
+def disturb():
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0), numpy.random.seed(0), random.seed(0)
+    numpy.seterr(all="raise")
+    warnings.simplefilter("error")
+    os.chdir(tempfile.gettempdir())
+    sys.path.insert(0, "nowhere")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+disturb()
+import utils, config
+
+class brevity:
+    def __init__(self): disturb()
+    def __call__(self, responses, prompts):
+        disturb()
+        return [1000 - 7.0 * len(r) + len(p) for r, p in zip(responses, prompts)]
+"""
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_reward_cannot_disturb_the_run(
+    python: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rewards of equal scores, of which one changes what it can, train equal policies, where they were told to."""
+    monkeypatch.chdir(tmp_path)
+    python |= {"total_steps": "2", "eval_every": "0", "batch_size": "16"}
+    calm = run({**python, "ckpt_dir": "calm"})
+    for name in ("utils", "config"):
+        (tmp_path / f"{name}.py").write_text("")
+    Path(python["rm_name"].removesuffix(":brevity")).write_text(NUISANCE)
+    disturbed = run({**python, "ckpt_dir": "disturbed"})
+    weights = [load_file(tmp_path / folder / "policy_lm" / "model.safetensors") for folder in (calm, disturbed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    rows = [pd.read_csv(tmp_path / folder / "metrics.csv").drop(columns=TIMINGS) for folder in (calm, disturbed)]
+    pd.testing.assert_frame_equal(*rows, check_exact=True)
+
+
+@pytest.mark.parametrize("kind", ["SentimentReward", "load_reward"])
+def test_names_mean_in_a_reward_what_they_mean_on_the_command_line(
+    kind: str, classifier_dir: Path, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_world, "tiny_world", lambda: tmp_path / "world")
+    shutil.copytree(classifier_dir, tmp_path / "world" / "reward")
+    (tmp_path / "mine.py").write_text(
+        f"from reward import {kind}\nclass Mine:\n  def __init__(self): self.judge = {kind}('tiny:reward')\n"
+        "  def __call__(self, responses, prompts): return self.judge(responses, prompts)\n"
+    )
+    reward = PythonReward(f"{tmp_path / 'mine.py'}:Mine")
+    assert torch.equal(reward(["good", "bad"], ["", ""]), SentimentReward(str(classifier_dir))(["good", "bad"]))
+
+
+def test_what_a_reward_needs_and_does_not_find_is_named_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from reward import SentimentReward\n\njudge = SentimentReward('./nowhere')\n")
+    with pytest.raises(UserError, match=r"nowhere does not exist: check the path.*mine\.py:3") as caught:
+        PythonReward(f"{file}:judge")
+    assert str(caught.value).startswith(f"rm_name={file}:judge cannot be loaded")
+    (tmp_path / "reward.py").write_text("")
+    with pytest.raises(UserError, match=r"beside it are reward, which it gets instead of this program's"):
+        PythonReward(f"{file}:judge")
 
 
 @pytest.mark.parametrize("where", ["file", "module"])
