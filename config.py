@@ -223,7 +223,9 @@ class EvalConfig:
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
     dataset: str | None = opt(None, "Prompts (default: the run's).")
     dataset_config: str | None = opt(None, f"{DATASET_CONFIG_HELP[:-1]} (default: the run's).")
-    split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
+    split: str | None = opt(
+        None, "Split of the data set (default: test, else validation, else the run's; a file is used whole)."
+    )
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
     label_names: str | None = opt(None, LABEL_NAMES_HELP)

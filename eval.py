@@ -14,7 +14,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -60,9 +60,9 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.files import spreadsheet_safe, write_atomic
-from runtime.fingerprints import saved_weights_sha256, weights_sha256
+from runtime.fingerprints import saved_weights_sha256, texts_sha256, weights_sha256
 from runtime.hub import quiet_libraries
-from runtime.tables import has_splits
+from runtime.tables import has_splits, split_names
 from training.card import add_results
 from training.parts import load_models
 from training.run_folder import reward_sha256
@@ -86,6 +86,7 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
             check_target(out_csv)
             check_earlier_results(cfg, out_csv)
             run_cfg = settings_of_run(cfg)
+            cfg = replace(cfg, split=evaluation_split(cfg, run_cfg))
         results, label = evaluate(cfg, run_cfg)
         if not is_main_process():
             return {}
@@ -270,19 +271,48 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
     return judge.score
 
 
+def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
+    """The split that prompts are taken from: the one named, else test, else one that there is."""
+    if cfg.split is not None or run.dataset.startswith("tiny:"):
+        return cfg.split or "test"
+    names = split_names(run.dataset, run.dataset_revision, run.dataset_config)
+    if not names or "test" in names:
+        return "test"
+    split = "validation" if "validation" in names else run.split
+    print(f"note: {run.dataset} has no split test, so prompts are taken from its split {split}")
+    return split
+
+
+def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: Path | None) -> None:
+    """Say so where the texts of the run's data set are not those that the policy was trained on."""
+    saved = json.loads((home / "config.json").read_text(encoding="utf-8")) if home else {}
+    before = saved.get("fingerprints", {}).get("dataset")
+    same_setting = before and (saved["dataset"], saved["text_column"]) == (run.dataset, run.text_column)
+    if same_setting and before != texts_sha256(texts):
+        print(
+            f"note: {run.dataset} has changed since this policy was trained on it: prompts may not be held out, and "
+            "the labels of the second judge may be others"
+        )
+
+
 def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """n_samples prompts of the evaluation split in a seeded random order, from reviews that were not trained on.
 
     Each is followed by what its author wrote next, up to max_new_tokens.
     """
     longest = run.max_prompt_len + run.max_new_tokens
+    split = evaluation_split(cfg, run)
     read = partial(load_examples, text_column=run.text_column, revision=run.dataset_revision, config=run.dataset_config)
-    texts = list(dict.fromkeys(read(resolve_name(run.dataset, cfg.split), cfg.split)[0]))
-    if not has_splits(run.dataset) or cfg.split == run.split:
+    texts = read(resolve_name(run.dataset, split), split)[0]
+    trained_on = texts
+    if not has_splits(run.dataset) or split == run.split:
         print(f"note: if {run.dataset} was trained on, these prompts are not held out")
     else:
-        seen = set(read(resolve_name(run.dataset, run.split), run.split)[0])
+        trained_on = read(resolve_name(run.dataset, run.split), run.split)[0]
+        seen = set(trained_on)
         texts = [text for text in texts if text not in seen]
+    note_changed_texts(trained_on, run, find_run(cfg.policy_path))
+    texts = list(dict.fromkeys(texts))
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     prompts: list[list[int]] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # tokenise no more than needed
@@ -293,7 +323,7 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
             break
     if len(prompts) < 2:
         raise UserError(
-            f"fewer than 2 reviews of split={cfg.split} of {run.dataset} have min_prompt_len={run.min_prompt_len} "
+            f"fewer than 2 reviews of split={split} of {run.dataset} have min_prompt_len={run.min_prompt_len} "
             "tokens and were not trained on: lower it, or change --dataset"
         )
     if len(prompts) < cfg.n_samples:

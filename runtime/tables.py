@@ -54,6 +54,24 @@ def has_splits(dataset: str) -> bool:
     return not is_file(dataset) and not os.path.isfile(os.path.join(dataset, "state.json"))
 
 
+def split_names(dataset: str, revision: str | None = None, config: str | None = None) -> list[str]:
+    """The names of a data set's splits; none where it has none, or where only loading it would tell."""
+    if not has_splits(dataset):
+        return []
+    import datasets
+
+    try:
+        require_hub("dataset", dataset)
+        saved = os.path.join(dataset, "dataset_dict.json")
+        if os.path.isfile(saved):
+            with open(saved, encoding="utf-8") as file:
+                return list(json.load(file)["splits"])
+        files = _plain_files(dataset, revision, config)
+        return list(files or datasets.get_dataset_split_names(dataset, config, revision=revision))
+    except Exception:  # whatever is wrong with it: loading a split will say so
+        return []
+
+
 def load_table(
     dataset: str, split: str, text_column: str, revision: str | None = None, config: str | None = None
 ) -> pd.DataFrame:

@@ -3,14 +3,16 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from config import EvalConfig, TrainConfig
 
+import pandas as pd
 import pytest
-from conftest import run, run_script
+from conftest import CORPUS, run, run_script
 
 import eval as eval_script
 import train
@@ -83,6 +85,35 @@ def test_a_preset_does_not_hide_the_data_of_the_run(
     folder = run(short, "--preset", "tiny")
     follow(printed_command(capsys.readouterr().out), *FEW, *preset)
     assert evaluated(folder)["dataset"] == short["dataset"]
+
+
+@pytest.mark.parametrize(("others", "taken"), [((), "train"), (("validation", "extra"), "validation")])
+def test_what_train_prints_evaluates_data_without_a_test_split(
+    others: tuple[str, ...], taken: str, short: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, name in enumerate(("train", *others)):
+        rows = [f'"{i} {j} {text}"' for j, text in enumerate(CORPUS)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["text", *rows]))
+    folder = run({**short, "dataset": str(tmp_path / "data")})
+    follow(printed_command(capsys.readouterr().out), *FEW)
+    assert f"has no split test, so prompts are taken from its split {taken}" in capsys.readouterr().out
+    assert evaluated(folder)["split"] == taken
+    numbers = {row.split()[0] for row in pd.read_csv(folder / "eval_results.csv").prompt}
+    assert numbers == {str(("train", *others).index(taken))}
+
+
+def test_data_that_changed_after_training_is_said(
+    short: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(shutil.copy(short["dataset"], tmp_path / "reviews.jsonl"))
+    run({**short, "dataset": str(file)})
+    words, note = printed_command(capsys.readouterr().out), "has changed since this policy was trained on it"
+    follow(words, *FEW)
+    assert note not in capsys.readouterr().out
+    file.write_text(file.read_text().replace("rare", "raw", 1))
+    follow(words, *FEW)
+    assert f"note: {file} {note}" in capsys.readouterr().out
 
 
 def test_the_command_to_resume_resumes(
