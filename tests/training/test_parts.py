@@ -74,3 +74,12 @@ def test_check_fit_names_what_does_not_fit(tokenizer: PreTrainedTokenizerFast) -
     without.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         check_fit(policy, make_policy(n), without, 64)
+
+
+@pytest.mark.parametrize(("split", "notes"), [("train", 0), ("validation", 1)])
+def test_a_split_of_what_has_none_is_noted(
+    split: str, notes: int, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run({**flags, "split": split, "total_steps": "1", "eval_every": "0"})
+    said = capsys.readouterr().out
+    assert said.count(f"{flags['dataset']} has no splits: it is used whole, and split={split} says nothing") == notes
