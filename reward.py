@@ -125,6 +125,7 @@ class Classifier:
         self.source = f"{setting}={name}"
         self.model: Any = _load_classifier(setting, name, revision).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(setting, name, revision)
+        self.max_length = longest_input(self.model, self.tokenizer)
         self._check_tokenizer()
         # sides of padding and cutting are decided here, whatever was saved with the tokenizer
         self.tokenizer.truncation_side = "left" if cut_left else "right"
@@ -132,7 +133,6 @@ class Classifier:
         self.batch_size, self.dtype = batch_size, torch.float32
         # whether it was trained on prompt and response, if known
         self.on_prompt: bool | None = getattr(self.model.config, "reward_on_prompt", None)
-        self.max_length = longest_input(self.model, self.tokenizer)
         self.without_padding = False
         self.without_padding = self._sees_padding()
         if self.without_padding:
@@ -174,7 +174,13 @@ class Classifier:
             raise UserError(
                 f"{self.source} has a tokenizer with ids up to {largest}, and a model for {size}: save them together"
             )
-        if any(tokenizer("").get("token_type_ids", [])):
+        if self.max_length <= len(tokenizer("")["input_ids"]):
+            raise UserError(
+                f"{self.source} leaves no room for a text in its {self.max_length} tokens: see model_max_length in its "
+                "tokenizer_config.json, and max_position_embeddings in its config.json"
+            )
+        takes_types = "token_type_ids" in inspect.signature(self.model.forward).parameters
+        if takes_types and any(tokenizer("", return_token_type_ids=True)["token_type_ids"]):
             raise UserError(f"{self.source} needs token types, as XLNet does, which are not supported: choose another")
 
     def _sees_padding(self) -> bool:

@@ -1,6 +1,5 @@
 """Models and data from the hub, its cache or a folder: what can be reached, and errors in one line."""
 
-import pickle
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils import logging as transformers_logging
 
 DEFAULT_REVISION = "main"
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
-               pickle.UnpicklingError)  # fmt: skip
 
 
 def quiet_libraries() -> None:
@@ -91,7 +88,9 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except LOAD_ERRORS as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: a library checks what it reads in many ways
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {in_one_line(error)}") from None
 
 
@@ -122,6 +121,8 @@ def load_tokenizer(setting: str, name: str, revision: str | None = None) -> PreT
             raise UserError(f"{setting}={name} {_why_no_tokenizer(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{setting}={name} has no tokenizer: save it with the model")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"{setting}={name} has a model_max_length in tokenizer_config.json that is no number: mend it")
     return tokenizer
 
 
