@@ -293,7 +293,7 @@ def test_a_score_depends_on_its_text_alone(kind: str, tmp_path: Path) -> None:
                 model.config.pad_token_id = 1
                 logits = model(input_ids=torch.tensor([[0, *ids, 2]])).logits[0]
         expected.append(2 * torch.softmax(logits.double(), 0)[1].item() - 1)
-    reward = load_reward(str(folder))
+    reward = SentimentReward(str(folder))
     assert reward([*TEXTS, LONG_TEXT], []).tolist() == pytest.approx(expected, abs=1e-4)
     assert reward([""], []).tolist() == pytest.approx(expected[5:6], abs=1e-4)
     reward.check_longest()
@@ -329,7 +329,7 @@ def test_a_text_is_scored_beside_others_of_its_length_where_padding_would_be_see
 ) -> None:
     load_reward(str(save_kind(tmp_path / "bert", "BERT")))
     assert "padding" not in capsys.readouterr().out
-    reward = load_reward(str(save_kind(tmp_path / "fnet", "FNet")), batch_size=3)
+    reward = SentimentReward(str(save_kind(tmp_path / "fnet", "FNet")), batch_size=3)
     assert "note: scores of rm_name=" in capsys.readouterr().out
     widths: list[tuple[int, ...]] = []
     reward.model.register_forward_pre_hook(
