@@ -25,11 +25,22 @@ from tqdm.contrib import DummyTqdmFile
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from pretrain.tiny_world import resolve_name
-from runtime.hub import DEFAULT_REVISION, load_tokenizer, loading, refuse_missing_weights
+from runtime.classifiers import longest_input, pad_rows
+from runtime.hub import (
+    DEFAULT_REVISION,
+    in_one_line,
+    load_tokenizer,
+    loading,
+    refuse_missing_weights,
+    refuse_other_folder,
+)
 from runtime.user_code import UserCode, is_of_the_program
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 SENTIMENTS = ("positive", "negative", "neutral")
+TRIAL_TEXTS = ["", "I loved it.", "I saw it yesterday, a wonderful film.", "I saw it yesterday and hated it. " * 5]
+ROUNDING = 1e-4  # of a logit in float32, where one text is computed in batches of different widths
+LONG = 1024  # tokens: a trial of a longer text takes too long
 
 
 class Reward(Protocol):
@@ -67,6 +78,7 @@ def load_reward(
     if python_reward(name):
         return PythonReward(name, device)
     name = resolve_name(name)
+    refuse_other_folder(setting, name)
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
     rest = (device, batch_size, dtype, revision, setting, cut_left)
@@ -101,28 +113,34 @@ def score_responses(reward: Reward, responses: list[str], prompts: list[str], na
 
 
 class Classifier:
-    """A Hugging Face sequence classifier with its tokenizer."""
+    """A Hugging Face sequence classifier with its tokenizer; a text's score does not depend on the rest of a batch."""
 
     def __init__(
         self, name: str, device: str | torch.device = "cpu", batch_size: int = 64, dtype: torch.dtype = torch.float32,
         revision: str | None = None, setting: str = "rm_name", cut_left: bool = False,
     ) -> None:  # fmt: skip
-        """Load the classifier that `setting` names (raises UserError where it or its tokenizer is missing).
+        """Load the classifier that `setting` names (raises UserError where it or its tokenizer is of no use).
 
         Texts that are too long are cut at the end, or at the beginning where cut_left is set.
         """
         name = resolve_name(name)  # here as well as on the command line: a user's reward may build its own
-        self.model: Any = _load_classifier(setting, name, revision).to(device).eval().requires_grad_(False)
+        self.source = f"{setting}={name}"
+        self.model: Any = _load_classifier(setting, name, revision).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(setting, name, revision)
-        if self.tokenizer.pad_token_id is None:
-            raise UserError(f"{setting}={name} has a tokenizer without a padding token: save one with it")
-        if cut_left:
-            self.tokenizer.truncation_side = "left"
-        self.batch_size, self.dtype = batch_size, dtype
+        self.max_length = longest_input(self.model, self.tokenizer)
+        self._check_tokenizer()
+        # sides of padding and cutting are decided here, whatever was saved with the tokenizer
+        self.tokenizer.truncation_side = "left" if cut_left else "right"
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # where GPT-2 ends a text
+        self.batch_size, self.dtype = batch_size, torch.float32
         # whether it was trained on prompt and response, if known
         self.on_prompt: bool | None = getattr(self.model.config, "reward_on_prompt", None)
-        longest = getattr(self.model.config, "max_position_embeddings", 512)
-        self.max_length = min(self.tokenizer.model_max_length, longest)
+        self.without_padding = False
+        self.without_padding = self._sees_padding()
+        if self.without_padding:
+            print(f"note: scores of {self.source} change with padding, so texts of one length are scored at a time")
+        self.model.to(device)
+        self.dtype = dtype
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> Tensor:
@@ -136,19 +154,69 @@ class Classifier:
         found = [self._forward([encoded[i] for i in rows]) for rows in self._batches(order, [*map(len, encoded)])]
         return torch.cat(found)[torch.tensor(order).argsort().to(device, non_blocking=True)]
 
+    def check_longest(self) -> None:
+        """Score a text that is longer than the model takes (raises UserError where that fails)."""
+        try:
+            self.logits(["film " * min(self.max_length, LONG)])
+        except (IndexError, RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"{self.source} cannot score a text of {self.max_length} tokens, which its config and tokenizer allow "
+                f"({type(error).__name__}: {in_one_line(error)}): save its tokenizer with a smaller model_max_length"
+            ) from error
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer that does not fit the model, or that this class does not serve (raises UserError)."""
+        tokenizer, size = self.tokenizer, getattr(self.model.config.get_text_config(), "vocab_size", None)
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{self.source} has a tokenizer without a padding token: save one with it")
+        largest = max(tokenizer.get_vocab().values())
+        if size is not None and largest >= size:
+            raise UserError(
+                f"{self.source} has a tokenizer with ids up to {largest}, and a model for {size}: save them together"
+            )
+        if self.max_length <= len(tokenizer("")["input_ids"]):
+            raise UserError(
+                f"{self.source} leaves no room for a text in its {self.max_length} tokens: see model_max_length in its "
+                "tokenizer_config.json, and max_position_embeddings in its config.json"
+            )
+        takes_types = "token_type_ids" in inspect.signature(self.model.forward).parameters
+        if takes_types and any(tokenizer("", return_token_type_ids=True)["token_type_ids"]):
+            raise UserError(f"{self.source} needs token types, as XLNet does, which are not supported: choose another")
+
+    def _sees_padding(self) -> bool:
+        """Whether texts score differently beside a longer one (raises UserError where scoring fails or is random)."""
+        try:
+            alone = torch.cat([self.logits([text]) for text in TRIAL_TEXTS])
+            again = torch.cat([self.logits([text]) for text in TRIAL_TEXTS])
+            together = self.logits(TRIAL_TEXTS)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.source} cannot score texts ({type(error).__name__}: {in_one_line(error)}): choose another"
+            ) from error
+        allowed = ROUNDING * alone.abs().max().clamp(min=1)
+        if (alone - again).abs().max() > allowed:
+            raise UserError(f"{self.source} scores the same text differently each time: choose another")
+        return bool((alone - together).abs().max() > allowed)
+
     def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         """Texts in order, batch_size at a time; on a GPU as many short ones as fill the room of that many long ones."""
         while order:
-            fitting = self.batch_size * self.max_length // lengths[order[0]]
+            longest = lengths[order[0]]
+            fitting = self.batch_size * self.max_length // longest
             size = self.batch_size if self.model.device.type == "cpu" else max(self.batch_size, fitting)
+            if self.without_padding:
+                size = min(size, sum(lengths[i] == longest for i in order))
             yield order[:size]
             order = order[size:]
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """The model's outputs (b, labels) float32 for tokens; no copy waits for the device."""
         device, half = self.model.device, self.dtype != torch.float32
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        ids, mask = (batch[key].to(device, non_blocking=True) for key in ("input_ids", "attention_mask"))
+        ids, mask = (x.to(device, non_blocking=True) for x in pad_rows(rows, self.tokenizer.pad_token_id))
         with torch.autocast(device.type, self.dtype) if half else nullcontext():
             return self.model(input_ids=ids, attention_mask=mask).logits.float()
 
@@ -201,11 +269,14 @@ def is_scalar(config: PretrainedConfig) -> bool:
 
 def find_label(config: PretrainedConfig, target_label: str, model: str) -> int:
     """Index of a model's label, found by its name in any case; pos, neg and neu count as their long forms."""
-    labels = {full_label(label): int(index) for index, label in config.id2label.items()}
-    if full_label(target_label) not in labels:
-        known = ", ".join(config.id2label.values())
-        raise UserError(f"target_label={target_label!r} is not a label of {model}: choose {known}")
-    return labels[full_label(target_label)]
+    names = {int(index): str(label) for index, label in config.id2label.items()}
+    choices = ", ".join(names.values())
+    matching = [index for index, label in names.items() if full_label(label) == full_label(target_label)]
+    if not matching:
+        raise UserError(f"target_label={target_label!r} is not a label of {model}: choose {choices}")
+    if len(matching) > 1 or matching[0] >= len(names):
+        raise UserError(f"{model} does not say which output is {target_label!r}: number id2label in its config.json")
+    return matching[0]
 
 
 def full_label(label: str) -> str:
@@ -213,12 +284,13 @@ def full_label(label: str) -> str:
     return SHORT_NAMES.get(label.lower(), label.lower())
 
 
-def _load_classifier(setting: str, name: str, revision: str | None) -> torch.nn.Module:
+def _load_classifier(setting: str, name: str, revision: str | None) -> Any:
+    refuse_other_folder(setting, name)
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, revision=revision or DEFAULT_REVISION, config=config, dtype=torch.float32, trust_remote_code=False,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     refuse_missing_weights(setting, name, info, "sequence classifier")
     return model

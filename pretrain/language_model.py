@@ -12,14 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from data import tokenize
 from pretrain.bpe import END, policy_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import loading
+from runtime.hub import load_tokenizer, loading, refuse_missing_weights
 from runtime.terminal import progress
 
 
@@ -94,9 +94,12 @@ def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenize
 
 
 def _load_policy(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer("init", name)
     with loading("init", name, "language model"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    refuse_missing_weights("init", name, info, "language model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"init={name} has a tokenizer without an EOS token: save one with it")
     return model, tokenizer

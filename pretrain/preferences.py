@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from data import Pair
 from pretrain.fitting import ModelInputs, fit, forward, length_batches
-from runtime.hub import load_tokenizer, loading
+from runtime.classifiers import longest_input, pad_rows
+from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
 from runtime.terminal import progress
 
 SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text
@@ -98,16 +99,30 @@ class PreferenceTrainer:
         self.with_prompt, self.device = with_prompt, device
         self.tokenizer = load_tokenizer("init", init)
         with loading("init", init, "encoder"):
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-                init, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False
-            )
+            self.model: Any
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
+                init, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+        refuse_wrong_encoder("init", init, info, self.model)
         if self.tokenizer.pad_token_id is None:  # a language model: its last real token is scored
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "left" if with_prompt else "right"  # as train.py cuts
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.config.problem_type = None
         self.model.config.reward_on_prompt = with_prompt  # which train.py compares with its setting
-        self.max_length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        self.max_length = longest_input(self.model, self.tokenizer)
+
+    def tell_apart(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs whose two texts still differ where they are cut to the model's length; says how many do not."""
+        texts = self.encode(pairs)
+        different = [a != b for a, b in zip(texts.chosen, texts.rejected, strict=True)]
+        if not all(different):
+            print(
+                f"note: {different.count(False):,} of {len(pairs):,} pairs are left out: chosen and rejected are the "
+                f"same {self.max_length} tokens, the most that the model reads"
+            )
+        return list(itertools.compress(pairs, different))
 
     def train(self, pairs: Sequence[Pair], epochs: float, lr: float, batch_tokens: int, seed: int) -> None:
         """Fit the model to some epochs of the pairs, in batches of about batch_tokens tokens."""
@@ -141,8 +156,8 @@ class PreferenceTrainer:
     def batch(self, texts: PairTexts, rows: Sequence[int]) -> ModelInputs:
         """The chosen texts of some pairs and then the rejected ones, padded: input_ids and attention_mask (2n, T)."""
         ids = [texts.chosen[i] for i in rows] + [texts.rejected[i] for i in rows]
-        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        input_ids, attention_mask = pad_rows(ids, self.tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def _epochs(texts: PairTexts, batch_tokens: int, seed: int) -> Iterator[list[int]]:

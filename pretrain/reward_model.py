@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -25,7 +24,7 @@ from pretrain.bpe import reward_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import loading
+from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
 from runtime.terminal import progress
 
 
@@ -119,11 +118,12 @@ def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, 
 
 
 def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer("reward_init", name)
     with loading("reward_init", name, "classifier"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, **_label_names(names)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_label_names(names)
         )
+    refuse_wrong_encoder("reward_init", name, info, model)
     if tokenizer.pad_token_id is None:
         raise UserError(f"reward_init={name} has a tokenizer without a padding token: save one with it")
     return model, tokenizer

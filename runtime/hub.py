@@ -1,6 +1,6 @@
 """Models and data from the hub, its cache or a folder: what can be reached, and errors in one line."""
 
-import pickle
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +14,10 @@ from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils import logging as transformers_logging
 
 DEFAULT_REVISION = "main"
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
-               pickle.UnpicklingError)  # fmt: skip
 
 
 def quiet_libraries() -> None:
@@ -105,25 +104,75 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: a library checks what it reads in many ways
+        raise UserError(f"{setting}={name} cannot be loaded as a {what}: {in_one_line(error)}") from None
+
+
+def in_one_line(error: Exception) -> str:
+    """All that a library's error says, on one line of a few hundred characters at most."""
+    return textwrap.shorten(str(error), 300, placeholder=" …").rstrip(" :") or type(error).__name__
+
+
+def refuse_other_folder(setting: str, name: str) -> None:
+    """Raise UserError where a name is that of a folder without a model, which may hide one of the hub."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{setting}={name} is a folder without a model (it has no config.json): name the folder that a model was "
+            f"saved in, or, if a model of the hub is meant, rename this folder"
+        )
 
 
 def load_tokenizer(setting: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved with a model (raises UserError where there is none: the library would make one up)."""
+    refuse_other_folder(setting, name)
     with loading(setting, name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision or DEFAULT_REVISION, trust_remote_code=False
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{setting}={name} {_why_no_tokenizer(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{setting}={name} has no tokenizer: save it with the model")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"{setting}={name} has a model_max_length in tokenizer_config.json that is no number: mend it")
     return tokenizer
 
 
+def _why_no_tokenizer(error: Exception) -> str:
+    """What is wrong with a tokenizer, and the remedy, where the library's own words would mislead."""
+    message = in_one_line(error)
+    if "instantiate the backend tokenizer" in message:
+        return "has no tokenizer: save it with the model"
+    if "tiktoken" in message and not (is_sentencepiece_available() and is_protobuf_available()):
+        # the library asks for tiktoken, its last resort, which cannot read such a file
+        return "has a SentencePiece tokenizer without tokenizer.json: pip install sentencepiece protobuf"
+    return f"cannot be loaded as a tokenizer: {message}"
+
+
 def refuse_missing_weights(setting: str, name: str, info: dict[str, Any], what: str) -> None:
-    """Raise UserError where a model lacks some of its weights, which the library would fill with noise."""
+    """Raise UserError where a model lacks some of its weights, or has them in another shape than its config says.
+
+    The library would fill either with noise.
+    """
+    if info["mismatched_keys"]:
+        weight, saved, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"{setting}={name} has weights that do not fit its config.json: {weight} is {tuple(saved)} instead of "
+            f"{tuple(wanted)}; save both together"
+        )
     if info["missing_keys"]:
         first = min(info["missing_keys"])
         raise UserError(f"{setting}={name} lacks the weights of {first}: it is not a complete {what}")
+
+
+def refuse_wrong_encoder(setting: str, name: str, info: dict[str, Any], model: Any) -> None:
+    """Raise UserError where weights have other shapes than the config says, those of the head excepted: it is new."""
+    encoder = [key for key in info["mismatched_keys"] if key[0].startswith(f"{model.base_model_prefix}.")]
+    refuse_missing_weights(setting, name, {"mismatched_keys": encoder, "missing_keys": []}, "encoder")
 
 
 def resolved_commit(setting: str, name: str, revision: str | None = None) -> str | None:
@@ -137,13 +186,15 @@ def resolved_commit(setting: str, name: str, revision: str | None = None) -> str
 
 def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
     """Load a complete GPT-2 in float32 from the hub or a folder (raises UserError)."""
+    refuse_other_folder(setting, name)
     with loading(setting, name, "GPT-2"):
         kind = GPT2Config.get_config_dict(name, revision=revision or DEFAULT_REVISION)[0].get("model_type")
         if kind != "gpt2":
             raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
         lm, info = GPT2LMHeadModel.from_pretrained(
-            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True
-        )
+            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     refuse_missing_weights(setting, name, info, "GPT-2 language model")
     if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
         for block in lm.transformer.h:

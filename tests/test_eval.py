@@ -502,3 +502,16 @@ def test_a_second_judge_of_something_else_says_nothing_of_the_reward() -> None:
     assert "WARNING" in gamed["verdict"]
     honest = summarise(pd.DataFrame({**same, "policy_judge": np.full(n, 0.9)}), None)
     assert "confirms it" in honest["verdict"]
+
+
+def test_a_judge_whose_labels_are_numbers_is_one_line(
+    finished_run: Path, classifier_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(classifier_dir, judge)
+    config = json.loads((judge / "config.json").read_text()) | {"id2label": {"0": 0, "1": 1}}
+    (judge / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as stop:
+        run_eval(finished_run, tmp_path, "--judge", str(judge))
+    assert stop.value.code == 2
+    assert f"target_label='positive' is not a label of judge={judge}: choose 0, 1" in capsys.readouterr().err

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from config import UserError, python_reward
 
 import pytest
 import torch
+import transformers
 from conftest import save_classifier, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from reward import PythonReward, SentimentReward, load_reward
@@ -121,7 +125,7 @@ def test_score_stays_in_range_and_takes_empty_texts(classifier_dir: Path, tmp_pa
     assert scores.isfinite().all()
     assert scores.min() >= -1
     assert scores.max() <= 1
-    assert scores[0].item() == pytest.approx(scores[1].item(), abs=1e-5)
+    assert scores[0] == pytest.approx(scores[1].item(), abs=1e-6)
     only_empty = reward.score([""])
     assert only_empty.tolist() == pytest.approx(scores[:1].tolist(), abs=1e-5)
     folder = save_classifier(tmp_path, {0: "negative", 1: "positive"})
@@ -205,6 +209,198 @@ def test_reward_model_that_is_damaged_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
     refused(folder)
+
+
+# --- any architecture -----------------------------------------------------------------------------------------------
+
+FITS = 64  # tokens, special ones included, for all of these but XLNet and T5, which have no limit of their own
+SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": FITS, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+GPT2_SIZES = {
+    "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": FITS, "bos_token_id": 0,
+    "eos_token_id": 2,
+}  # fmt: skip
+BART_SIZES = {
+    "vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": FITS,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+FROM_2 = {**SIZES, "max_position_embeddings": FITS + 2}  # positions 0 and 1 are for padding
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": ("Bert", SIZES),
+    "RoBERTa": ("Roberta", FROM_2),
+    "MPNet": ("MPNet", FROM_2),
+    "data2vec": ("Data2VecText", FROM_2),
+    "Longformer": ("Longformer", {**FROM_2, "attention_window": 8}),
+    "DeBERTa": ("DebertaV2", {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "GPT-2, another padding id": ("GPT2", {**GPT2_SIZES, "pad_token_id": 2}),
+    "GPT-2, no padding id": ("GPT2", GPT2_SIZES),
+    "OPT": ("OPT", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 32}),
+    "Llama": ("Llama", {**SIZES, "num_key_value_heads": 2}),
+    "BART": ("Bart", BART_SIZES),
+    # these see their padding
+    "FNet": ("FNet", SIZES),
+    "MobileBERT": ("MobileBert", {**SIZES, "embedding_size": 32, "intra_bottleneck_size": 32}),
+    "ConvBERT": ("ConvBert", {**SIZES, "embedding_size": 32, "conv_kernel_size": 3}),
+    "XLNet": ("XLNet", {"vocab_size": 300, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32, "pad_token_id": 1}),
+}
+
+
+def save_kind(folder: Path, kind: str, **tokenizer_settings: object) -> Path:
+    """A random classifier of some architecture, with a tokenizer like RoBERTa's and settings written beside it."""
+    name, sizes = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**sizes, id2label={0: "negative", 1: "positive"})
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    bpe = train_tokenizer(300, ["<s>", "<pad>", "</s>"])
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    write_settings(folder / "tokenizer_config.json", tokenizer_settings)  # the library leaves some out when it saves
+    return folder
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Change some settings in a file of JSON."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+LONG_TEXT = "A film this good is rare. " * 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_depends_on_its_text_alone(kind: str, tmp_path: Path) -> None:
+    """Texts of all lengths, the empty one and one that is cut, against the library's model and one text at a time.
+
+    The folder would pad and cut on the left.
+    """
+    folder = save_kind(tmp_path, kind, padding_side="left", truncation_side="left")
+    fits = 512 if kind == "XLNet" else FITS
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = []
+    for text in (*TEXTS, LONG_TEXT):
+        ids = tokenizer.encode(text, add_special_tokens=False)[: fits - 2]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[0, *ids, 2]])).logits[0]
+        if kind == "GPT-2, another padding id":  # the library leaves out EOS here, for it looks like padding
+            with torch.no_grad():
+                model.config.pad_token_id = 1
+                logits = model(input_ids=torch.tensor([[0, *ids, 2]])).logits[0]
+        expected.append(2 * torch.softmax(logits.double(), 0)[1].item() - 1)
+    reward = SentimentReward(str(folder))
+    assert reward([*TEXTS, LONG_TEXT], []).tolist() == pytest.approx(expected, abs=1e-4)
+    assert reward([""], []).tolist() == pytest.approx(expected[5:6], abs=1e-4)
+    reward.check_longest()
+    assert len({round(score, 3) for score in expected}) > 4, "texts should differ"
+
+
+def test_a_text_that_is_too_long_may_be_cut_at_its_beginning(tmp_path: Path) -> None:
+    """Whatever the folder says: cut_left decides."""
+    folder = save_kind(tmp_path, "BERT", truncation_side="left")
+    start, end = "The acting is superb. " * 60, "dull and badly lit " * 60
+    for cut_left, same in ((False, start), (True, end)):
+        scores = load_reward(str(folder), cut_left=cut_left)([start + end, same, start, end], []).tolist()
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        assert abs(scores[2] - scores[3]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2, no padding id"])
+def test_other_names_for_padding_change_no_score(kind: str, tmp_path: Path) -> None:
+    """The config's padding id is not that of the tokenizer, and tokenizer.json pads and cuts by itself."""
+    plain, other = save_kind(tmp_path / "a", kind), tmp_path / "b"
+    shutil.copytree(plain, other)
+    write_settings(other / "config.json", {"pad_token_id": 7})
+    strategy = {"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 7}
+    cutting = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    padding = {**strategy, "pad_type_id": 0, "pad_token": "<pad>"}
+    write_settings(other / "tokenizer.json", {"padding": padding, "truncation": cutting})
+    scores = [load_reward(str(folder))(TEXTS, []).tolist() for folder in (plain, other)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_a_text_is_scored_beside_others_of_its_length_where_padding_would_be_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_reward(str(save_kind(tmp_path / "bert", "BERT")))
+    assert "padding" not in capsys.readouterr().out
+    reward = SentimentReward(str(save_kind(tmp_path / "fnet", "FNet")), batch_size=3)
+    assert "note: scores of rm_name=" in capsys.readouterr().out
+    widths: list[tuple[int, ...]] = []
+    reward.model.register_forward_pre_hook(
+        lambda _, __, named: widths.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    reward(["dull"] * 4 + ["", "dull and dull"], [])
+    assert [rows for rows, _ in widths] == [1, 3, 1, 1], "as many at a time as there are, and three at most"
+
+
+class Undecided(torch.nn.Module):
+    """The end of a classifier whose outputs are random."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(x), 2)
+
+
+def test_a_classifier_that_scores_at_random_is_refused(classifier_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def random_outputs(*args: Any, **named: Any) -> Any:
+        model, info = load(*args, **named)
+        model.classifier = Undecided()
+        return model, info
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", random_outputs)
+    assert "differently each time" in refused(classifier_dir)
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+ENDS_IN_TYPE_2 = {  # as XLNet's tokenizer ends a text
+    "type": "TemplateProcessing", "single": [TEXT, {"SpecialToken": {"id": "</s>", "type_id": 2}}],
+    "pair": [TEXT, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "settings", "words"),
+    [
+        ("BERT", "tokenizer_config.json", {"model_max_length": 2}, "no room for a text in its 2 tokens"),
+        ("BERT", "tokenizer_config.json", {"model_max_length": "64"}, "model_max_length"),
+        ("BERT", "tokenizer_config.json", {"pad_token": "[new]"}, "ids up to 300, and a model for 300"),
+        ("BERT", "tokenizer_config.json", {"pad_token": None}, "padding token"),
+        ("BERT", "config.json", {"vocab_size": 200}, r"embeddings.weight is (300, 32) instead of (200, 32)"),
+        ("BERT", "config.json", {"max_position_embeddings": 128}, "instead of (128, 32)"),
+        ("BERT", "config.json", {"max_position_embeddings": None}, "max_position_embeddings"),
+        ("BERT", "config.json", {"pad_token_id": 9999}, "padding_idx"),
+        ("BERT", "config.json", {"id2label": {"0": "a", "1": "b", "2": "positive"}}, "is (2,) instead of (3,)"),
+        ("BERT", "config.json", {"id2label": {"0": 0, "1": 1}}, "choose 0, 1"),
+        ("BERT", "config.json", {"id2label": {"0": None, "1": True}}, "choose None, True"),
+        ("BERT", "config.json", {"id2label": {"0": "pos", "1": "positive"}}, "which output is 'positive'"),
+        ("BERT", "config.json", {"id2label": {"0": "negative", "5": "positive"}}, "which output is 'positive'"),
+        ("BART", "tokenizer.json", {"post_processor": None}, "<eos>"),
+        ("XLNet", "tokenizer.json", {"post_processor": ENDS_IN_TYPE_2}, "token types"),
+    ],
+)  # fmt: skip
+def test_a_model_whose_files_do_not_fit_together_is_one_line(
+    kind: str, file: str, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = save_kind(tmp_path, kind)
+    write_settings(folder / file, settings)
+    assert words.lower() in refused(folder).lower()
+
+
+def test_a_label_may_be_a_number(tmp_path: Path) -> None:
+    folder = save_kind(tmp_path, "BERT")
+    expected = load_reward(str(folder), "positive")(TEXTS, []).tolist()
+    write_settings(folder / "config.json", {"id2label": {"0": 0, "1": 1}, "label2id": {"0": 0, "1": 1}})
+    assert load_reward(str(folder), "1")(TEXTS, []).tolist() == expected
 
 
 # --- a single output ------------------------------------------------------------------------------------------------

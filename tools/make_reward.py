@@ -78,6 +78,11 @@ def read_pairs(cfg: MakeRewardConfig) -> list[Pair]:
         )
         known = [(text, full_label(label)) for text, label in zip(texts, names, strict=True) if label is not None]
         pairs = pairs_from_labels(known, full_label(cfg.chosen_label), cfg.seed)
+    return enough(pairs, cfg)
+
+
+def enough(pairs: list[Pair], cfg: MakeRewardConfig) -> list[Pair]:
+    """The pairs (raises UserError where they are too few)."""
     if len(pairs) < 20:
         raise UserError(f"dataset {cfg.dataset} has {len(pairs)} pairs of different texts, and 20 are needed")
     return pairs
@@ -89,11 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     pairs = read_pairs(cfg)
     with_prompt = any(pair.prompt for pair in pairs) if cfg.with_prompt is None else cfg.with_prompt
-    kept, held = split_pairs(pairs, cfg.seed)
     device = torch.device(resolve_device(cfg.device))
     try:
         with quiet_saving(), new_folder(Path(cfg.out)) as folder:
             trainer = PreferenceTrainer(resolve_name(cfg.init), with_prompt, device)
+            pairs = enough(trainer.tell_apart(pairs), cfg)
+            kept, held = split_pairs(pairs, cfg.seed)
             trainer.train(kept, cfg.epochs, cfg.lr, cfg.batch_tokens, cfg.seed)
             agrees = (trainer.margins(held, cfg.batch_tokens) > 0).numpy()
             low, high = wilson_ci(agrees)

@@ -30,7 +30,7 @@ from runtime.cli import parse_flags, run
 from runtime.device import enough_memory
 from runtime.hub import quiet_libraries
 from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
-from training.parts import check_fit, load_base, load_policy, load_run_reward
+from training.parts import check_fit, check_same_tokens, load_base, load_policy, load_run_reward
 from utils import uniforms
 
 DECODING = ("temperature", "top_k", "top_p", "max_new_tokens")
@@ -228,6 +228,7 @@ def load(cfg: SampleConfig) -> ModelSet:
             base = load_base(runs[-1])
             bases[key] = Model(BASE, base, base, tokenizer)
         policies.append(Model(path, lm, bases[key].lm, tokenizer))
+        check_same_tokens(runs[-1], tokenizer, policy_path)
         check_fit(lm, bases[key].lm, tokenizer, runs[-1].max_new_tokens + 1)
     if len(bases) > 1:
         bases = {key: replace(model, name=f"{BASE} {key[0]}") for key, model in bases.items()}

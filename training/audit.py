@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
 from ppo import Models
-from reward import Reward, score_responses
+from reward import Classifier, Reward, score_responses
 from utils import expected_scores, shape_rewards, uniforms
 
 # nats; a misplaced token or position costs whole nats
@@ -52,14 +52,19 @@ def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> N
         if not holds:
             failed.append(f"{fact} ({seen})")
     if failed:
-        raise UserError(f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all")
+        raise UserError(
+            f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all"
+            + ("" if cfg.dtype == "float32" else f"; if {cfg.dtype} is too coarse, --dtype float32 passes")
+        )
     if not cfg.check:
         print(f"self-check: {len(checks)} facts hold")
 
 
 def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple[str, Callable[[], Finding]]]:
     policy, reference, reward = models.policy, models.reference, models.reward
-    mask, tolerance = seqs.response_mask, TOLERANCE[policy.dtype]
+    mask, rounding = seqs.response_mask, TOLERANCE[policy.dtype]
+    colder = max(1.0, 1 / cfg.temperature)  # logits are divided by it, and so are their errors
+    tolerance, same = rounding * colder, SAME * colder
     logprobs, _, values, _, _ = evaluate_both(policy, reference, seqs)
 
     def gap(a: Tensor, b: Tensor, allowed: float = tolerance) -> Finding:
@@ -72,16 +77,18 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     )
     yield "the distribution sampled from is the one scored", lambda: gap(logprobs, seqs.logprobs)
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
-    yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0], SAME)
+    yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0], same)
     again = partial(evaluate_both, policy, reference, seqs)
-    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, again()[0], SAME)
+    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, again()[0], same)
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
+    if isinstance(reward, Classifier):
+        reward.check_longest()
     if reward.label is None:
-        yield "the reward gives every response a number, the empty one too", lambda: _scores(reward, cfg)
+        yield "the reward gives every response a number, the empty one too", lambda: _scores(reward, rounding, cfg)
     else:
-        yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _label_scores(reward, tolerance, cfg)
+        yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _label_scores(reward, rounding, cfg)
 
 
 def _library_logprobs(policy: GPT2WithValueHead, seqs: Sequences) -> Tensor:
@@ -130,16 +137,42 @@ def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:
     return not free, f"{free} of their weights would be trained"
 
 
-def _scores(reward: Reward, cfg: TrainConfig) -> Finding:
-    texts = [" I loved it, a wonderful film.", " I hated it, a terrible film.", ""]
-    scores = score_responses(reward, texts, ["I saw it yesterday."] * 3, cfg.rm_name)
+PRAISE, BLAME = " I loved it, a wonderful film.", " I hated it, a terrible film."
+
+
+def _scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
+    texts = [PRAISE, BLAME, ""]
+    scores = score_responses(reward, texts, ["I saw it yesterday."] * len(texts), cfg.rm_name)
     shown = ", ".join(f"{score:.4g}" for score in scores.tolist())
-    return bool(scores.isfinite().all()), f"praise, blame and nothing score {shown}"
+    if not scores.isfinite().all():
+        return False, f"praise, blame and nothing score {shown}"
+    if not isinstance(reward, Classifier):  # a Python function may compare the responses of a batch
+        return True, f"praise, blame and nothing score {shown}"
+    moved = _moved_by_others(reward, tolerance * max(1.0, float(scores.abs().max())), cfg)
+    return not moved, moved or f"praise, blame and nothing score {shown}"
 
 
 def _label_scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
-    texts = ["I loved it, a wonderful film.", "I hated it, a terrible film.", ""]
-    scores = score_responses(reward, texts, [""] * 3, cfg.rm_name)
-    alone = score_responses(reward, texts[1:2], [""], cfg.rm_name)
-    steady = bool((scores.abs() <= 1).all()) and float((scores[1] - alone[0]).abs()) <= tolerance
-    return steady, f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}"
+    scores = score_responses(reward, [PRAISE.strip(), BLAME.strip(), ""], [""] * 3, cfg.rm_name)
+    if not bool((scores.abs() <= 1).all()):  # NaN, too, is not within
+        return False, f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}, nothing {scores[2]:+.2f}"
+    moved = _moved_by_others(reward, tolerance, cfg)
+    return not moved, moved or f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}"
+
+
+def _moved_by_others(reward: Reward, tolerance: float, cfg: TrainConfig) -> str:
+    """The text whose score most depends on the rest of its batch, and by how much; nothing within the tolerance.
+
+    The texts differ in length, because padding is what classifiers see of others.
+    """
+    texts = ["", "Fine.", PRAISE.strip(), BLAME.strip(), PRAISE.strip() + 4 * BLAME]
+    together = score_responses(reward, texts, [""] * len(texts), cfg.rm_name)
+    alone = torch.cat([score_responses(reward, [text], [""], cfg.rm_name) for text in texts])
+    gaps = (together - alone).abs().nan_to_num(torch.inf)
+    worst = int(gaps.argmax())
+    if gaps[worst] <= tolerance:
+        return ""
+    return (
+        f"{texts[worst]!r} scores {alone[worst]:+.3f} alone and {together[worst]:+.3f} beside longer texts: take "
+        "--reward_batch_size 1, or another rm_name"
+    )

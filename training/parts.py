@@ -13,7 +13,7 @@ from data import PromptStream, load_examples, load_prompts, split_held_out
 from model import GPT2WithValueHead, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import Classifier, Reward, load_reward
+from reward import Classifier, Reward, full_label, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
@@ -76,6 +76,7 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
     """Load policy, reference, reward and tokenizer (raises UserError); eval.py names a tuned policy by its path."""
     policy, tokenizer = load_policy(cfg, policy_path)
     reference = load_base(cfg)
+    check_same_tokens(cfg, tokenizer, policy_path)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
     return Models(policy, reference, load_run_reward(cfg), tokenizer)
 
@@ -104,7 +105,28 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
     if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
         trained_on = "prompt + response" if reward.on_prompt else "responses alone"
         print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
+    if reward.label is None and full_label(cfg.target_label) != TrainConfig.target_label:
+        print(f"note: target_label={cfg.target_label} does not change the scores of {cfg.rm_name}, which has no labels")
     return reward
+
+
+def check_same_tokens(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy_path: str | None = None) -> None:
+    """Refuse a reference in which the ids of the policy's tokenizer stand for other tokens (raises UserError)."""
+    name, revision = cfg.ref_name or cfg.policy_name, cfg.ref_revision
+    if policy_path is None and (name, revision) == (cfg.policy_name, cfg.policy_revision):
+        return
+    try:
+        theirs = load_tokenizer("ref_name", resolve_name(name), revision)
+    except UserError:
+        print(f"note: ref_name={name} has no tokenizer, so nothing shows whether it reads tokens as the policy does")
+        return
+    own = {index: token for token, index in tokenizer.get_vocab().items()}
+    different = sum(own.get(index, token) != token for token, index in theirs.get_vocab().items())
+    if different:
+        raise UserError(
+            f"ref_name={name} has another tokenizer than {policy_path or cfg.policy_name} ({different} of its "
+            f"{len(theirs)} tokens differ): name the model that the policy was trained from"
+        )
 
 
 def check_fit(
@@ -121,6 +143,12 @@ def check_fit(
     if len(tokenizer) > sizes[0]:
         raise UserError(
             f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
+        )
+    without_text = sizes[0] - sum(index < sizes[0] for index in set(tokenizer.get_vocab().values()))
+    if without_text:
+        print(
+            f"note: {without_text} of the model's {sizes[0]} ids have no text in its tokenizer: where one is sampled, "
+            "the text of the response lacks it"
         )
     context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
     if length > context:

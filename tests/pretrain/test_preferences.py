@@ -123,3 +123,30 @@ def test_pairs_that_cannot_be_used_are_named(rows: list[dict], words: list[str],
     with pytest.raises(UserError) as caught:
         load_pairs(str(tmp_path / "a.jsonl"), "train")
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_pairs_that_are_equal_once_cut_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model reads 48 tokens, from the start; with a prompt, from the end."""
+    folder = save_classifier(tmp_path / "init", {0: "negative", 1: "positive"})
+    start = "a film that is long and dull and badly lit " * 9
+    pairs = [
+        Pair("", start + "good", start + "bad"),
+        Pair("", "good", "bad"),
+        Pair("", "good " + start, "bad " + start),
+    ]
+    trainer = PreferenceTrainer(str(folder), False, torch.device("cpu"))
+    assert trainer.tell_apart(pairs) == pairs[1:]
+    assert "note: 1 of 3 pairs are left out" in capsys.readouterr().out
+    trainer = PreferenceTrainer(str(folder), True, torch.device("cpu"))
+    assert trainer.tell_apart(pairs) == pairs[:2]
+    assert trainer.tell_apart(pairs[:2]) == pairs[:2]
+    assert capsys.readouterr().out.count("note") == 1
+
+
+def test_an_encoder_of_another_shape_is_refused_and_a_head_is_not(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "init", {0: "negative", 1: "neutral", 2: "positive"})
+    PreferenceTrainer(str(folder), False, torch.device("cpu"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
+    with pytest.raises(UserError, match=r"position_embeddings.weight is \(48, 32\) instead of \(96, 32\)"):
+        PreferenceTrainer(str(folder), False, torch.device("cpu"))

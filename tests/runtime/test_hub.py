@@ -1,6 +1,8 @@
 """The hub: what cannot be reached or loaded is one line that names the setting."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,11 +12,12 @@ from typing import Any
 from config import UserError
 
 import pytest
+from conftest import run
 from datasets.packaged_modules.generator.generator import Generator
 
 import train
 from data import load_examples
-from runtime.hub import loading, refuse_missing_weights, require_hub
+from runtime.hub import load_gpt2, load_tokenizer, loading, refuse_missing_weights, require_hub
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -43,13 +46,17 @@ def test_train_without_a_hub_names_what_is_missing(flags: dict[str, str], tmp_pa
 
 def test_loading_turns_any_failure_into_one_line(tmp_path: Path) -> None:
     name = str(tmp_path)
-    for failure in (OSError("no\nsuch\nfile"), ValueError("x"), RuntimeError("y"), KeyError("z")):
+    long = ValueError("one of these is missing: \n(1) a file, \n(2) a class.\n" + "more words " * 99)
+    for failure in (OSError("no\nsuch\nfile"), long, RuntimeError("y"), KeyError("z"), AssertionError()):
         with pytest.raises(UserError) as caught, loading("rm_name", name, "a model"):
             raise failure
         message = str(caught.value)
         assert "rm_name" in message
         assert name in message
         assert "\n" not in message
+        assert message[-1] not in ":,"
+        assert len(message) < len(name) + 400
+        assert failure is not long or "(2) a class." in message
 
 
 def test_loading_lets_its_own_errors_and_interrupts_through(tmp_path: Path) -> None:
@@ -99,3 +106,43 @@ def test_a_prepared_data_set_is_used_where_the_hub_does_not_answer(
         assert load_examples("some/MyReviews", "train", "text", revision=revision)[0] == ["one"]
     with pytest.raises(UserError, match=f"dataset_revision={'b' * 40} of some/MyReviews is not in the cache"):
         load_examples("some/MyReviews", "train", "text", revision="b" * 40)
+
+
+def test_a_folder_that_hides_a_model_of_the_hub_is_named(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of the working directory that is called like the default policy, or like any model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "notes.txt").write_text("mine")
+    for setting in ("policy_name", "ref_name", "rm_name"):
+        with pytest.raises(SystemExit):
+            run({**flags, setting: "gpt2"}, "--check")
+        message = capsys.readouterr().err
+        assert f"{setting}={tmp_path / 'gpt2'} is a folder without a model" in message
+        assert "rename" in message
+
+
+def test_a_tokenizer_that_needs_a_library_names_it(
+    gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks for tiktoken where sentencepiece is missing; the file here is not even read."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "spiece.model").write_bytes(b"\x0a\x04abcd")
+    monkeypatch.setattr("runtime.hub.is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_tiktoken_available", lambda: False)
+    with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
+        load_tokenizer("rm_name", str(tmp_path))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / "config.json").write_text((gpt2_dir / "config.json").read_text())
+    with pytest.raises(UserError, match="has no tokenizer: save it with the model"):
+        load_tokenizer("policy_name", str(tmp_path))
+
+
+def test_weights_of_another_shape_are_named(gpt2_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(gpt2_dir, tmp_path / "lm")
+    config = json.loads((gpt2_dir / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {"n_positions": 64}))
+    with pytest.raises(UserError, match=r"wpe.weight is \(128, 32\) instead of \(64, 32\)"):
+        load_gpt2(str(tmp_path / "lm"), "policy_name")

@@ -3,17 +3,20 @@
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
-from config import UserError
+from config import EvalConfig, UserError
 
 import pandas as pd
 import pytest
 import torch
-from conftest import make_policy, run, save_classifier
+from conftest import make_lm, make_policy, run, run_script, save_classifier, train_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+import eval as eval_script
+from tools.sample import main as sample_main
 from training.parts import check_fit
 
 
@@ -83,3 +86,65 @@ def test_a_split_of_what_has_none_is_noted(
     run({**flags, "split": split, "total_steps": "1", "eval_every": "0"})
     said = capsys.readouterr().out
     assert said.count(f"{flags['dataset']} has no splits: it is used whole, and split={split} says nothing") == notes
+
+
+def test_ids_without_text_are_counted(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a vocabulary that was padded to a multiple of 64."""
+    n = len(tokenizer)
+    check_fit(make_policy(n), make_policy(n), tokenizer, 64)
+    assert not capsys.readouterr().out
+    check_fit(make_policy(n + 5), make_policy(n + 5), tokenizer, 64)
+    assert f"note: 5 of the model's {n + 5} ids have no text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "sample"])
+def test_a_reference_with_other_tokens_of_the_same_number_is_refused(
+    script: str, flags: dict[str, str], tokenizer: PreTrainedTokenizerFast, gpt2_dir: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "other"
+    make_lm(len(tokenizer), n_positions=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    commands = {
+        "train": lambda: run(flags, "--check", "--ref_name", str(folder)),
+        "eval": lambda: run_script_with("eval.py", flags, gpt2_dir, folder),
+        "sample": lambda: sample_main(
+            [str(gpt2_dir), "--prompt", "a film", "--ref_name", str(folder), "--device", "cpu"]
+        ),
+    }
+    commands[script]()  # the same tokens
+    assert "another tokenizer" not in capsys.readouterr().out
+    eos = "<|endoftext|>"
+    corpus = ["Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich."] * 9
+    other = train_tokenizer(len(tokenizer), [eos], [*corpus, "quick brown fox " * 9])
+    PreTrainedTokenizerFast(tokenizer_object=other, bos_token=eos, eos_token=eos, unk_token=eos).save_pretrained(folder)
+    with pytest.raises((SystemExit, UserError)) as stop:
+        commands[script]()
+    message = capsys.readouterr().err if isinstance(stop.value, SystemExit) else str(stop.value)
+    assert f"ref_name={folder} has another tokenizer" in message
+    for file in folder.glob("token*"):
+        file.unlink()
+    commands[script]()
+    assert "note: ref_name=" in capsys.readouterr().out
+
+
+def run_script_with(script: str, flags: dict[str, str], policy: Path, reference: Path) -> None:
+    """eval.py on a few of the run's reviews, against a reference."""
+    sys.argv = [script, "--policy_path", str(policy), "--ref_name", str(reference), "--judge", "none", "--n_samples",
+                "4", "--device", "cpu", "--out_csv", f"{reference.parent}/results.csv"]  # fmt: skip
+    names = ("rm_name", "dataset", "max_prompt_len", "min_prompt_len", "max_new_tokens")
+    sys.argv += [word for name in names for word in (f"--{name}", flags[name])]
+    run_script(EvalConfig, eval_script.main)
+
+
+@pytest.mark.parametrize("kind", ["one output", "Python", "labels"])
+def test_a_target_label_that_changes_nothing_is_said(
+    kind: str, flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = {"one output": str(save_classifier(tmp_path / "rm", {0: "LABEL_0"})), "labels": flags["rm_name"],
+               "Python": f"{tmp_path}/r.py:size"}  # fmt: skip
+    (tmp_path / "r.py").write_text("def size(responses): return [float(len(x)) for x in responses]\n")
+    for label, said in ((None, False), ("positive", False), ("Pos", False), ("negative", kind != "labels")):
+        words = [] if label is None else ["--target_label", label]
+        run({**flags, "rm_name": rewards[kind]}, "--check", *words)
+        assert ("note: target_label=negative does not change" in capsys.readouterr().out) is said
