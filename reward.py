@@ -350,6 +350,8 @@ class PythonReward:
         with self._one_line_errors("failed"), self.code.running(), torch.no_grad():
             with redirect_stdout(DummyTqdmFile(sys.stdout)):
                 result = self.function(*args, **kwargs)
+            if inspect.iscoroutine(result):
+                result.close()  # refused below; Python would warn that nobody waited for it
             scores = _as_tensor(result)
         return self._checked(result, scores, responses).to(self.device, non_blocking=True)
 

@@ -57,7 +57,8 @@ class UserCode:
         if self.is_file:
             self._check_name(Path(place).resolve().stem)
         if self.folder is not None:
-            UserCode.folders.add(self.folder)
+            if not _holds_libraries(self.folder):
+                UserCode.folders.add(self.folder)
             if str(self.folder) not in sys.path:
                 sys.path.append(str(self.folder))  # at the end: its modules hide none of the program
 
@@ -83,12 +84,10 @@ class UserCode:
     def sha256(self) -> str:
         """Hash of the file and of the modules from its folder that it has imported; of the file alone without any."""
         own = hashlib.sha256(self.source).hexdigest()
-        files = {Path(module.__file__).resolve() for module in self.modules.values() if module.__file__}
-        others = sorted(files - {Path(self.file).resolve()})
-        if not others or self.folder is None:
-            return own
-        lines = [f"{path.relative_to(self.folder).as_posix()} {_sha256(path)}" for path in others]
-        return hashlib.sha256("\n".join([own, *lines]).encode()).hexdigest()
+        files = {name: Path(module.__file__) for name, module in self.modules.items() if module.__file__}
+        others = sorted(name for name, path in files.items() if path.resolve() != Path(self.file).resolve())
+        lines = [f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}" for name in others]
+        return hashlib.sha256("\n".join([own, *lines]).encode()).hexdigest() if lines else own
 
     def hidden_modules(self) -> list[str]:
         """Modules of the program that have a namesake beside the code, which the code imports instead."""
@@ -125,7 +124,7 @@ class UserCode:
         """Names that are imported from the code's folder, but those of the program where the two share one."""
         if self.folder is None:
             return set()
-        own = {Path(self.place).stem} if self.is_file else {self.place.split(".")[0]}
+        own = {Path(self.place).resolve().stem} if self.is_file else {self.place.split(".")[0]}
         if _holds_libraries(self.folder):
             return own
         names = {path.stem for path in self.folder.glob("*.py")}
@@ -189,8 +188,8 @@ def _top(name: str) -> str:
 def _origin(module: ModuleType | None) -> Path | None:
     """The folder that a top-level module was imported from."""
     if file := getattr(module, "__file__", None):
-        path = Path(file).resolve()
-        return path.parent.parent if path.stem == "__init__" else path.parent
+        path = Path(file)
+        return (path.parent.parent if path.stem == "__init__" else path.parent).resolve()
     places = list(getattr(module, "__path__", []))
     return Path(places[0]).resolve().parent if places else None
 
@@ -209,10 +208,6 @@ def _folder_of_package(place: str) -> Path | None:
 
 def _holds_libraries(folder: Path) -> bool:
     return any(_origin(sys.modules.get(name)) == folder for name in ("os", "numpy", "torch", "transformers"))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -597,6 +597,13 @@ def test_whatever_can_be_called_is(source: str, tmp_path: Path) -> None:
     assert not scores.is_inference(), "it can be used in training"
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_coroutine_is_one_line_and_no_warning(tmp_path: Path) -> None:
+    reward = python_reward_of(tmp_path, "async def f(responses): return [1.0, 2.0, 3.0]")
+    with pytest.raises(UserError, match="returned coroutine instead of one real number"):
+        reward(GIVEN)
+
+
 def test_a_buffer_that_is_used_again_does_not_change_earlier_scores(tmp_path: Path) -> None:
     source = """
         import torch

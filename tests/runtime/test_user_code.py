@@ -128,6 +128,21 @@ def test_the_file_itself_may_be_named_like_a_module_of_the_program(tmp_path: Pat
     assert sys.modules["utils"] is utils
 
 
+def test_a_neighbour_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "utils.py").write_text("X = []")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "utils.py").symlink_to(tmp_path / "elsewhere" / "utils.py")
+    code, module = load(tmp_path / "a", "import utils\ndef f():\n  import utils\n  utils.X.append(1)\n  return utils.X")
+    assert [len(call(code, module, "f")) for _ in range(3)] == [1, 2, 3]
+    assert sys.modules["utils"] is utils
+    before = code.sha256()
+    assert before == load(tmp_path / "b", Path(code.file).read_text())[0].sha256()
+    (tmp_path / "elsewhere" / "utils.py").write_text("X = [0]")
+    assert code.sha256() != before
+
+
 def test_two_folders_do_not_share_their_modules(tmp_path: Path) -> None:
     loaded = []
     for name in ("a", "b"):
