@@ -47,6 +47,7 @@ REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
 REAL_POSITIVE = {
     "temperature",
     "adaptive_kl_target",
+    "adaptive_kl_gain",
     "clip_range",
     "value_clip_range",
     "max_grad_norm",

@@ -96,7 +96,7 @@ class Session:
         self.step: int = counters["step"]
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
-        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target)
+        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target, cfg.adaptive_kl_gain)
         self.scaler = build_scaler(parts.models.policy)
         if counters.get("loss_scale"):
             self.scaler.load_state_dict(counters["loss_scale"])
