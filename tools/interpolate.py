@@ -177,7 +177,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
         alpha = find_alpha(measure, cfg.kl)
     line.move_to(alpha)
     kl = exact_kl(comparison, batches)
-    low, high = bootstrap_ci(kl)
+    low, high = bootstrap_ci(kl, bounds=(kl.min(), kl.max()))
     home = json.loads((Path(cfg.runs[0]) / "config.json").read_text(encoding="utf-8"))
     about = {"runs": [str(Path(folder).resolve()) for folder in cfg.runs], "alpha": alpha, "kl_seq_exact": kl.mean(),
              "kl_ci": [low, high], "settings": asdict(cfg)}  # fmt: skip
