@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.contrib import DummyTqdmFile
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
+from runtime.device import lacks_memory
 from runtime.hub import DEFAULT_REVISION, load_tokenizer, loading, refuse_missing_weights
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
@@ -86,9 +87,11 @@ def score_responses(reward: Reward, responses: list[str], prompts: list[str], na
     """Scores (n,) of responses (raises UserError where the reward `name` fails or returns something else)."""
     try:
         scores = reward(responses, prompts)
-    except (torch.OutOfMemoryError, UserError):
+    except UserError:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise UserError(f"rm_name={name} failed on a batch ({type(error).__name__}: {error})") from error
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(responses),):
         found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -329,9 +332,11 @@ class PythonReward:
         """Whatever the user's code raises becomes a UserError that says where; too little memory passes."""
         try:
             yield
-        except (torch.OutOfMemoryError, UserError):
+        except UserError:
             raise
         except (Exception, SystemExit) as error:
+            if lacks_memory(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"rm_name={self.name} {what} ({reason}), {self._place(error)}: fix it") from error
 

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from runtime.device import lacks_memory
+
 DEFAULT_REVISION = "main"
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError, ImportError,
                pickle.UnpicklingError)  # fmt: skip
@@ -89,7 +91,9 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, MemoryError) as error:
+        if lacks_memory(error):
+            raise UserError(f"{setting}={name} does not fit into memory: take a smaller model") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {reason}") from None
 

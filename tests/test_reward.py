@@ -378,9 +378,9 @@ def test_whatever_it_raises_is_one_line_that_says_where(body: str, words: str, l
 
 
 def test_too_little_memory_and_an_interruption_pass_through(tmp_path: Path) -> None:
-    for error in ("torch.OutOfMemoryError('full')", "KeyboardInterrupt()"):
+    for error in ("torch.OutOfMemoryError('full')", "MemoryError()", "KeyboardInterrupt()"):
         reward = python_reward_of(tmp_path, f"import torch\ndef f(responses): raise {error}")
-        with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt)):
+        with pytest.raises((torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)):
             reward(GIVEN)
 
 
