@@ -32,10 +32,19 @@ class UserError(Exception):
     """Wrong input, in one line that names the setting or file and the remedy; the program ends with exit code 2."""
 
 
-def opt(default: T, help: str, heading: str = "") -> T:
-    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help."""
-    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading}))
+PathUse = Literal["", "read", "written"]
 
+
+def opt(default: T, help: str, heading: str = "", path: PathUse = "") -> T:
+    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help.
+
+    path says what is done with the file or folder that the setting names, if it may name one.
+    """
+    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading, "path": path}))
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on nearly all systems
+LONGER_NAMES = 32  # bytes that the names of temporary files and of tables beside each other add
 
 # The range of a number: the words for the error message, and the test. NaN fails every one of them.
 Range = tuple[str, Callable[[float], bool]]
@@ -71,11 +80,14 @@ class TrainConfig:
         "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
     )
 
-    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what")
-    ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
+    policy_name: str = opt(
+        "gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what", path="read"
+    )
+    ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).", path="read")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
         "Reward: a sequence classifier (hub name or folder), or Python, file.py:function (docs/rewards.md).",
+        path="read",
     )
     policy_revision: str | None = opt(None, "Commit, branch or tag of policy_name on the hub.")
     rm_revision: str | None = opt(None, "Commit, branch or tag of rm_name on the hub.")
@@ -94,14 +106,20 @@ class TrainConfig:
         "Tokens between scores of the unfinished response; each token is credited with the change it made. Larger is "
         "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
     )
-    dataset: str = opt("stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.")
+    dataset: str = opt(
+        "stanfordnlp/imdb", "Prompts: a hub name, a folder, or a .csv .tsv .jsonl .parquet .txt file.", path="read"
+    )
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")
 
-    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs")
+    ckpt_dir: str = opt(
+        "ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs", path="written"
+    )
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
-        None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints."
+        None,
+        "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints.",
+        path="read",
     )
     allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
@@ -208,19 +226,22 @@ class EvalConfig:
 
     preset: str = opt("default", "Named set of values to start from: default or tiny.")
     policy_path: str = opt(
-        "ckpts/policy_lm", "Tuned policy: a folder that train.py wrote, or any GPT-2.", "What is compared, on what"
+        "ckpts/policy_lm",
+        "Tuned policy: a folder that train.py wrote, or any GPT-2.",
+        "What is compared, on what",
+        path="read",
     )
-    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
-    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).", path="read")
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
-    dataset: str | None = opt(None, "Prompts (default: the run's).")
+    dataset: str | None = opt(None, "Prompts (default: the run's).", path="read")
     split: str = opt("test", "Split of the data set (a file has no splits and is used whole).")
     text_column: str | None = opt(None, "Column that holds the text (default: the run's).")
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
     judge: str = opt(
         "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
-        "How it is measured",
+        "How it is measured", path="read",
     )  # fmt: skip
     frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
@@ -239,6 +260,7 @@ class EvalConfig:
     out_csv: str = opt(
         "eval_results.csv",
         "One row per prompt; eval_summary.json and eval_report.html, named after it, are written beside it.",
+        path="written",
     )
 
     def __post_init__(self) -> None:
@@ -271,8 +293,38 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
             raise UserError(f"{name}={value} must be {RANGES[name][0]}")
         if isinstance(value, str) and not value:
             raise UserError(f"{name} is empty: give it a value or leave it out")
+    for setting in fields(cfg):
+        value, use = getattr(cfg, setting.name), setting.metadata["path"]
+        if value is not None and use:
+            check_path(setting.name, value, use)
     if cfg.preset not in PRESETS.get(type(cfg), {cfg.preset: cfg}):
         raise UserError(f"preset={cfg.preset!r} is unknown: choose {' or '.join(PRESETS[type(cfg)])}")
+
+
+def check_path(setting: str, path: str, use: PathUse) -> None:
+    """Refuse a path that the system cannot store, or that run folders and tables, which are UTF-8, cannot hold."""
+    try:
+        encoded = [os.fsencode(part) for part in Path(path).parts]
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{setting}={path!r} has letters that this system cannot encode: rename it") from None
+    if "\0" in path:
+        raise UserError(f"{setting}={path!r} has a character NUL in it: leave it out")
+    more = LONGER_NAMES if use == "written" else 0
+    *folders, name = encoded or [b""]
+    if max(map(len, (*folders, name + b"." * more))) > LONGEST_NAME:
+        raise UserError(f"{setting} has a name of more than {LONGEST_NAME - more} bytes, {path[:40]}…: shorten it")
+    if len(os.fsencode(os.path.abspath(path))) + 4 * more > LONGEST_PATH:
+        raise UserError(f"{setting} is longer than {LONGEST_PATH - 4 * more} bytes, {path[:40]}…: shorten it")
+
+
+def whole_path(setting: str, path: str, use: PathUse) -> str:
+    """A path with the home folder in the place of its ~, which shells leave in `--setting=~/x` (raises UserError)."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UserError(f"{setting}={path} begins with ~, but there is no such user: write the path out, or ./{path}")
+    check_path(setting, expanded, use)
+    return expanded
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
@@ -345,13 +397,16 @@ class OneLineParser(HfArgumentParser):
     def __init__(self, cls: type, about: str | None, first: Sequence[str] = (), words: str = "") -> None:
         """Flags for the fields of a dataclass; `words` names the one that takes the words before the first flag."""
         self.first, self.heading, self.groups = first, "Settings", dict[str, Any]()
+        self.paths: dict[str, PathUse] = {}
         script = Path(sys.argv[0])
         name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
         usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
         super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
 
-    def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
+    def add_argument(self, *flags: str, heading: str = "", path: PathUse = "", **about: Any) -> Action:
         """Add a flag under its heading, or under that of the flag before."""
+        if path:
+            self.paths[flags[0].removeprefix("--")] = path
         if flags[0] == "-h":
             return ArgumentParser.add_argument(self, *flags, **about)
         if heading:
@@ -364,6 +419,17 @@ class OneLineParser(HfArgumentParser):
             about["metavar"] = kinds.get(about["type"], "VALUE")
         added: Action = self.groups[title].add_argument(*flags, **about)
         return added
+
+    def parse_args(self, *given: Any) -> Any:
+        """Read a command line, with ~ expanded in every path (raises UserError, also where no path can be such)."""
+        settings = super().parse_args(*given)
+        for name, use in self.paths.items():
+            value = getattr(settings, name)
+            if isinstance(value, list):
+                setattr(settings, name, [whole_path(name, path, use) for path in value])
+            elif value:
+                setattr(settings, name, whole_path(name, value, use))
+        return settings
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

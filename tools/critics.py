@@ -48,7 +48,7 @@ class CriticsConfig:
     test: int = opt(8, "Batches to measure them on.")
     ridge: float = opt(300.0, "Penalty on the weights of features scaled to deviation 1.")
     tokens: str = opt("1,16,32,48", "Tokens before which the explained variance is shown as well.")
-    csv: str = opt("critics.csv", "Table to write.")
+    csv: str = opt("critics.csv", "Table to write.", path="written")
 
 
 @dataclass(frozen=True, eq=False)

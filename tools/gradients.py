@@ -50,8 +50,8 @@ class GradientsConfig:
     pilot: int = opt(4, "Batches before them, to weigh by.")
     reward_every: str = opt("1,2,4,0", "Values to compare.")
     gae_lambda: str = opt("0,0.5,0.8,0.95,1", "Values to compare, each with each.")
-    csv: str = opt("gradients.csv", "The table.")
-    draw: str | None = opt(None, "Only print this table.")
+    csv: str = opt("gradients.csv", "The table.", path="written")
+    draw: str | None = opt(None, "Only print this table.", path="read")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, UserError, is_run, opt
+from config import EvalConfig, UserError, is_run, opt, whole_path
 
 import numpy as np
 import pandas as pd
@@ -51,20 +51,22 @@ class InterpolateConfig:
     """Settings of `python -m tools.interpolate`."""
 
     runs: list[str] = field(
-        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out."}
+        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out.", "path": "read"}
     )
     kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
-    out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.")
+    out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.", path="written")
     curve: bool = opt(False, "Compare with base at every alpha of --alphas.", "The curve of score against KL")
     each: bool = opt(False, "A curve for each run instead of one for their average.")
     alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
     at_kl: str = opt("1,2,4", "KLs, in nats, at which to print the share of the best gain, read off the curves.")
-    csv: str = opt("interpolation.csv", "Table of the curve; a picture of the same name is drawn beside it.")
+    csv: str = opt("interpolation.csv", "Table of the curve; a picture of its name is drawn beside it.", path="written")
     frontier: int = opt(16, "Base responses per prompt, for the best possible score on the curve (0: none).")
     n_samples: int = opt(256, "Held-out prompts.")
     batch_size: int = opt(128, "Prompts per forward pass.")
-    judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
-    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    judge: str = opt(
+        "labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.", path="read"
+    )
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
     draw: str | None = opt(
         None, "Only draw these tables, made with --frontier, a panel each; the picture is named after --csv."
     )
@@ -79,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
     cfg = read_settings(argv)
     if cfg.draw is not None:
-        draw_shares([name.strip() for name in cfg.draw.split(",")], Path(cfg.csv.removesuffix(".csv") + ".png"))
+        draw_shares(
+            [whole_path("draw", name.strip(), "read") for name in cfg.draw.split(",")],
+            Path(cfg.csv.removesuffix(".csv") + ".png"),
+        )
         return
     quiet_libraries()
     path = Path(cfg.runs[0]) / "policy_lm"

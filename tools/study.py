@@ -60,9 +60,9 @@ class StudyConfig:
         "What is measured, and where it is kept",
     )
     jobs: int = opt(1, "Runs at a time.")
-    folder: str = opt("study", "Where the runs are kept.")
-    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.")
-    draw: str | None = opt(None, "Only print and draw this table.")
+    folder: str = opt("study", "Where the runs are kept.", path="written")
+    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.", path="written")
+    draw: str | None = opt(None, "Only print and draw this table.", path="read")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ class LikelihoodConfig:
     batches: int = opt(40, "Batches of prompts.")
     warmup: int = opt(50, "Optimiser steps over which the step size rises.")
     train: str = opt("", "Flags of train.py: models, data, lengths, batch_size, minibatch_size, lr.")
-    out: str = opt("likelihood", "Folder to make, in the form of a run.")
+    out: str = opt("likelihood", "Folder to make, in the form of a run.", path="written")
 
 
 @dataclass(frozen=True, eq=False)
