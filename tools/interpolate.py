@@ -38,6 +38,7 @@ from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
 from runtime.hub import load_gpt2, quiet_libraries
+from runtime.terminal import progress_bar
 from training.card import write_card
 from training.parts import load_models
 
@@ -170,7 +171,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
     assert cfg.kl is not None
     assert cfg.out is not None
     batches = batches_of(cfg, comparison)
-    with tqdm(desc="looking for alpha", unit="point", dynamic_ncols=True, leave=False) as bar:
+    with progress_bar(title="looking for alpha", unit="point", leave=False) as bar:
 
         def measure(alpha: float) -> float:
             line.move_to(alpha)
@@ -246,12 +247,12 @@ def write_curves(
     judge = evaluation_script.second_judge(evaluation, comparison.run)
     batches, draws = batches_of(cfg, comparison), pd.Series(dtype=object)
     if cfg.frontier:
-        bar = tqdm(batches, "best possible", unit="batch", dynamic_ncols=True, leave=False)
+        bar = progress_bar(batches, "best possible", "batch", leave=False)
         draws = pd.Series([text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)])
     rows: list[dict[str, Any]] = []
     known: list[pd.DataFrame | None] = [None] * len(batches)  # base's answers, which all points share
     points = list(itertools.product(lines, numbers("alphas", cfg.alphas, float)))
-    with tqdm(points, unit="point", dynamic_ncols=True) as bar:
+    with progress_bar(points, unit="point") as bar:
         for name, alpha in bar:
             lines[name].move_to(alpha)
             known = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, known, strict=True)]
