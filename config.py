@@ -33,9 +33,7 @@ class UserError(Exception):
     """Wrong input, in one line that names the setting or file and the remedy; the program ends with exit code 2."""
 
 
-def opt(default: T, help: str, heading: str = "") -> T:
-    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help."""
-    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading}))
+PathUse = Literal["", "read", "written"]
 
 
 # Help of settings that training, evaluation and tools have in common
@@ -43,6 +41,18 @@ DATASET_CONFIG_HELP = "Configuration of the data set, where it has several."
 LABEL_NAMES_HELP = (
     "What numbered labels mean: 0=neutral,1=positive,-1=negative; -1= means no label (default: as noted)."
 )
+
+
+def opt(default: T, help: str, heading: str = "", path: PathUse = "") -> T:
+    """A dataclass field whose help text is also that of its flag; a heading starts a new group in --help.
+
+    path says what is done with the file or folder that the setting names, if it may name one.
+    """
+    return typing.cast(T, field(default=default, metadata={"help": help, "heading": heading, "path": path}))
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on nearly all systems
+LONGER_NAMES = 32  # bytes that the names of temporary files and of tables beside each other add
 
 # The range of a number: the words for the error message, and the test. NaN fails every one of them.
 Range = tuple[str, Callable[[float], bool]]
@@ -59,6 +69,7 @@ RANGES: dict[str, Range] = {
     "micro_batch_size": AT_LEAST_0, "max_prompt_len": AT_LEAST_1, "min_prompt_len": AT_LEAST_1,
     "max_new_tokens": AT_LEAST_1, "temperature": POSITIVE, "top_k": AT_LEAST_0, "top_p": UNIT_OPEN,
     "lr": AT_LEAST_0, "warmup_steps": AT_LEAST_0, "kl_coef": AT_LEAST_0, "adaptive_kl_target": POSITIVE,
+    "adaptive_kl_gain": POSITIVE,
     "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
     "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
     "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_every": AT_LEAST_0, "reward_batch_size": AT_LEAST_1,
@@ -77,11 +88,14 @@ class TrainConfig:
         "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
     )
 
-    policy_name: str = opt("gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what")
-    ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).")
+    policy_name: str = opt(
+        "gpt2", "GPT-2 to fine-tune: a hub name or a folder.", "What is trained, on what", path="read"
+    )
+    ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).", path="read")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
         "Reward: a sequence classifier (hub name or folder), or Python, file.py:function (docs/rewards.md).",
+        path="read",
     )
     policy_revision: str | None = opt(None, "Commit, branch or tag of policy_name on the hub.")
     rm_revision: str | None = opt(None, "Commit, branch or tag of rm_name on the hub.")
@@ -103,15 +117,20 @@ class TrainConfig:
     dataset: str = opt(
         "stanfordnlp/imdb",
         "Prompts: a hub name, a folder, or a .csv .tsv .json .jsonl .parquet .txt file, packed (.gz .zip) or not.",
+        path="read",
     )
     dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
     split: str = opt("train", "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt("text", "Column that holds the text.")
 
-    ckpt_dir: str = opt("ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs")
+    ckpt_dir: str = opt(
+        "ckpts", "Folder for everything that the run leaves behind.", "Where and how it runs", path="written"
+    )
     overwrite: bool = opt(False, "Replace a run in ckpt_dir.")
     resume: str | None = opt(
-        None, "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints."
+        None,
+        "Resume the run in ckpt_dir (--resume alone), in another run folder, or from one of its checkpoints.",
+        path="read",
     )
     allow_changes: bool = opt(False, "Resume with changed settings even where that changes the result.")
     check: bool = opt(False, "Check the facts that PPO relies on, on the real models, and train nothing.")
@@ -143,10 +162,11 @@ class TrainConfig:
     lr: float = opt(5e-5, "AdamW step size.", "PPO")
     lr_schedule: Literal["linear", "constant"] = opt("linear", "linear falls evenly towards 0 over total_steps.")
     warmup_steps: int = opt(0, "Steps over which the step size rises from 0.")
-    kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.")
+    kl_coef: float = opt(0.08, "beta: price of one nat of log-probability ratio to the reference.", "KL")
     kl_in_loss: bool = opt(False, "Exact KL in the loss, not in the rewards: long runs keep the length of responses.")
     adaptive_kl_target: float | None = opt(None, "Steer beta to this KL to the reference, nats per response.")
-    gamma: float = opt(1.0, "Discount per token.")
+    adaptive_kl_gain: float = opt(0.1, "Change of beta in a step, per relative error of the KL (0.2 counts at most).")
+    gamma: float = opt(1.0, "Discount per token.", "PPO")
     # Without reward_every this should be 1. Below 1 the final score reaches early tokens only through a critic that
     # is still untrained, and the policy learns to stop early: 25 tokens at 0.95, 38 at 1 (results/lambda.csv)
     gae_lambda: float = opt(0.5, "GAE's lambda; 1 gives every token the full return. Set it to 1 with reward_every 0.")
@@ -189,6 +209,10 @@ class TrainConfig:
                 f"gamma={self.gamma} with reward_every={self.reward_every} would favour scores that come early: take "
                 "reward_every=0, or gamma=1"
             )
+        if self.adaptive_kl_target is None and self.adaptive_kl_gain != TrainConfig.adaptive_kl_gain:
+            raise UserError(
+                f"adaptive_kl_gain={self.adaptive_kl_gain} steers nothing without adaptive_kl_target: set that, too"
+            )
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
         for name in self.trackers:
             if name not in TRACKERS:
@@ -215,13 +239,13 @@ class EvalConfig:
 
     preset: str = opt("default", "default or tiny: train.py's settings for a policy that is in no run.")
     policy_path: str = opt(
-        "ckpts/policy_lm", "Tuned policy: the folder of a run, or any GPT-2.", "What is compared, on what"
+        "ckpts/policy_lm", "Tuned policy: the folder of a run, or any GPT-2.", "What is compared, on what", path="read"
     )
-    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).")
-    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).", path="read")
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
-    dataset: str | None = opt(None, "Prompts (default: the run's).")
+    dataset: str | None = opt(None, "Prompts (default: the run's).", path="read")
     dataset_config: str | None = opt(None, f"{DATASET_CONFIG_HELP[:-1]} (default: the run's).")
     split: str | None = opt(
         None, "Split of the data set (default: test, else validation, else the run's; a file is used whole)."
@@ -231,7 +255,7 @@ class EvalConfig:
     label_names: str | None = opt(None, LABEL_NAMES_HELP)
     judge: str = opt(
         "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
-        "How it is measured",
+        "How it is measured", path="read",
     )  # fmt: skip
     frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
@@ -251,6 +275,7 @@ class EvalConfig:
         None,
         "One row per prompt (default: eval_results.csv in the policy's run folder, or here if it is in none); "
         "eval_summary.json and eval_report.html, named after it, are written beside it.",
+        path="written",
     )
 
     def __post_init__(self) -> None:
@@ -283,8 +308,38 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
             raise UserError(f"{name}={value} must be {RANGES[name][0]}")
         if isinstance(value, str) and not value:
             raise UserError(f"{name} is empty: give it a value or leave it out")
+    for setting in fields(cfg):
+        value, use = getattr(cfg, setting.name), setting.metadata["path"]
+        if value is not None and use:
+            check_path(setting.name, value, use)
     if cfg.preset not in PRESETS.get(type(cfg), {cfg.preset: cfg}):
         raise UserError(f"preset={cfg.preset!r} is unknown: choose {' or '.join(PRESETS[type(cfg)])}")
+
+
+def check_path(setting: str, path: str, use: PathUse) -> None:
+    """Refuse a path that the system cannot store, or that run folders and tables, which are UTF-8, cannot hold."""
+    try:
+        encoded = [os.fsencode(part) for part in Path(path).parts]
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{setting}={path!r} has letters that this system cannot encode: rename it") from None
+    if "\0" in path:
+        raise UserError(f"{setting}={path!r} has a character NUL in it: leave it out")
+    more = LONGER_NAMES if use == "written" else 0
+    *folders, name = encoded or [b""]
+    if max(map(len, (*folders, name + b"." * more))) > LONGEST_NAME:
+        raise UserError(f"{setting} has a name of more than {LONGEST_NAME - more} bytes, {path[:40]}…: shorten it")
+    if len(os.fsencode(os.path.abspath(path))) + 4 * more > LONGEST_PATH:
+        raise UserError(f"{setting} is longer than {LONGEST_PATH - 4 * more} bytes, {path[:40]}…: shorten it")
+
+
+def whole_path(setting: str, path: str, use: PathUse) -> str:
+    """A path with the home folder in the place of its ~, which shells leave in `--setting=~/x` (raises UserError)."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UserError(f"{setting}={path} begins with ~, but there is no such user: write the path out, or ./{path}")
+    check_path(setting, expanded, use)
+    return expanded
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
@@ -309,7 +364,8 @@ PRESETS[TrainConfig] = {
         reward_every=0, gae_lambda=1.0, save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
     ),
     # Published set-ups as closely as this method allows: see "Against published figures" in docs/results.md.
-    # They pay on the last token with lambda 0.95, against which the comment at gae_lambda warns
+    # They pay on the last token with lambda 0.95, against which the comment at gae_lambda warns. TRL steers beta with
+    # batch / horizon = 128 / 10,000, and RL4LMs with 0.1
     "original": TrainConfig(
         preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
         kl_coef=1.0, ent_coef=0.02, reward_every=0, gae_lambda=0.95,
@@ -317,7 +373,7 @@ PRESETS[TrainConfig] = {
     "trl": TrainConfig(
         preset="trl", policy_name="lvwerra/gpt2-imdb", min_prompt_len=2, max_prompt_len=8, max_new_tokens=16,
         total_steps=194, batch_size=128, ppo_epochs=4, lr=1.41e-5, lr_schedule="constant", kl_coef=0.2,
-        adaptive_kl_target=6.0, reward_every=0, gae_lambda=0.95,
+        adaptive_kl_target=6.0, adaptive_kl_gain=0.0128, reward_every=0, gae_lambda=0.95,
     ),
     "rl4lms": TrainConfig(
         preset="rl4lms", policy_name="lvwerra/gpt2-imdb", reward_on_prompt=True, max_prompt_len=64, max_new_tokens=48,
@@ -356,14 +412,17 @@ class OneLineParser(HfArgumentParser):
     def __init__(self, cls: type, about: str | None, first: Sequence[str] = (), words: str = "") -> None:
         """Flags for the fields of a dataclass; `words` names the one that takes the words before the first flag."""
         self.first, self.heading, self.groups = first, "Settings", dict[str, Any]()
+        self.paths: dict[str, PathUse] = {}
         script = Path(sys.argv[0])
         name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
         usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
         super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
         self._negative_number_matcher = re.compile(r"-\d.*")  # --label_names -1=bad,1=good: a value and no flag
 
-    def add_argument(self, *flags: str, heading: str = "", **about: Any) -> Action:
+    def add_argument(self, *flags: str, heading: str = "", path: PathUse = "", **about: Any) -> Action:
         """Add a flag under its heading, or under that of the flag before."""
+        if path:
+            self.paths[flags[0].removeprefix("--")] = path
         if flags[0] == "-h":
             return ArgumentParser.add_argument(self, *flags, **about)
         if heading:
@@ -376,6 +435,17 @@ class OneLineParser(HfArgumentParser):
             about["metavar"] = kinds.get(about["type"], "VALUE")
         added: Action = self.groups[title].add_argument(*flags, **about)
         return added
+
+    def parse_args(self, *given: Any) -> Any:
+        """Read a command line, with ~ expanded in every path (raises UserError, also where no path can be such)."""
+        settings = super().parse_args(*given)
+        for name, use in self.paths.items():
+            value = getattr(settings, name)
+            if isinstance(value, list):
+                setattr(settings, name, [whole_path(name, path, use) for path in value])
+            elif value:
+                setattr(settings, name, whole_path(name, value, use))
+        return settings
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

@@ -36,7 +36,6 @@ from config import (
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data import cut, first_tokens, load_examples, load_labelled, pad_left
@@ -63,6 +62,7 @@ from runtime.files import spreadsheet_safe, write_atomic
 from runtime.fingerprints import saved_weights_sha256, texts_sha256, weights_sha256
 from runtime.hub import quiet_libraries
 from runtime.tables import has_splits, split_names
+from runtime.terminal import progress_bar
 from training.card import add_results
 from training.parts import load_models
 from training.run_folder import reward_sha256
@@ -190,10 +190,10 @@ def evaluate(cfg: EvalConfig, run_cfg: TrainConfig | None = None) -> tuple[pd.Da
     batches = [slice(first, first + cfg.batch_size) for first in range(0, len(comparison.prompts), cfg.batch_size)]
     own = batches[rank() :: world_size()]
     with raise_on_all_ranks(to_lower):
-        with tqdm(own, "evaluating", unit="batch", dynamic_ncols=True) as bar:  # closed before an error is printed
+        with progress_bar(own, "evaluating", "batch") as bar:  # closed before an error is printed
             tables = [compare(comparison, rows) for rows in bar]
         if cfg.frontier:
-            with tqdm(own, "frontier", unit="batch", dynamic_ncols=True) as bar:
+            with progress_bar(own, "frontier", "batch") as bar:
                 for rows_table, rows in zip(tables, bar, strict=True):
                     rows_table["base_draws"] = comparison.base_scores(rows, cfg.frontier)
     tables = gather_to_main(tables)

@@ -211,6 +211,8 @@ def collect_rollout(
 
 # --- the loss -------------------------------------------------------------------------------------------------------
 
+LARGEST_LOG_RATIO = 20.0
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -249,9 +251,12 @@ def ppo_loss(
     token_count is that of the whole minibatch, so the losses of its micro-batches add up to its mean. Returns the loss
     (scalar) and sums over real tokens for the statistics (Schulman et al. 2017, eq. 7 and 9; the clipped value loss is
     that of OpenAI's baselines).
+
+    The log of a ratio is kept within 20 of 0, because exp(89) is infinite in float32 and would lose the minibatch. A
+    token beyond that gets no policy gradient, and counts in approx_kl and ratio_max with that ratio.
     """
     mask = batch.sequences.response_mask
-    log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0)
+    log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
     policy_loss = torch.maximum(-batch.advantages * ratio, -batch.advantages * clipped_ratio)
@@ -483,14 +488,17 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 
 @dataclass
 class KLController:
-    """beta, fixed or steered to a target KL by a proportional rule (Ziegler et al. 2019, section 2.2)."""
+    """beta, fixed or steered to a target KL by a proportional rule (Ziegler et al. 2019, section 2.2).
+
+    Libraries that set a horizon instead of a gain mean gain = batch_size / horizon.
+    """
 
     coef: float
     target: float | None = None
     gain: float = 0.1
 
     def update(self, kl_seq: float) -> None:
-        """Raise beta if kl_seq (nats, mean over the batch) was above the target, lower it if below, by 2 % at most."""
+        """Raise beta if kl_seq (nats, mean over the batch) was above the target, else lower it, by gain / 5 at most."""
         if self.target is not None and math.isfinite(kl_seq):
             error = max(-0.2, min(0.2, kl_seq / self.target - 1))
             self.coef *= 1 + self.gain * error

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from pretrain.tiny_world import resolve_name
 from runtime.classifiers import longest_input, pad_rows
+from runtime.device import lacks_memory
 from runtime.hub import (
     DEFAULT_REVISION,
     in_one_line,
@@ -99,9 +100,11 @@ def score_responses(reward: Reward, responses: list[str], prompts: list[str], na
     """Scores (n,) of responses (raises UserError where the reward `name` fails or returns something else)."""
     try:
         scores = reward(responses, prompts)
-    except (torch.OutOfMemoryError, UserError):
+    except UserError:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise UserError(f"rm_name={name} failed on a batch ({type(error).__name__}: {error})") from error
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(responses),):
         found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -16,6 +16,7 @@ import pandas as pd
 from evaluation.report import GREY, PATH, as_image, new_figure, write_page
 from evaluation.table import ANY_UNIT
 from reward import score_title
+from runtime.pictures import legend_line
 
 COLOURS = ("#3a86c8", "#e08a1e", "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d565a8", "#9a8a28", "#7d868f", "#b0714a")
 TWO_DIGITS = "{:+.2f}"  # of a label's probability
@@ -183,14 +184,12 @@ def draw_best_possible(axis: Any, runs: Sequence[ComparedRun]) -> None:
 
 def picture(runs: Sequence[ComparedRun]) -> Any:
     """All panels in one figure, with the runs' names below."""
-    from matplotlib.lines import Line2D
-
     figure, axes = new_figure(6, rows=2, size=(13, 7))
     for axis, column in zip(axes, CURVES, strict=False):
         draw_curves(axis, runs, column)
     draw_plane(axes[-1], runs)
     axes[-1].set_title("reward against KL, held-out prompts", fontsize=10)
     axes[-1].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    lines = [Line2D([], [], **style, label=run.name) for run, style in zip(runs, _styles(runs), strict=True)]
+    lines = [legend_line(**style, label=run.name) for run, style in zip(runs, _styles(runs), strict=True)]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=9, frameon=False)
     return figure

@@ -18,6 +18,7 @@ import pandas as pd
 
 from reward import score_title
 from runtime.files import write_atomic
+from runtime.pictures import blank_figure
 
 FOLDER = Path(__file__).parent
 GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readable on white and on black
@@ -143,9 +144,7 @@ def run_figure(metrics: pd.DataFrame, score: str) -> str:
 
 def new_figure(panels: int, rows: int = 1, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
     """A figure of size inches, in colours that are readable on white and on black, and its axes in rows."""
-    from matplotlib.figure import Figure  # a second to import, and only needed here
-
-    figure = Figure(figsize=size or (9, 3.6 if panels == 1 else 2.6), layout="constrained")
+    figure = blank_figure(*(size or (9, 3.6 if panels == 1 else 2.6)))
     axes = list(figure.subplots(rows, -(-panels // rows), squeeze=False).flat)
     for axis in axes:
         axis.grid(alpha=0.25)

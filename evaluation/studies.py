@@ -1,16 +1,14 @@
 """Many evaluations in one table and one picture: settings times seeds, as tools.study keeps them."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 from reward import score_title
+from runtime.pictures import blank_figure, table_colour
 
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
     "positive": ("positive, %", 100, "{:.1f}"),
@@ -84,11 +82,11 @@ def picture(table: pd.DataFrame, steps: pd.DataFrame | None, path: Path) -> None
     figure.savefig(path, dpi=120)
 
 
-def panels(done: pd.DataFrame, steps: pd.DataFrame) -> Figure:
+def panels(done: pd.DataFrame, steps: pd.DataFrame) -> Any:
     """A panel for each setting, in its own units: the score while training, and base and policy on held-out prompts."""
     names = list(done.setting.unique())
     rows = -(-len(names) // 3)
-    figure = Figure(figsize=(13, 3.4 * rows), layout="constrained")
+    figure = blank_figure(13, 3.4 * rows)
     axes = figure.subplots(rows, 3, squeeze=False).flat
     for name, axis in zip(names, axes, strict=False):
         runs = done[done.setting == name]
@@ -110,12 +108,12 @@ def panels(done: pd.DataFrame, steps: pd.DataFrame) -> Figure:
     return figure
 
 
-def plane(done: pd.DataFrame, steps: pd.DataFrame | None) -> Figure:
+def plane(done: pd.DataFrame, steps: pd.DataFrame | None) -> Any:
     """Score against KL for every run, with the best possible where it is known, and during training."""
-    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    figure = blank_figure(13, 5.8)
     axes = figure.subplots(1, 2, sharey=True)
     axis, while_training = axes
-    colours = dict(zip(done.setting.unique(), itertools.cycle(map(colormaps["tab20"], range(20))), strict=False))
+    colours = {setting: table_colour(number) for number, setting in enumerate(done.setting.unique())}
     for setting, runs in done.groupby("setting", sort=False):
         axis.plot(runs.kl, runs.score, "o", color=colours[setting], label=str(setting))
     known = done[done.optimal_curve.notna() & (done.optimal_curve != "null")]
@@ -152,10 +150,10 @@ def best_possible(axis: Any, curve: dict[str, Any], best_of_n: list[dict[str, An
 def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
     """Draw each run's share of the best gain against KL, a panel for each table of tools.interpolate by its title."""
     rows = -(-len(tables) // 2)
-    figure = Figure(figsize=(13, 3.8 * rows), layout="constrained")
+    figure = blank_figure(13, 3.8 * rows)
     axes = list(figure.subplots(rows, min(2, len(tables)), sharex=True, sharey=True, squeeze=False).flat)
     runs = dict.fromkeys(run for table in tables.values() for run in table.run)
-    colours = {run: colormaps["tab20"](number % 20) for number, run in enumerate(runs)}
+    colours = {run: table_colour(number) for number, run in enumerate(runs)}
     for axis, (title, table) in zip(axes, tables.items(), strict=False):
         for run, unordered in table.groupby("run", sort=False):
             points = unordered.sort_values("alpha")
@@ -174,7 +172,7 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
 
     summary is that of one of the points, all of which share base's answers.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = blank_figure(8, 5)
     axis = figure.subplots()
     if "optimal_curve" in summary:
         best_possible(axis, summary["optimal_curve"], summary["best_of_n"], summary["kl_certain"])

@@ -13,11 +13,14 @@ import pandas as pd
 
 from evaluation.diversity import distinct, distinct_responses, equally_long, repeated_trigrams
 from evaluation.frontier import best_of_n_kl, exponential_tilt, frontier
-from evaluation.intervals import bootstrap_ci, jackknife_ci, resample_counts, wilson_ci
+from evaluation.intervals import CENTRAL, allow_for_unseen, bootstrap_ci, jackknife_ci, resample_counts, wilson_ci
 from evaluation.table import INTERVALS, SAME_THING, verdict
 from reward import full_label, score_title
 
 NAMES = ("policy", "base")
+Bounds = tuple[float, float]  # the least and the largest that a number can be
+LABEL_SCORES: Bounds = (-1.0, 1.0)  # of 2 P(label) - 1, the reward's or the second judge's
+RATES: Bounds = (0.0, 1.0)
 
 
 def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "positive") -> dict[str, Any]:
@@ -31,16 +34,17 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
     summary: dict[str, Any] = {
         "n": len(results), "label": label, "judge_label": full_label(judge_label), "score_unit": unit,
     }  # fmt: skip
+    score_bounds = LABEL_SCORES if label is not None else _both("score", column)
     even = dict(zip(NAMES, equally_long(*(results[f"{name}_text"].tolist() for name in NAMES)), strict=True))
     for name in NAMES:
         texts, length = results[f"{name}_text"].tolist(), column[f"{name}_len"]
         repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
         summary[name] = {
-            **_estimate("score_mean", column[f"{name}_score"]),
+            **_estimate("score_mean", column[f"{name}_score"], score_bounds),
             **(_label_estimates(name, column) if label is not None else {}),
-            **_estimate("response_len", length),
+            **_estimate("response_len", length, _both("len", column)),
             **_share("eos_rate", column[f"{name}_eos"] > 0),
-            **_estimate("repetition_rate", repeated, triples),
+            **_estimate("repetition_rate", repeated, RATES, triples),
             **_exponential("perplexity", column[f"{name}_nll_base"], length),
             **_of_all("distinct_rate", distinct_responses, texts),
             "commonest": max(Counter(texts).values()),
@@ -53,36 +57,58 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
         if score_title(label) == "sentiment":  # the names that others read
             summary[name] |= {f"sentiment_{key}": summary[name][f"score_{key}"] for key in ("mean", "ci")}
         if f"{name}_judge" in column:
-            summary[name] |= _estimate("judge_mean", column[f"{name}_judge"])
+            summary[name] |= _estimate("judge_mean", column[f"{name}_judge"], LABEL_SCORES)
             summary[name] |= _share("judge_positive_rate", column[f"{name}_judge"] > 0)
     gain = column["policy_score"] - column["base_score"]
-    summary |= _estimate("score_gain", gain)
+    summary |= _estimate("score_gain", gain, _of_difference(score_bounds))
     wins = (np.sign(gain) + 1) / 2  # a tie is half a win
-    summary |= (_share if gain.all() else _estimate)("win_rate", wins)
+    summary |= _share("win_rate", wins) if gain.all() else _estimate("win_rate", wins, RATES)
     for key in ("kl_seq", "kl_seq_exact"):
         summary |= _estimate(key, column[key])
-        summary |= _estimate(key.replace("seq", "token"), column[key], column["policy_len"])
+        summary |= _estimate(key.replace("seq", "token"), column[key], weights=column["policy_len"])
     summary |= _expected(column, unit)
     if "policy_judge" in column:
         summary |= _judge_summary(column, label is not None)
     if "base_draws" in results:
-        summary |= _frontier_summary(results, unit)
+        summary |= _frontier_summary(results, unit, score_bounds)
     return summary | {"verdict": verdict(summary)}
 
 
 def _label_estimates(name: str, column: dict[str, np.ndarray]) -> dict[str, Any]:
     """What is only defined where scores are 2 P(label) - 1: how often the label is likelier than not, its log-odds."""
     share = _share("positive_rate", column[f"{name}_score"] > 0)
-    return share | _estimate("log_odds", column[f"{name}_log_odds"])
+    return share | _estimate("log_odds", column[f"{name}_log_odds"], _both("log_odds", column))
 
 
-def _estimate(key: str, values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, Any]:
-    """A mean, or a ratio of sums, with its interval (none where the weights are all 0)."""
+def _both(name: str, column: dict[str, np.ndarray]) -> Bounds:
+    """The least and the largest number that policy and base have: bounds of what has none by nature."""
+    return _seen(np.concatenate([column[f"{model}_{name}"] for model in NAMES]))
+
+
+def _seen(values: np.ndarray) -> Bounds:
+    return float(values.min()), float(values.max())
+
+
+def _of_difference(bounds: Bounds) -> Bounds:
+    """Bounds of the difference of two numbers within these bounds."""
+    low, high = bounds
+    return low - high, high - low
+
+
+def _estimate(
+    key: str, values: np.ndarray, bounds: Bounds | None = None, weights: np.ndarray | None = None
+) -> dict[str, Any]:
+    """A mean, or a ratio of sums, with its interval (none where the weights are all 0).
+
+    bounds are those of a value, or of a value / weight; without them, those seen.
+    """
     values = np.asarray(values, dtype=float)
     if weights is not None and not weights.any():
         return {}
     mean = values.sum() / (len(values) if weights is None else weights.sum())
-    return {key: float(mean), INTERVALS.get(key, f"{key}_ci"): bootstrap_ci(values, weights)}
+    if bounds is None:
+        bounds = _seen(values if weights is None else values[weights > 0] / weights[weights > 0])
+    return {key: float(mean), INTERVALS.get(key, f"{key}_ci"): bootstrap_ci(values, weights, bounds=bounds)}
 
 
 def _share(key: str, successes: np.ndarray) -> dict[str, Any]:
@@ -90,7 +116,7 @@ def _share(key: str, successes: np.ndarray) -> dict[str, Any]:
 
 
 def _exponential(key: str, values: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    return {name: np.exp(value).tolist() for name, value in _estimate(key, values, weights).items()}
+    return {name: np.exp(value).tolist() for name, value in _estimate(key, values, weights=weights).items()}
 
 
 def _of_all(key: str, measure: Callable[[list[str]], float], texts: list[str]) -> dict[str, Any]:
@@ -113,11 +139,13 @@ def _judge_summary(column: dict[str, np.ndarray], has_label: bool) -> dict[str, 
     liked, others = positive["base_judge"][positive["base_score"]], positive["base_judge"][~positive["base_score"]]
     slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
     expected = slope * more.mean()
+    rise = _of_difference(RATES)
+    most_by_judge = bootstrap_ci(more_by_judge, bounds=rise)[1]
     return {
-        **_estimate("judge_gain", column["policy_judge"] - column["base_judge"]),
-        **(_estimate("judge_gap_rate", more - more_by_judge) if has_label else {}),
+        **_estimate("judge_gain", column["policy_judge"] - column["base_judge"], _of_difference(LABEL_SCORES)),
+        **(_estimate("judge_gap_rate", more - more_by_judge, _of_difference(rise)) if has_label else {}),
         "judge_slope": slope,
-        "gamed": bool(slope > SAME_THING and more.mean() > 0.05 and bootstrap_ci(more_by_judge)[1] < expected / 2),
+        "gamed": bool(slope > SAME_THING and more.mean() > 0.05 and most_by_judge < expected / 2),
     }
 
 
@@ -129,14 +157,20 @@ def _expected(column: dict[str, np.ndarray], unit: float) -> dict[str, Any]:
     counts = np.vstack([np.ones(len(base)), resample_counts(len(base), 0)])
     shares = counts / counts.sum(1, keepdims=True)
     weights = exponential_tilt(base, shares @ ours, counts)
-    seen = {"response_len_expected": weights @ column["base_len"]}
+    expected = _with_interval("response_len_expected", weights @ column["base_len"], len(base), _both("len", column))
     if "base_judge" in column:
-        seen["judge_gain_expected"] = (weights - shares) @ column["base_judge"]
-    return {name: value for key, (first, *rest) in seen.items() for name, value in
-            ((key, float(first)), (f"{key}_ci", np.quantile(rest, [0.025, 0.975]).tolist()))}  # fmt: skip
+        gain = (weights - shares) @ column["base_judge"]
+        expected |= _with_interval("judge_gain_expected", gain, len(base), _of_difference(_seen(column["base_judge"])))
+    return expected
 
 
-def _frontier_summary(results: pd.DataFrame, unit: float) -> dict[str, Any]:
+def _with_interval(key: str, found: np.ndarray, n: int, bounds: Bounds) -> dict[str, Any]:
+    """A number with its interval, from that of all n prompts and those of their resamples."""
+    value, resamples = float(found[0]), found[1:]
+    return {key: value, f"{key}_ci": allow_for_unseen(np.quantile(resamples, CENTRAL).tolist(), value, n, bounds)}
+
+
+def _frontier_summary(results: pd.DataFrame, unit: float, score_bounds: Bounds) -> dict[str, Any]:
     """Best-of-n, the optimal curve, and the policy's share of the gain that is possible at its KL."""
     scores = np.array([row.split() for row in results["base_draws"]], dtype=float) / unit
     best = frontier(scores)
@@ -158,10 +192,10 @@ def _frontier_summary(results: pd.DataFrame, unit: float) -> dict[str, Any]:
         base = weights @ best.best_of[:, 0]
         return weights @ ours - base, best.optimal_reward(weights @ kl, counts) - base
 
-    gain, possible = gains(np.ones((1, len(ours))))
+    # all prompts, then resamples of them
+    gain, possible = gains(np.vstack([np.ones(len(ours)), resample_counts(len(ours), 0)[:400]]))
     if possible[0] > 0.02:  # near the base there is no gain to take a share of
-        some_gains, some_possible = gains(resample_counts(len(ours), 0)[:400])
-        low, high = np.quantile(some_gains / some_possible, [0.025, 0.975])
-        found["optimal_share_rate"] = float(gain[0] / possible[0])
-        found["optimal_share_rate_ci"] = [float(low), float(high)]
+        base = best.best_of[:, 0].mean()
+        low, high = (float((bound / unit - base) / possible[0]) for bound in score_bounds)
+        found |= _with_interval("optimal_share_rate", gain / possible, len(ours), (low, high))
     return found

@@ -9,9 +9,9 @@ from config import UserError
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from runtime.device import has_fast_bfloat16
+from runtime.terminal import progress_bar
 
 ModelInputs = dict[str, Tensor]
 
@@ -35,7 +35,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     warmup = max(1, steps // 20)
     model.to(device).train()
-    for step, batch in enumerate(tqdm(itertools.islice(batches, steps), title, steps, mininterval=1)):
+    for step, batch in enumerate(progress_bar(itertools.islice(batches, steps), title, "step", steps)):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, (steps - step) / steps)
         loss: Tensor = forward(model, batch, device).loss

@@ -67,7 +67,7 @@ def tiny_world() -> Path:
 def cache_root() -> Path:
     """Where made models are kept between runs."""
     if cache := os.environ.get("GPT2_PPO_CACHE"):
-        return Path(cache)
+        return Path(cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-ppo"
 
 

@@ -46,6 +46,12 @@ def run(main: Callable[[], object]) -> int:
             return _report(stop.code, str(stop))
         print(stop, end="\n" if str(stop) else "", file=sys.stderr, flush=True)
         os._exit(stop.code)
+    except (RuntimeError, MemoryError) as error:
+        from runtime.device import lacks_memory  # it loads torch, which other programs need not
+
+        if not lacks_memory(error):
+            raise
+        return _report(2, "error: memory does not suffice: take a smaller model, batch or text")
     except BrokenPipeError:  # the reader has gone: `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -54,8 +60,18 @@ def run(main: Callable[[], object]) -> int:
     return 0
 
 
+def was_launched() -> bool:
+    """Whether torchrun, or another launcher of several processes, started this one.
+
+    Some machines set WORLD_SIZE for no reason, and shells keep LOCAL_RANK.
+    """
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def _report(code: int, line: str) -> int:
-    if line and os.environ.get("LOCAL_RANK", "0") == "0":  # every rank fails alike, and one of them says so
+    # every rank of a machine fails alike, and the first says so; without a meeting place there are no others
+    others_report = was_launched() and "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    if line and not others_report:
         print(line, file=sys.stderr)
     return code
 

@@ -100,12 +100,25 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap, too
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's or the machine's memory does not suffice.
+
+    On the CPU torch raises a RuntimeError like any other, and numpy and Python a MemoryError.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 @contextmanager
 def enough_memory(to_lower: str) -> Iterator[None]:
     """Turn an out-of-memory error into one that names the settings to lower (raises UserError)."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         raise UserError(f"memory does not suffice: lower {to_lower}") from None
 
 

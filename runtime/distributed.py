@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
-from runtime.cli import Stopped
-from runtime.device import enough_memory, resolve_device
+from runtime.cli import Stopped, was_launched
+from runtime.device import enough_memory, lacks_memory, resolve_device
 from runtime.fingerprints import weights_sha256
 
 T = TypeVar("T")
@@ -39,18 +39,24 @@ TIMEOUT = timedelta(minutes=30)  # for a slow rank; a dead one is noticed at onc
 def process_group(device: str) -> Iterator[None]:
     """Join the other processes if torchrun started this one, and leave them at the end.
 
-    Raises UserError where there are more processes than GPUs, Stopped where another process died.
+    Raises UserError where there are more processes than GPUs or the environment does not say how to meet, Stopped where
+    another process died.
     """
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # some machines set the latter for no reason
+    if not was_launched():
         yield
         return
     found = resolve_device(device)
+    check_launcher(with_gpus=found == "cuda")
     if found == "mps":
         raise UserError("device=mps works in one process only: start it without torchrun, or with --device cpu")
     gpu = torch.device("cuda", own_gpu()) if found == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    except (dist.DistError, ValueError) as error:
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} and MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(f"{address} are no place where processes can meet ({error}): name others") from None
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         # torchrun keeps the addresses of processes that it has replaced: each restart meets under a prefix of its own
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -72,6 +78,19 @@ def process_group(device: str) -> Iterator[None]:
         if not lost:  # else this would wait for the dead
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def check_launcher(with_gpus: bool) -> None:
+    """Refuse an environment that names this process's number, but not all else that processes need to meet."""
+    remedy = "start it by torchrun, which sets them all, or unset RANK and WORLD_SIZE to run one process"
+    numbers = ["RANK", "WORLD_SIZE", "MASTER_PORT", *(["LOCAL_RANK", "LOCAL_WORLD_SIZE"] if with_gpus else [])]
+    if missing := [name for name in ("MASTER_ADDR", *numbers) if name not in os.environ]:
+        raise UserError(f"RANK and WORLD_SIZE are set without {' and '.join(missing)}: {remedy}")
+    for name in numbers:
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]!r} is not a number: {remedy}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise UserError(f"RANK={os.environ['RANK']} must be less than WORLD_SIZE={os.environ['WORLD_SIZE']}: {remedy}")
 
 
 def own_gpu() -> int:
@@ -101,7 +120,7 @@ def _silence_unless_main() -> Iterator[None]:
 
 
 def _means_lost_rank(error: RuntimeError) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
+    if lacks_memory(error):
         return False
     words = ("gloo", "nccl", "peer", "connection", "timed out", "store")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

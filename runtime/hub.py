@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils import logging as transformers_logging
 
+from runtime.device import lacks_memory
+
 DEFAULT_REVISION = "main"
 
 
@@ -104,9 +106,11 @@ def loading(setting: str, name: str, what: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{setting}={name} has damaged weights ({error}): fetch or save them again") from None
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # of any kind: a library checks what it reads in many ways
+        if lacks_memory(error):
+            raise UserError(f"{setting}={name} does not fit into memory: take a smaller model") from None
         raise UserError(f"{setting}={name} cannot be loaded as a {what}: {in_one_line(error)}") from None
 
 

@@ -1,13 +1,18 @@
 """What a terminal shows: bars over long work, text shaded by numbers, and columns of it side by side."""
 
 import itertools
+import operator
 import os
-from collections.abc import Iterable, Sequence
-from typing import TextIO, TypeVar
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 30.0  # in a log
 PATIENCE = 1.0  # seconds before a bar appears: what is quick shows none
 
 # From this number on, this background of the 256 that terminals have; light enough for black text on any theme
@@ -18,9 +23,81 @@ NARROWEST = 28  # a column; with less room columns are stacked
 Cell = tuple[str, float]  # a character and the number that it is shaded by
 
 
+def progress_bar(
+    work: Iterable[T] | None = None, title: str = "", unit: str = "it", total: int | None = None, initial: int = 0,
+    leave: bool = True, delay: float = 0.0,
+) -> Any:  # fmt: skip
+    """A bar with the time left, over work or updated by hand; where stderr is no terminal, a line now and then."""
+    kind = tqdm if sys.stderr.isatty() else ProgressLines
+    return kind(
+        work, title or None, total, unit=unit, initial=initial, leave=leave, delay=delay, dynamic_ncols=True
+    )  # fmt: skip
+
+
 def progress(work: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterable[T]:
     """The same work, with a bar and the time left once it takes more than a moment; it leaves nothing behind."""
-    return tqdm(work, title, total, unit=unit, dynamic_ncols=True, leave=False, delay=PATIENCE)
+    bar: Iterable[T] = progress_bar(work, title, unit, total, leave=False, delay=PATIENCE)
+    return bar
+
+
+class ProgressLines:
+    """What tqdm shows, as lines for a log: one every half minute, and one at the end of what leaves its bar.
+
+    A log keeps every state of a bar that is drawn anew several times a second.
+    """
+
+    def __init__(
+        self, work: Iterable[Any] | None = None, desc: str | None = None, total: int | None = None, *, unit: str = "it",
+        initial: int = 0, leave: bool = True, **_: Any,
+    ) -> None:  # fmt: skip
+        """Begin; the arguments are tqdm's, of which those on drawing mean nothing here."""
+        self.work: Iterable[Any] = () if work is None else work
+        self.title, self.unit, self.leave = desc or "", unit, leave
+        self.total = operator.length_hint(work, 0) or None if total is None and work is not None else total
+        self.initial = self.done = initial
+        self.postfix, self.is_open = "", True
+        self.begun = self.printed = time.monotonic()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for one in self.work:
+                yield one
+                self.update()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """Count what was done."""
+        self.done += n
+        if time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """What stands at the end of the next line."""
+        self.postfix = text
+
+    def set_postfix(self, **figures: object) -> None:
+        """The same from names and figures."""
+        self.postfix = ", ".join(f"{name}={figure}" for name, figure in figures.items())
+
+    def close(self) -> None:
+        """Print the last line."""
+        if self.is_open and self.leave:
+            self._print()
+        self.is_open = False
+
+    def _print(self) -> None:
+        self.printed = time.monotonic()
+        line = tqdm.format_meter(
+            self.done, self.total, self.printed - self.begun, prefix=self.title, unit=self.unit, initial=self.initial,
+            postfix=self.postfix or None,
+        )  # fmt: skip
+        with suppress(OSError, ValueError):  # stderr may be closed
+            print(line, file=sys.stderr, flush=True)
 
 
 def can_shade(stream: TextIO) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from runtime.cli import Interrupted, Stopped
+from runtime.device import lacks_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = {"config", "data", "eval", "evaluation", "experiments", "model", "ppo", "pretrain", "reward", "runtime",
@@ -175,7 +176,7 @@ def is_of_the_program(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt):
         in_main_thread = threading.current_thread() is threading.main_thread()  # Ctrl-C comes nowhere else
         return in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return isinstance(error, Stopped | Interrupted | torch.OutOfMemoryError)
+    return isinstance(error, Stopped | Interrupted) or lacks_memory(error)
 
 
 # --- modules --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every setting has help and a range, and what is wrong is refused in one line that names it."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -17,6 +18,9 @@ from typing import Any, Literal
 from config import FIRST, PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
 
 import pytest
+
+from runtime.cli import parse_flags
+from tools.make_models import main as make_models
 
 CLASSES = (TrainConfig, EvalConfig)
 
@@ -47,6 +51,7 @@ REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
 REAL_POSITIVE = {
     "temperature",
     "adaptive_kl_target",
+    "adaptive_kl_gain",
     "clip_range",
     "value_clip_range",
     "max_grad_norm",
@@ -335,6 +340,69 @@ def documented_commands() -> list[str]:
     lines = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
     found = re.findall(r"(?:python|torchrun|srun)[^`\n]*?\b(?:train|eval)\.py[^`\n#&]*", lines)
     return sorted({re.sub(r"\$\(.*?\)", "X", command).split("|")[0].strip() for command in found})
+
+
+TEXTS = {  # settings that are no path
+    "preset", "policy_revision", "rm_revision", "dataset_revision", "target_label", "split", "lm_split", "text_column",
+    "label_column", "chosen_label", "report_to", "prompt", "sweep", "peer", "peer_name", "train", "evaluate", "tokens",
+    "reward_every", "gae_lambda", "alphas", "at_kl", "bug", "seeds", "grid",
+}  # fmt: skip
+TOOLS = [
+    getattr(importlib.import_module(f"tools.{path.stem}"), name)
+    for path in sorted((Path(__file__).parent.parent / "tools").glob("*.py"))
+    for name in re.findall(r"^class (\w+Config)", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, *TOOLS])
+def test_the_tilde_is_the_home_folder_in_every_path(cls: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as --name=~/x, which most shells hand on as it is; a text such as a prompt may begin with one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    hints = typing.get_type_hints(cls)
+    texts = {name for name, hint in hints.items() if {str, list[str]} & {hint, *typing.get_args(hint)}}
+    listed = {"draw"} if cls.__name__ == "InterpolateConfig" else set()  # several, with commas between them
+    paths = {f.name for f in dataclasses.fields(cls) if f.metadata.get("path")}
+    assert texts - paths - listed <= TEXTS, "say what the setting is: opt(…, path=…), or a text"
+    assert not paths & TEXTS
+    for name in paths:
+        given = [f"--{other.name}=x" for other in dataclasses.fields(cls)
+                 if other.default is dataclasses.MISSING and other.default_factory is dataclasses.MISSING]  # fmt: skip
+        read = parse_config if cls in CLASSES else lambda kind, argv: parse_flags(kind, argv, None)
+        if name == "resume":
+            (tmp_path / "deep").mkdir()
+            (tmp_path / "deep" / "config.json").write_text(json.dumps({"total_steps": 7}))
+            assert read(cls, ["--resume=~/deep"]).ckpt_dir == str(tmp_path / "deep")
+            continue
+        value = getattr(read(cls, [*given, f"--{name}=~/deep/x"]), name)
+        assert value in (str(tmp_path / "deep" / "x"), [str(tmp_path / "deep" / "x")]), name
+        with pytest.raises(UserError, match="no such user"):
+            read(cls, [*given, f"--{name}=~no_such_user_here/x"])
+
+
+NAMES = {"\udcff.csv": "encode", "a\0b": "NUL", "x" * 256: "255|223", "é" * 128: "255|223", "y/" * 2050: "longer"}
+
+
+@pytest.mark.parametrize(("name", "word"), NAMES.items())
+def test_a_path_that_no_system_stores_is_refused_before_anything_is_made(
+    name: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for cls, setting in ((TrainConfig, "ckpt_dir"), (EvalConfig, "out_csv"), (TrainConfig, "dataset")):
+        for make in (cls, lambda cls=cls, **given: parse_config(cls, [f"--{k}={v}" for k, v in given.items()])):
+            with pytest.raises(UserError, match=word) as caught:
+                make(**{setting: name})
+            assert str(caught.value).startswith(setting)
+            assert len(str(caught.value)) < 200 or "encode" in word
+    with pytest.raises(UserError, match=word):
+        make_models([f"--out={name}", "--dataset=x.csv"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_a_system_stores_are_taken(tmp_path: Path) -> None:
+    for name in ("x" * 200, "ä ö 日本", "-", ".hidden"):
+        assert TrainConfig(ckpt_dir=name).ckpt_dir == name
+        (tmp_path / name).mkdir()
 
 
 @pytest.mark.parametrize("command", documented_commands())

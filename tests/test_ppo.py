@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from config import TrainConfig, parse_config
+from config import PRESETS, TrainConfig, parse_config
 
 import numpy as np
 import pandas as pd
@@ -177,6 +177,33 @@ def test_ppo_loss_equals_float64(cfg: TrainConfig) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     for name, x in expected_stats.items():
         assert stats[name].item() == pytest.approx(x, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("log_ratio", [100.0, 1e4, math.inf, -100.0, -math.inf])
+@pytest.mark.parametrize("advantage", [1.5, 0.0, -1.5])
+def test_a_ratio_beyond_float32_does_not_lose_its_minibatch(log_ratio: float, advantage: float) -> None:
+    """The token counts with a ratio of exp(+-20) and gets no gradient; that of its neighbour is what it would be."""
+    mask = torch.ones(1, 2).bool()
+    zero, new = torch.zeros(1, 2), torch.tensor([[log_ratio - 1, -1.0]]).requires_grad_()
+    batch = Batch(hand_sequences(mask), zero - 1, zero, torch.tensor([[advantage, 2.0]]), zero)
+    loss, stats = ppo_loss(new, zero, zero, batch, settings(), 1)
+    loss.backward()
+    ratio = math.exp(math.copysign(20, log_ratio))
+    expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage) - 2.0
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert new.grad is not None
+    assert new.grad.tolist() == [[0.0, -2.0]]
+    assert all(x.isfinite() for x in stats.values())
+    assert stats["ratio_max"].item() == pytest.approx(max(ratio, 1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("log_ratio", [19.9, 5.0, -5.0, -19.9])
+def test_below_exp_20_a_ratio_counts_as_it_is(log_ratio: float) -> None:
+    """For a negative advantage and a large ratio nothing is clipped: d loss / d log r = -A r."""
+    loss, grad, _, stats = one_token(ratio=math.exp(log_ratio), advantage=-1.0)
+    assert loss == pytest.approx(max(math.exp(log_ratio), 0.8), rel=1e-5)
+    assert grad == pytest.approx(math.exp(log_ratio) if log_ratio > 0 else 0.0, rel=1e-5)
+    assert stats["approx_kl"].item() == pytest.approx(math.exp(log_ratio) - 1 - log_ratio, rel=1e-5)
 
 
 def test_ppo_loss_gradient_equals_finite_differences() -> None:
@@ -787,6 +814,16 @@ def test_kl_controller_follows_its_closed_form() -> None:
     controller = KLController(1.0, target=5.0)
     controller.update(0.0)
     assert controller.coef == pytest.approx(0.98)
+
+
+def test_the_trl_preset_steers_beta_as_trl_does() -> None:
+    """TRL: beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n_steps / horizon, with n_steps 128 and horizon 10,000."""
+    cfg = PRESETS[TrainConfig]["trl"]
+    controller, expected = KLController(cfg.kl_coef, cfg.adaptive_kl_target, cfg.adaptive_kl_gain), 0.2
+    for kl in (0.0, 3.0, 6.3, 20.0):
+        controller.update(kl)
+        expected *= 1 + min(max((kl - 6) / 6, -0.2), 0.2) * 128 / 10_000
+        assert controller.coef == pytest.approx(expected, rel=1e-12)
 
 
 def test_kl_controller_without_target_stays() -> None:

@@ -716,7 +716,9 @@ def test_whatever_it_raises_is_one_line_that_says_where(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt(), Interrupted(), Stopped(1, "")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt(), Interrupted(), Stopped(1, "")]
+)
 def test_too_little_memory_and_an_interruption_pass_through(
     error: BaseException, any_result: PythonReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:

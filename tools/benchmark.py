@@ -71,9 +71,9 @@ class BenchConfig:
     """Settings of `python -m tools.benchmark`."""
 
     size: Literal["mini", "124m", "gpu"] = opt("mini", "Shapes of the step, and of the models where none are named.")
-    policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.")
-    rm_name: str | None = opt(None, "Its reward model.")
-    dataset: str | None = opt(None, "Its prompts.")
+    policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.", path="read")
+    rm_name: str | None = opt(None, "Its reward model.", path="read")
+    dataset: str | None = opt(None, "Its prompts.", path="read")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt(
         "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
     )
@@ -83,7 +83,7 @@ class BenchConfig:
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
     peer: str | None = opt(None, "Another command to time, alternating with this one.")
     rounds: int = opt(1, "How often to alternate with the peer.")
-    csv: str | None = opt(None, "File to append the figures to.")
+    csv: str | None = opt(None, "File to append the figures to.", path="written")
 
 
 def main(argv: list[str] | None = None) -> None:

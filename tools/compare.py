@@ -34,12 +34,13 @@ class CompareConfig:
     """Settings of `python -m tools.compare`."""
 
     runs: list[str] = field(
-        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out."}
+        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out.", "path": "read"}
     )
     summaries: list[str] = field(
-        default_factory=list, metadata={"help": "Files of eval.py (default: those found in or beside the runs)."}
+        default_factory=list,
+        metadata={"help": "Files of eval.py (default: those found in or beside the runs).", "path": "read"},
     )
-    out: str = opt("compare.html", "The page; a picture of the same name, .png, is drawn beside it.")
+    out: str = opt("compare.html", "The page; a picture of the same name, .png, is drawn beside it.", path="written")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

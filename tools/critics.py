@@ -18,13 +18,13 @@ from config import TrainConfig, UserError, opt, parse_config
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from model import GPT2WithValueHead
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, write_atomic
 from runtime.hub import quiet_libraries
+from runtime.terminal import progress_bar
 from tools.gradients import Observed, observe
 from training.parts import load_parts, resolve
 from utils import position_ids
@@ -48,7 +48,7 @@ class CriticsConfig:
     test: int = opt(8, "Batches to measure them on.")
     ridge: float = opt(300.0, "Penalty on the weights of features scaled to deviation 1.")
     tokens: str = opt("1,16,32,48", "Tokens before which the explained variance is shown as well.")
-    csv: str = opt("critics.csv", "Table to write.")
+    csv: str = opt("critics.csv", "Table to write.", path="written")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = load_parts(run_cfg)
     keep_freed_memory()
     policy, batches = parts.models.policy, list[Known]()
-    for batch in trange(1, cfg.fit + cfg.test + 1, unit="batch", dynamic_ncols=True):
+    for batch in progress_bar(range(1, cfg.fit + cfg.test + 1), "observing", "batch"):
         observed = observe(parts, run_cfg, batch)
         batches.append(look(policy, observed, run_cfg.max_new_tokens))
     fit, test = gather(batches[: cfg.fit]), gather(batches[cfg.fit :])

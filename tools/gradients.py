@@ -28,12 +28,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from model import GPT2WithValueHead, Sequences
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
+from runtime.terminal import progress_bar
 from training.parts import Parts, load_parts, resolve
 from utils import MIN_ROWS_TO_PREDICT, compute_gae, expected_scores, shape_rewards, uniforms
 
@@ -50,8 +50,8 @@ class GradientsConfig:
     pilot: int = opt(4, "Batches before them, to weigh by.")
     reward_every: str = opt("1,2,4,0", "Values to compare.")
     gae_lambda: str = opt("0,0.5,0.8,0.95,1", "Values to compare, each with each.")
-    csv: str = opt("gradients.csv", "The table.")
-    draw: str | None = opt(None, "Only print this table.")
+    csv: str = opt("gradients.csv", "The table.", path="written")
+    draw: str | None = opt(None, "Only print this table.", path="read")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def measure(cfg: GradientsConfig) -> pd.DataFrame:
     parts = load_parts(run_cfg)
     policy, square = parts.models.policy, torch.zeros(())
     found = {way: Products() for way in ways}
-    for batch in trange(1, cfg.pilot + cfg.batches + 1, unit="batch", dynamic_ncols=True):
+    for batch in progress_bar(range(1, cfg.pilot + cfg.batches + 1), "gradients", "batch"):
         observed = observe(parts, run_cfg, batch)
         if batch <= cfg.pilot:
             square = square + policy_gradient(policy, observed, REINFORCE, run_cfg).square() / cfg.pilot

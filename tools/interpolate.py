@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, UserError, is_run, opt
+from config import EvalConfig, UserError, is_run, opt, whole_path
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,7 @@ from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
 from runtime.hub import load_gpt2, quiet_libraries
+from runtime.terminal import progress_bar
 from training.card import write_card
 from training.commands import eval_command
 from training.parts import load_models
@@ -52,20 +53,22 @@ class InterpolateConfig:
     """Settings of `python -m tools.interpolate`."""
 
     runs: list[str] = field(
-        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out."}
+        default_factory=lambda: ["ckpts"], metadata={"help": "Run folders; --runs may be left out.", "path": "read"}
     )
     kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
-    out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.")
+    out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.", path="written")
     curve: bool = opt(False, "Compare with base at every alpha of --alphas.", "The curve of score against KL")
     each: bool = opt(False, "A curve for each run instead of one for their average.")
     alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
     at_kl: str = opt("1,2,4", "KLs, in nats, at which to print the share of the best gain, read off the curves.")
-    csv: str = opt("interpolation.csv", "Table of the curve; a picture of the same name is drawn beside it.")
+    csv: str = opt("interpolation.csv", "Table of the curve; a picture of its name is drawn beside it.", path="written")
     frontier: int = opt(16, "Base responses per prompt, for the best possible score on the curve (0: none).")
     n_samples: int = opt(256, "Held-out prompts.")
     batch_size: int = opt(128, "Prompts per forward pass.")
-    judge: str = opt("labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.")
-    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).")
+    judge: str = opt(
+        "labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.", path="read"
+    )
+    rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
     draw: str | None = opt(
         None, "Only draw these tables, made with --frontier, a panel each; the picture is named after --csv."
     )
@@ -80,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
     cfg = read_settings(argv)
     if cfg.draw is not None:
-        draw_shares([name.strip() for name in cfg.draw.split(",")], Path(cfg.csv.removesuffix(".csv") + ".png"))
+        draw_shares(
+            [whole_path("draw", name.strip(), "read") for name in cfg.draw.split(",")],
+            Path(cfg.csv.removesuffix(".csv") + ".png"),
+        )
         return
     quiet_libraries()
     path = Path(cfg.runs[0]) / "policy_lm"
@@ -166,7 +172,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
     assert cfg.kl is not None
     assert cfg.out is not None
     batches = batches_of(cfg, comparison)
-    with tqdm(desc="looking for alpha", unit="point", dynamic_ncols=True, leave=False) as bar:
+    with progress_bar(title="looking for alpha", unit="point", leave=False) as bar:
 
         def measure(alpha: float) -> float:
             line.move_to(alpha)
@@ -178,7 +184,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
         alpha = find_alpha(measure, cfg.kl)
     line.move_to(alpha)
     kl = exact_kl(comparison, batches)
-    low, high = bootstrap_ci(kl)
+    low, high = bootstrap_ci(kl, bounds=(kl.min(), kl.max()))
     home = json.loads((Path(cfg.runs[0]) / "config.json").read_text(encoding="utf-8"))
     about = {"runs": [str(Path(folder).resolve()) for folder in cfg.runs], "alpha": alpha, "kl_seq_exact": kl.mean(),
              "kl_ci": [low, high], "settings": asdict(cfg)}  # fmt: skip
@@ -242,12 +248,12 @@ def write_curves(
     judge = evaluation_script.second_judge(evaluation, comparison.run)
     batches, draws = batches_of(cfg, comparison), pd.Series(dtype=object)
     if cfg.frontier:
-        bar = tqdm(batches, "best possible", unit="batch", dynamic_ncols=True, leave=False)
+        bar = progress_bar(batches, "best possible", "batch", leave=False)
         draws = pd.Series([text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)])
     rows: list[dict[str, Any]] = []
     known: list[pd.DataFrame | None] = [None] * len(batches)  # base's answers, which all points share
     points = list(itertools.product(lines, numbers("alphas", cfg.alphas, float)))
-    with tqdm(points, unit="point", dynamic_ncols=True) as bar:
+    with progress_bar(points, unit="point") as bar:
         for name, alpha in bar:
             lines[name].move_to(alpha)
             known = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, known, strict=True)]

@@ -26,8 +26,8 @@ from runtime.files import new_folder
 class MakeConfig:
     """Settings of `python -m tools.make_models`."""
 
-    dataset: str = field(metadata={"help": "Labelled texts: a hub name, a folder or a file."})
-    out: str = field(metadata={"help": "Folder to make: policy/, reward/ and report.json."})
+    dataset: str = field(metadata={"help": "Labelled texts: a hub name, a folder or a file.", "path": "read"})
+    out: str = field(metadata={"help": "Folder to make: policy/, reward/ and report.json.", "path": "written"})
     size: Literal["tiny", "small", "124m"] = opt("small", "Shape and schedule of both models.")
     split: str = opt("train", "Split with labels; a part of it is held out to measure on.", "Which texts")
     lm_split: str | None = opt(None, "Splits for the language model, joined by + (default: split).")
@@ -35,8 +35,10 @@ class MakeConfig:
     label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
     label_names: str | None = opt(None, LABEL_NAMES_HELP)
     dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
-    init: str | None = opt(None, "Language model to continue from, with its tokenizer.", "What is trained, and how")
-    reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.")
+    init: str | None = opt(
+        None, "Language model to continue from, with its tokenizer.", "What is trained, and how", path="read"
+    )
+    reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.", path="read")
     lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).")
     lm_width: int | None = opt(None, "Width of a new language model, with a head for every 64 (default: the size's).")
     lm_steps: int | None = opt(None, "Optimiser steps of the language model (default: the size's).")

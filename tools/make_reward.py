@@ -35,9 +35,11 @@ from runtime.hub import quiet_libraries
 class MakeRewardConfig:
     """Settings of `python -m tools.make_reward`."""
 
-    dataset: str = field(metadata={"help": "Pairs, or labelled texts: a hub name, a folder or a file."})
-    out: str = field(metadata={"help": "Folder to make."})
-    init: str = opt("distilbert/distilbert-base-uncased", "Encoder to start from, or a classifier or language model.")
+    dataset: str = field(metadata={"help": "Pairs, or labelled texts: a hub name, a folder or a file.", "path": "read"})
+    out: str = field(metadata={"help": "Folder to make.", "path": "written"})
+    init: str = opt(
+        "distilbert/distilbert-base-uncased", "Encoder to start from, or a classifier or language model.", path="read"
+    )
     split: str = opt("train", "Split of the data set; a tenth of it is held out to measure on.", "Which texts")
     with_prompt: bool | None = opt(
         None, "true or false: score prompt + response (default: if there are prompts); train.py must do the same."

@@ -54,9 +54,9 @@ class PitfallsConfig:
     seeds: str = opt("0", "Seeds for each bug.")
     train: str = opt(TRAIN, "Flags of train.py; without --dataset the prompts are openings of 4 to 14 words.")
     evaluate: str = opt(EVALUATE, "Flags of eval.py.")
-    folder: str = opt("pitfalls", "Where the runs are kept.")
-    csv: str = opt("results/pitfalls.csv", "The table; _curves.csv and .png are written beside it.")
-    draw: str | None = opt(None, "Only print and draw this table.")
+    folder: str = opt("pitfalls", "Where the runs are kept.", path="written")
+    csv: str = opt("results/pitfalls.csv", "The table; _curves.csv and .png are written beside it.", path="written")
+    draw: str | None = opt(None, "Only print and draw this table.", path="read")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,13 @@
 """The table and the figure of tools/pitfalls.py, from its two CSV files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from evaluation.studies import table_line
+from runtime.pictures import blank_figure
 
 RIGHT = "right"  # the name of the run without a bug
 CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
@@ -74,7 +74,7 @@ def picture(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     names = [name for name in _names(table) if name != RIGHT]
     across = 7
     down = -(-len(names) // across)
-    figure = Figure(figsize=(2.6 * across, 3.4 * down + 0.6), layout="constrained")
+    figure = blank_figure(2.6 * across, 3.4 * down + 0.6)
     cells = np.atleast_2d(figure.subfigures(down, across, squeeze=False))
     for i, name in enumerate(names):
         axes = cells[i // across, i % across].subplots(2, 1, sharex=True)
@@ -92,7 +92,7 @@ def picture(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _panel(axis: Axes, column: str, name: str, table: pd.DataFrame, curves: pd.DataFrame) -> None:
+def _panel(axis: Any, column: str, name: str, table: pd.DataFrame, curves: pd.DataFrame) -> None:
     right = curves[curves.bug == RIGHT].groupby("step")[column]
     ours = curves[curves.bug == name].groupby("step")[column]
     steps, (measured, end) = sorted(curves.step.unique()), PANELS[column]

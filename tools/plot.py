@@ -16,7 +16,7 @@ from training.run_folder import saved_label
 class PlotConfig:
     """Settings of `python -m tools.plot`."""
 
-    run: str = opt("ckpts", "Folder of a run; --run may be left out.")
+    run: str = opt("ckpts", "Folder of a run; --run may be left out.", path="read")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

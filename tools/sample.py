@@ -43,9 +43,9 @@ class SampleConfig:
 
     policy_path: list[str] = field(
         default_factory=lambda: [EvalConfig.policy_path],
-        metadata={"help": "Policies: folders of runs, or any GPT-2; --policy_path may be left out."},
+        metadata={"help": "Policies: folders of runs, or any GPT-2; --policy_path may be left out.", "path": "read"},
     )
-    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: that of each policy's run).")
+    ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: that of each policy's run).", path="read")
     prompt: str | None = opt(None, "What to continue (default: every line that is typed or piped in).")
     n: int = opt(1, "Responses per prompt and model.")
     temperature: float | None = opt(None, "Sampling temperature (default: the run's).", "How it samples")
@@ -54,7 +54,7 @@ class SampleConfig:
     max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
     seed: int = opt(0, "Seed of the random numbers, which are the same for all models.")
     score: bool = opt(False, "Score the responses with the reward of the first policy's run.", "Scores")
-    rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.")
+    rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.", path="read")
     json: bool = opt(False, "Write a JSON object per response and nothing else.", "Where and how it runs")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")

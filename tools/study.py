@@ -33,6 +33,7 @@ from evaluation.studies import markdown, picture
 from evaluation.summary import summarise
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
+from runtime.terminal import progress_bar
 
 ROOT = Path(__file__).parent.parent
 KEY = ("setting", "seed")  # of a row
@@ -60,9 +61,9 @@ class StudyConfig:
         "What is measured, and where it is kept",
     )
     jobs: int = opt(1, "Runs at a time.")
-    folder: str = opt("study", "Where the runs are kept.")
-    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.")
-    draw: str | None = opt(None, "Only print and draw this table.")
+    folder: str = opt("study", "Where the runs are kept.", path="written")
+    csv: str = opt("study.csv", "The table; a picture of the same name is drawn beside it.", path="written")
+    draw: str | None = opt(None, "Only print and draw this table.", path="read")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         check_table_path(Path(cfg.csv))
         for path in filter(Path.exists, (Path(cfg.csv), steps_path(Path(cfg.csv)))):
             read_table(path, *KEY)  # so that an error comes now, not after the first run
-        with ThreadPoolExecutor(cfg.jobs) as pool, tqdm(total=len(runs), unit="run", dynamic_ncols=True) as bar:
+        with ThreadPoolExecutor(cfg.jobs) as pool, progress_bar(unit="run", total=len(runs)) as bar:
             for row in pool.map(lambda run: one_run(cfg, *run), runs):
                 bar.update()
                 tqdm.write(f"{row['setting']} seed {row['seed']}: {row.get('failed') or one_line(row)}")

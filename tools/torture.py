@@ -20,10 +20,10 @@ from pathlib import Path
 from config import UserError, opt
 
 import pandas as pd
-from tqdm import tqdm
 
 from runtime.cli import Stopped, parse_flags, run
 from runtime.hub import quiet_libraries
+from runtime.terminal import progress_bar
 from tools.benchmark import Workload, make_random_models
 from training.checkpoints import list_checkpoints, step_of
 
@@ -69,7 +69,7 @@ def torture_training(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], l
     duration = time.monotonic() - begun
     expected = remains(folder / "undisturbed")
     moments, kills, runs, resumed, lost = random.Random(cfg.seed), 0, 0, set[int](), list[str]()
-    with tqdm(total=cfg.kills, desc="killing", dynamic_ncols=True) as bar:
+    with progress_bar(title="killing", unit="kill", total=cfg.kills) as bar:
         while kills < cfg.kills:
             runs += 1
             victim = folder / f"run{runs}"
@@ -108,7 +108,7 @@ def torture_making(cfg: TortureConfig, folder: Path) -> list[str]:
     begun = time.monotonic()
     make(folder / "made", None)
     duration, moments = time.monotonic() - begun, random.Random(cfg.seed)
-    for _ in tqdm(range(cfg.making), "killing while making models", dynamic_ncols=True):
+    for _ in progress_bar(range(cfg.making), "killing while making models", "kill"):
         with suppress(subprocess.TimeoutExpired):  # which kills
             make(folder / "killed", moments.uniform(0.1, 0.98) * duration)
     make(folder / "killed", None)

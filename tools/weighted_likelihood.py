@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from evaluation.frontier import BETAS, frontier
 from model import GPT2WithValueHead, Sequences
@@ -31,6 +30,7 @@ from runtime.cli import parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import new_folder, write_atomic
 from runtime.hub import quiet_libraries
+from runtime.terminal import progress_bar
 from training.commands import eval_command
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import describe, describe_reward
@@ -46,7 +46,7 @@ class LikelihoodConfig:
     batches: int = opt(40, "Batches of prompts.")
     warmup: int = opt(50, "Optimiser steps over which the step size rises.")
     train: str = opt("", "Flags of train.py: models, data, lengths, batch_size, minibatch_size, lr.")
-    out: str = opt("likelihood", "Folder to make, in the form of a run.")
+    out: str = opt("likelihood", "Folder to make, in the form of a run.", path="written")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = replace(run_cfg, total_steps=len(draws), warmup_steps=min(cfg.warmup, len(draws) - 1))
     optimizer = build_optimizer(policy, schedule)
     order = np.random.default_rng(run_cfg.seed).permutation(len(draws))
-    with tqdm(order, "weighted likelihood", unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(order, "weighted likelihood", "step") as bar:
         for step, number in enumerate(bar, 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(schedule, step)
@@ -102,7 +102,7 @@ def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[l
     """Base's responses, batch by batch and draw by draw, and their scores (prompts, answers)."""
     models, seqs, scores = parts.models, list[Sequences](), list[Tensor]()
     pairs = [(batch, draw) for batch in range(1, cfg.batches + 1) for draw in range(cfg.answers)]
-    for batch, draw in tqdm(pairs, "sampling base", unit="batch", dynamic_ncols=True):
+    for batch, draw in progress_bar(pairs, "sampling base", "batch"):
         noise = uniforms(run_cfg.seed + 1 + draw, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
         seqs.append(models.respond(models.reference, parts.prompts.batch(batch), noise, run_cfg))
         scores.append(models.score(seqs[-1], run_cfg).cpu())

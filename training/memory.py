@@ -8,6 +8,7 @@ import torch
 
 from model import ReferenceStates, Sequences
 from ppo import Batch, Models, accumulate_gradients
+from runtime.device import lacks_memory
 from runtime.distributed import all_reduce_max, raise_on_all_ranks, world_size
 
 
@@ -44,7 +45,9 @@ def _fits(models: Models, cfg: TrainConfig, rows: int) -> bool:
     try:
         own = longest_batch(models, cfg, rows * world_size())  # of which this rank takes its share
         accumulate_gradients(models.policy, own, replace(cfg, micro_batch_size=0, minibatch_size=rows))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         return False
     finally:
         models.policy.zero_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from reward import score_title
 from runtime.files import read_table, rename
+from runtime.pictures import blank_figure
 
 VALUE_FIT = "value fit (1 perfect; low where scores hardly differ)"
 LOWEST_FIT = -1.0  # it can fall without bound
@@ -26,13 +27,11 @@ def panels(label: str | None) -> dict[str, list[str]]:
 
 def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     """Draw the columns of metrics.csv over steps: thin as measured, thick as a running mean."""
-    from matplotlib.figure import Figure  # a second to import, and only needed here
-
     drawn = panels(label)
     table = read_table(metrics_csv, "step", *itertools.chain(*drawn.values())).set_index("step")
     cut = table.index[table["explained_var"] < LOWEST_FIT]
     table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = blank_figure(12, 6)
     for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, drawn.items(), strict=True):
         for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
             axis.plot(table[column], color=colour, alpha=0.35, linewidth=1)

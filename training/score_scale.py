@@ -8,10 +8,10 @@ from dataclasses import replace
 from config import TrainConfig
 
 import torch
-from tqdm import tqdm
 
 from reward import ScoreScale
 from runtime.distributed import gather_rows, raise_on_all_ranks, rank_slice
+from runtime.terminal import progress_bar
 from training.parts import Parts
 from utils import uniforms
 
@@ -39,7 +39,7 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
     models, found = parts.models, []
     steps = range(1, 1 + -(-PROMPTS // cfg.batch_size))
     noise = uniforms(cfg.seed, 0, len(steps) * cfg.batch_size, cfg.max_new_tokens).split(cfg.batch_size)
-    bar = tqdm(steps, "measuring the scores of the base", unit="batch", dynamic_ncols=True, leave=False)
+    bar = progress_bar(steps, "measuring the scores of the base", "batch", leave=False)
     for step, batch_noise in zip(bar, noise, strict=True):
         ids, mask = parts.prompts.batch(step)
         own = rank_slice(len(ids))

@@ -27,6 +27,7 @@ from runtime.cli import Interrupted, Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
 from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
+from runtime.terminal import progress_bar
 from training.checkpoints import Snapshot
 from training.commands import eval_command, resume_command
 from training.estimate import note_slow_run
@@ -97,7 +98,7 @@ class Session:
         self.step: int = counters["step"]
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
-        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target)
+        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target, cfg.adaptive_kl_gain)
         self.scaler = build_scaler(parts.models.policy)
         if counters.get("loss_scale"):
             self.scaler.load_state_dict(counters["loss_scale"])
@@ -105,7 +106,7 @@ class Session:
         self.saved_step: int | None = None
         self.snapshot: Snapshot | None = None
         self.step_begun, self.seconds_update = False, 0.0
-        self.bar = tqdm(desc="training", unit="step", dynamic_ncols=True, initial=self.step, total=cfg.total_steps)
+        self.bar = progress_bar(title="training", unit="step", initial=self.step, total=cfg.total_steps)
         optimizer.register_step_pre_hook(lambda *_: self._before_optimizer_step())
 
     # --- what the loop calls ---

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.diversity import distinct
+from evaluation.diversity import distinct, distinct_responses
 from evaluation.intervals import bootstrap_ci, jackknife_ci, wilson_ci
 
 TRIALS = 600  # 95 % +- 0.9 %
@@ -24,6 +24,42 @@ def test_bootstrap_intervals_cover_means_shares_and_ratios() -> None:
         low, high = bootstrap_ci(lengths * 0.04 + rng.normal(size=300), lengths, seed=trial % 2)
         covered["ratio"] += low <= 0.04 <= high
     assert all(0.93 <= n / TRIALS <= 0.97 for n in covered.values()), covered
+
+
+@pytest.mark.parametrize("n", [64, 128, 500])
+@pytest.mark.parametrize("failing", [0.003, 0.012, 0.03])
+def test_the_interval_of_a_mean_score_covers_where_nearly_all_responses_agree(n: int, failing: float) -> None:
+    """All score +0.985 but a few, which score -0.9; the chance of each number of failures is the binomial's."""
+    truth, covered = 0.985 - failing * 1.885, 0.0
+    for fails in range(n + 1):
+        log_chance = math.lgamma(n + 1) - math.lgamma(fails + 1) - math.lgamma(n - fails + 1)
+        chance = math.exp(log_chance + fails * math.log(failing) + (n - fails) * math.log(1 - failing))
+        if chance > 1e-6:
+            low, high = bootstrap_ci(np.where(np.arange(n) < fails, -0.9, 0.985), bounds=(-1, 1))
+            covered += chance * (low <= truth <= high)
+    assert covered >= (0.93 if failing == 0.012 else 0.92), covered
+
+
+def test_the_interval_of_scores_that_all_agree_is_wilsons_scaled_to_their_range() -> None:
+    for n in (64, 500):
+        low, high = bootstrap_ci(np.full(n, 1.0), bounds=(-1, 1))
+        assert [low, high] == pytest.approx([2 * x - 1 for x in wilson_ci(np.ones(n))])
+    assert bootstrap_ci(np.zeros(64), np.ones(64), bounds=(0, 1))[1] == pytest.approx(wilson_ci(np.zeros(64))[1])
+
+
+def test_an_interval_that_is_wide_already_stays_as_it_is() -> None:
+    rng = np.random.default_rng(3)
+    for n in (64, 500):
+        scores = np.tanh(rng.normal(size=n))
+        assert bootstrap_ci(scores, bounds=(-1, 1)) == bootstrap_ci(scores)
+
+
+def test_all_responses_different_or_alike_leaves_a_doubt() -> None:
+    """Wilson's: 1 - 3.84 / (n + 3.84) for n different ones."""
+    different = jackknife_ci(distinct_responses, [f"text {i}" for i in range(64)])
+    assert different == pytest.approx([64 / (64 + 1.959964**2), 1.0])
+    low, high = jackknife_ci(distinct_responses, ["the same"] * 64)
+    assert low < 1 / 64 < 0.06 < high < 0.1
 
 
 def test_bootstrap_of_a_constant_ratio_has_no_width() -> None:

@@ -30,6 +30,48 @@ def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
     assert "\n" not in honest["verdict"]
 
 
+def agreeing(n: int, **changes: object) -> pd.DataFrame:
+    """A table in which every response of a model is like the others, and the policy's are better."""
+    columns = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")} | {
+        "policy_score": np.full(n, 0.985), "base_score": np.full(n, -0.5),
+        "policy_judge": np.full(n, 0.9), "base_judge": np.full(n, -0.4),
+        **{f"{m}_text": ["one two three four"] * n for m in ("policy", "base")},
+        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
+    }  # fmt: skip
+    return pd.DataFrame(columns | changes)
+
+
+def test_where_all_responses_agree_every_estimate_has_the_width_of_what_may_be_unseen() -> None:
+    """Each interval is that of 64 agreeing yes-or-no outcomes, scaled to the range that the estimate can have."""
+    n, unseen = 64, 1.959964**2 / (64 + 1.959964**2)
+    summary = summarise(agreeing(n), "positive")
+    expected = {  # the estimate, and the least and the largest that it can be
+        ("policy", "score_ci"): (0.985, -1, 1), ("policy", "judge_mean_ci"): (0.9, -1, 1),
+        ("policy", "repetition_rate_ci"): (0.0, 0, 1), (None, "score_gain_ci"): (1.485, -2, 2),
+        (None, "judge_gain_ci"): (1.3, -2, 2), (None, "judge_gap_rate_ci"): (0.0, -2, 2),
+        (None, "win_rate_ci"): (1.0, 0, 1), ("policy", "positive_ci"): (1.0, 0, 1),
+    }  # fmt: skip
+    for (model, name), (value, least, largest) in expected.items():
+        ends = [value + unseen * (bound - value) for bound in (least, largest)]
+        found = (summary if model is None else summary[model])[name]
+        assert found == pytest.approx(ends, abs=1e-6), name
+    same = summarise(agreeing(n, policy_score=np.full(n, -0.5)), "positive")
+    assert same["score_gain_ci"] == pytest.approx([-2 * unseen, 2 * unseen])
+    assert same["win_rate_ci"] == pytest.approx([0.5 - unseen / 2, 0.5 + unseen / 2]), "all are ties"
+    assert "about as" in same["verdict"]
+
+
+def test_scores_of_any_unit_are_bounded_by_what_both_models_have_shown() -> None:
+    """The policy always scores 10, base 0 or 10; the policy always writes 30 tokens, base 5 or 30."""
+    n, unseen = 64, 1.959964**2 / (64 + 1.959964**2)
+    half = np.arange(n) % 2 == 0
+    table = agreeing(n, policy_score=np.full(n, 10.0), base_score=np.where(half, 10.0, 0.0),
+                     policy_len=np.full(n, 30.0), base_len=np.where(half, 30.0, 5.0))  # fmt: skip
+    policy = summarise(table, None)["policy"]
+    assert policy["score_ci"] == pytest.approx([10 - 10 * unseen, 10])
+    assert policy["response_len_ci"] == pytest.approx([30 - 25 * unseen, 30])
+
+
 def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() -> None:
     """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
     n, names = 400, ("policy", "base")

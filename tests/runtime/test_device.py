@@ -2,12 +2,17 @@
 
 import resource
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
+from config import UserError
+
+import numpy as np
 import pytest
 import torch
 
-from runtime.device import keep_freed_memory, peak_memory_mb, resolve_device
+from runtime import cli
+from runtime.device import FittingSize, enough_memory, keep_freed_memory, peak_memory_mb, resolve_device
 
 
 def test_torch_may_not_choose_cudnns_attention_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +26,32 @@ def test_torch_may_not_choose_cudnns_attention_on_cuda(monkeypatch: pytest.Monke
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+TOO_LARGE: list[Callable[[], object]] = [lambda: torch.empty(2**60), lambda: np.empty(2**50), lambda: bytearray(2**62)]
+
+
+@pytest.mark.parametrize("allocate", TOO_LARGE)
+def test_too_little_memory_on_the_cpu_is_one_line(
+    allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What torch, numpy and Python really raise."""
+    with pytest.raises(UserError, match="memory does not suffice: lower batch_size"), enough_memory("batch_size"):
+        allocate()
+    assert cli.run(allocate) == 2
+    assert capsys.readouterr().err == "error: memory does not suffice: take a smaller model, batch or text\n"
+
+
+def test_other_errors_are_not_taken_for_too_little_memory() -> None:
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), OSError()):
+        with pytest.raises(type(error)), enough_memory("batch_size"):
+            raise error
+
+
+def test_a_size_that_does_not_fit_the_cpus_memory_is_halved() -> None:
+    rows = FittingSize(8)
+    assert rows.run(lambda size: len(torch.empty(2**60 if size > 2 else size))) == 2
+    assert rows.size == 2
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from conftest import TIMINGS, as_processes, make_policy, make_rollout, run, run_
 import eval as eval_script
 import ppo
 import train
+from runtime import cli
 from runtime.distributed import own_gpu, process_group, world_size
 from training.checkpoints import find_corruption, list_checkpoints
 
@@ -79,6 +81,61 @@ def gpus(monkeypatch: pytest.MonkeyPatch, seen: int, visible: str | None, proces
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "without MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "without MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "without MASTER_PORT"),
+        ({"RANK": "first", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK='first'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "less than WORLD_SIZE=2"),
+    ],
+)
+def test_an_environment_in_which_processes_cannot_meet_is_one_line(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def main() -> None:
+        with process_group("cpu"):
+            pass
+
+    assert cli.run(main) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} are no place"), process_group("cpu"):
+            pass
+
+
+@pytest.mark.parametrize(("launched", "printed"), [(False, True), (True, False)])
+def test_a_message_is_swallowed_only_where_another_process_of_the_machine_prints_it(
+    launched: bool, printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell within a job, or a notebook, keeps LOCAL_RANK."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    if launched:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+            monkeypatch.setenv(name, "3")
+
+    def main() -> None:
+        raise UserError("lr=-1 must be at least 0")
+
+    assert cli.run(main) == 2
+    assert ("lr=-1" in capsys.readouterr().err) == printed
 
 
 def test_with_gpus_what_is_on_the_cpu_goes_through_gloo(monkeypatch: pytest.MonkeyPatch) -> None:

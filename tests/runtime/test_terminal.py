@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from pretrain.tiny_reviews import generate_reviews
 from runtime import terminal
 from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side, wrap
 from tools.make_models import main as make_models
+
+ROOT = Path(terminal.__file__).parent.parent
 
 
 class Terminal(io.StringIO):
@@ -73,23 +76,66 @@ def test_columns_stand_beside_each_other_or_below_where_it_is_narrow() -> None:
     assert plain.splitlines() == wide, "shading moves nothing"
 
 
-def test_a_bar_shows_over_long_work_only_and_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_shows_over_long_work_only_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(terminal.progress(range(5), "counting", "number")) == list(range(5))
-    assert "counting" not in capsys.readouterr().err
+    assert "counting" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
     monkeypatch.setattr(terminal, "PATIENCE", 0.0)
     assert list(terminal.progress(range(5), "counting", "number")) == list(range(5))
-    shown = capsys.readouterr().err
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "counting" in shown
     assert "/5" in shown
     assert shown.endswith("\r"), "it leaves nothing behind"
 
 
+@pytest.mark.parametrize("seconds", [0.01, 7.0, 100.0])
+def test_a_log_has_a_line_every_half_minute_and_one_at_the_end(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """200 steps of so many seconds each, by a clock of our own."""
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
+    with terminal.progress_bar(title="training", unit="step", total=200) as bar:
+        for step in range(200):
+            clock[0] += seconds
+            bar.set_postfix_str(f"score {step}")
+            bar.update()
+    shown = capsys.readouterr().err
+    lines = shown.splitlines()
+    assert "\r" not in shown
+    assert len(lines) <= 1 + min(200, 200 * seconds / 30)
+    assert lines[-1].startswith("training: 100%")
+    assert "200/200" in lines[-1]
+    assert lines[-1].endswith("score 199]")
+    if seconds == 7:
+        assert " 5/200 [00:35<" in lines[0]
+        assert "7.00s/step" in lines[0]
+
+
+def test_a_log_has_nothing_of_a_bar_that_leaves_nothing_unless_it_takes_long(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(terminal.progress(iter("abc"), "counting", "letter")) == list("abc")
+    assert capsys.readouterr().err == ""
+    with terminal.progress_bar(range(3), "evaluating", "batch") as bar:  # as eval.py has it
+        assert list(bar) == [0, 1, 2]
+    assert capsys.readouterr().err.count("evaluating: 100%") == 1
+    assert terminal.progress_bar(range(3)).total == 3
+    assert terminal.progress_bar(x for x in "abc").total is None
+
+
+def test_every_bar_is_one_of_these() -> None:
+    """tqdm itself would fill a log."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]:
+        if path.parent.name != "tests" and path.name != "terminal.py":
+            calls = re.findall(r"\bt(?:qdm|range)\((?!\))", path.read_text(encoding="utf-8"))
+            assert not calls, path
+
+
 def test_all_long_work_before_training_has_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
     reviews = write_labelled_csv(tmp_path / "reviews.csv", ["good", "bad"])
     make_models(["--dataset", str(reviews), "--out", str(tmp_path / "models"), *MAKING])
     texts, labels = generate_reviews(40, seed=0)
