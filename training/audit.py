@@ -53,7 +53,7 @@ def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> N
             failed.append(f"{fact} ({seen})")
     if failed:
         raise UserError(
-            f"self-check failed, training would go wrong: {failed[0]}; python train.py --check shows all"
+            f"self-check failed, training would go wrong: {failed[0]}; add --check to see every fact"
             + ("" if cfg.dtype == "float32" else f"; if {cfg.dtype} is too coarse, --dtype float32 passes")
         )
     if not cfg.check:

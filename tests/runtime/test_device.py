@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runtime import cli
-from runtime.device import FittingSize, enough_memory, keep_freed_memory, peak_memory_mb, resolve_device
+from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb, resolve_device
 
 
 def test_torch_may_not_choose_cudnns_attention_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,12 +46,6 @@ def test_other_errors_are_not_taken_for_too_little_memory() -> None:
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), OSError()):
         with pytest.raises(type(error)), enough_memory("batch_size"):
             raise error
-
-
-def test_a_size_that_does_not_fit_the_cpus_memory_is_halved() -> None:
-    rows = FittingSize(8)
-    assert rows.run(lambda size: len(torch.empty(2**60 if size > 2 else size))) == 2
-    assert rows.size == 2
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
