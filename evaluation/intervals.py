@@ -79,4 +79,6 @@ def jackknife_ci(measure: Callable[[list[str]], float], texts: Sequence[str]) ->
     spread = np.sqrt((groups - 1) / groups * ((np.array(left) - np.mean(left)) ** 2).sum())
     value = measure(list(texts))
     interval = [float(max(0, value - T19 * spread)), float(min(1, value + T19 * spread))]
-    return allow_for_unseen(interval, value, len(texts), (0.0, 1.0))
+    if spread < 1 / len(texts):  # no text makes a difference that is worth one
+        return allow_for_unseen(interval, value, len(texts), (0.0, 1.0))
+    return interval

@@ -87,6 +87,12 @@ def parse_flags(cls: type[T], argv: Sequence[str] | None, doc: str | None, first
     return cls(**vars(OneLineParser(cls, doc, words=first).parse_args(given)))
 
 
+def command(script: str, **settings: object) -> str:
+    """A command that runs a script with some settings, as a shell reads it."""
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return shell_command("python", script, *words)
+
+
 def numbers(name: str, text: str, kind: type) -> list[Any]:
     """Split a setting that lists numbers: `1,2` -> [1, 2] (raises UserError)."""
     try:

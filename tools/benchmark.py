@@ -74,6 +74,8 @@ class BenchConfig:
     policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.", path="read")
     rm_name: str | None = opt(None, "Its reward model.", path="read")
     dataset: str | None = opt(None, "Its prompts.", path="read")
+    split: str = opt(TrainConfig.split, "Split of the data set (a file has no splits and is used whole).")
+    text_column: str = opt(TrainConfig.text_column, "Column that holds the text.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt(
         "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
     )
@@ -137,7 +139,11 @@ def make_config(cfg: BenchConfig, work: Workload, folder: Path) -> TrainConfig:
     if None in names.values():
         if any(names.values()):
             raise UserError("policy_name, rm_name and dataset go together: name all three or none")
+        if (cfg.split, cfg.text_column) != (BenchConfig.split, BenchConfig.text_column):
+            raise UserError("split and text_column are those of a dataset: name policy_name, rm_name and dataset, too")
         names = make_random_models(work, folder / str(hash(work)))
+    else:
+        names |= {"split": cfg.split, "text_column": cfg.text_column}
     return resolve(
         TrainConfig(
             **names, device=cfg.device, dtype=cfg.dtype, batch_size=work.batch, minibatch_size=work.minibatch,

@@ -24,8 +24,8 @@ from runtime.cli import numbers, parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, write_atomic
 from runtime.hub import quiet_libraries
-from runtime.terminal import progress_bar
 from tools.gradients import Observed, observe
+from training.estimate import timed
 from training.parts import load_parts, resolve
 from utils import position_ids
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = load_parts(run_cfg)
     keep_freed_memory()
     policy, batches = parts.models.policy, list[Known]()
-    for batch in progress_bar(range(1, cfg.fit + cfg.test + 1), "observing", "batch"):
+    for batch in timed(range(1, cfg.fit + cfg.test + 1), "observing responses", "batch"):
         observed = observe(parts, run_cfg, batch)
         batches.append(look(policy, observed, run_cfg.max_new_tokens))
     fit, test = gather(batches[: cfg.fit]), gather(batches[cfg.fit :])

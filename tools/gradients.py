@@ -33,7 +33,7 @@ from model import GPT2WithValueHead, Sequences
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
-from runtime.terminal import progress_bar
+from training.estimate import timed
 from training.parts import Parts, load_parts, resolve
 from utils import MIN_ROWS_TO_PREDICT, compute_gae, expected_scores, shape_rewards, uniforms
 
@@ -83,7 +83,7 @@ def measure(cfg: GradientsConfig) -> pd.DataFrame:
     parts = load_parts(run_cfg)
     policy, square = parts.models.policy, torch.zeros(())
     found = {way: Products() for way in ways}
-    for batch in progress_bar(range(1, cfg.pilot + cfg.batches + 1), "gradients", "batch"):
+    for batch in timed(range(1, cfg.pilot + cfg.batches + 1), "measuring gradients", "batch", measured=cfg.pilot):
         observed = observe(parts, run_cfg, batch)
         if batch <= cfg.pilot:
             square = square + policy_gradient(policy, observed, REINFORCE, run_cfg).square() / cfg.pilot

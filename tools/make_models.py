@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, UserError, opt
+from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, TrainConfig, UserError, opt
 
 import torch
+from transformers import GPT2Config
 
 from pretrain.corpus import load_corpus
 from pretrain.models import describe_models, make_models, quiet_saving
 from pretrain.recipes import RECIPES, Recipe
-from runtime.cli import parse_flags, run
+from reward import full_label
+from runtime.cli import command, parse_flags, run
 from runtime.device import resolve_device
 from runtime.files import new_folder
 
@@ -93,6 +95,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"{cfg.out}: {describe_models(report)}", file=sys.stderr)
+    print(f"next: {next_command(cfg, corpus.names)}")
+
+
+def next_command(cfg: MakeConfig, labels: Sequence[str]) -> str:
+    """The command that trains the policy with these models and texts; its label is positive, or else the last one."""
+    settings: dict[str, Any] = {
+        "policy_name": Path(cfg.out) / "policy", "rm_name": Path(cfg.out) / "reward", "dataset": cfg.dataset,
+    }  # fmt: skip
+    settings |= {
+        name: getattr(cfg, name) for name in ("dataset_config", "split", "text_column")
+        if getattr(cfg, name) != getattr(TrainConfig, name)
+    }  # fmt: skip
+    if TrainConfig.target_label not in map(full_label, labels):
+        settings["target_label"] = labels[-1]
+    context = GPT2Config.from_pretrained(Path(cfg.out) / "policy").n_positions
+    if context < TrainConfig.max_prompt_len + TrainConfig.max_new_tokens:
+        settings |= {"max_prompt_len": context // 2, "max_new_tokens": context // 2}
+    return command("train.py", **settings)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from runtime.cli import parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import new_folder, write_atomic
 from runtime.hub import quiet_libraries
-from runtime.terminal import progress_bar
 from training.commands import eval_command
+from training.estimate import timed
 from training.parts import Parts, load_parts, resolve
 from training.run_folder import describe, describe_reward
 from utils import output_embedding, uniforms
@@ -70,11 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule = replace(run_cfg, total_steps=len(draws), warmup_steps=min(cfg.warmup, len(draws) - 1))
     optimizer = build_optimizer(policy, schedule)
     order = np.random.default_rng(run_cfg.seed).permutation(len(draws))
-    with progress_bar(order, "weighted likelihood", "step") as bar:
-        for step, number in enumerate(bar, 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, step)
-            optimizer_step(policy, reference, optimizer, draws[number], run_cfg)
+    for step, number in enumerate(timed(order.tolist(), "weighted likelihood", "step"), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(schedule, step)
+        optimizer_step(policy, reference, optimizer, draws[number], run_cfg)
     about = {**describe(run_cfg), "reward": describe_reward(parts.models), "weighted_likelihood": vars(cfg)}
     with quiet_saving(), new_folder(Path(cfg.out)) as folder:
         policy.save_pretrained(folder)
@@ -102,7 +101,7 @@ def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[l
     """Base's responses, batch by batch and draw by draw, and their scores (prompts, answers)."""
     models, seqs, scores = parts.models, list[Sequences](), list[Tensor]()
     pairs = [(batch, draw) for batch in range(1, cfg.batches + 1) for draw in range(cfg.answers)]
-    for batch, draw in progress_bar(pairs, "sampling base", "batch"):
+    for batch, draw in timed(pairs, "sampling base", "batch"):
         noise = uniforms(run_cfg.seed + 1 + draw, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
         seqs.append(models.respond(models.reference, parts.prompts.batch(batch), noise, run_cfg))
         scores.append(models.score(seqs[-1], run_cfg).cpu())

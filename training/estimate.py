@@ -1,16 +1,25 @@
-"""How long a run on the CPU will take: the matrix products of its steps, at the rate of a large one."""
+"""How long work will take: a run on the CPU by its matrix products, other work by its first part."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from config import TrainConfig
 
 import torch
+from tqdm import tqdm
 
 from model import GPT2WithValueHead
 from ppo import Models
 from reward import Classifier
 from runtime.device import matmul_rate
 from runtime.distributed import world_size
+from runtime.terminal import progress_bar
+
+T = TypeVar("T")
 
 SLOWDOWN = 2.0  # steps take 1.8 to 2.5 times as long as their matrix products would (results/benchmark.csv)
+SHORT = 20.0  # seconds: work that is over by then needs no word
 LONG = 1800.0  # seconds: what is shorter needs no word
 SLOWEST = 5e9  # FLOP/s that every CPU reaches: where that suffices nothing need be measured
 
@@ -29,6 +38,20 @@ def note_slow_run(models: Models, cfg: TrainConfig, steps: int) -> str | None:
         f"without a GPU this will take about {duration(steps * seconds)} ({steps} steps of {duration(seconds)}): for a "
         "first try take --preset tiny, a smaller --policy_name and --rm_name, or fewer --total_steps"
     )
+
+
+def timed(work: Sequence[T], title: str, unit: str, measured: int = 0) -> Iterator[T]:
+    """The same work behind a bar; once its first unit is done, a line says how long the others will take.
+
+    measured is the number of the unit to go by, where the first is not like most.
+    """
+    with progress_bar(work, title, unit) as bar:
+        for number, one in enumerate(bar):
+            begun = time.monotonic()
+            yield one
+            seconds = (len(work) - number - 1) * (time.monotonic() - begun)
+            if number == measured and seconds >= SHORT:
+                tqdm.write(f"{title} will take another {duration(seconds)} or so")
 
 
 def duration(seconds: float) -> str:

@@ -60,6 +60,12 @@ def test_all_responses_different_or_alike_leaves_a_doubt() -> None:
     assert different == pytest.approx([64 / (64 + 1.959964**2), 1.0])
     low, high = jackknife_ci(distinct_responses, ["the same"] * 64)
     assert low < 1 / 64 < 0.06 < high < 0.1
+    some_alike = [f"text {i % 50}" for i in range(64)]
+    low, high = jackknife_ci(distinct_responses, some_alike)
+    left = [len({t for i, t in enumerate(some_alike) if i % 20 != g}) for g in range(20)]
+    shares = np.array(left) / [sum(i % 20 != g for i in range(64)) for g in range(20)]
+    half = 2.093 * math.sqrt(19 / 20 * ((shares - shares.mean()) ** 2).sum())
+    assert [low, high] == pytest.approx([50 / 64 - half, 50 / 64 + half]), "a wide one stays as it is"
 
 
 def test_bootstrap_of_a_constant_ratio_has_no_width() -> None:

@@ -10,7 +10,19 @@ import pandas as pd
 import pytest
 
 from reward import SentimentReward
-from tools.benchmark import Workload, append, make_random_models, measure, measure_peer, sweep
+from runtime.cli import parse_flags
+from tools.benchmark import (
+    BenchConfig,
+    Workload,
+    append,
+    main,
+    make_config,
+    make_random_models,
+    measure,
+    measure_peer,
+    sweep,
+)
+from training.parts import load_parts
 
 SMALL = Workload((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)
 
@@ -51,6 +63,20 @@ def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monk
     table = pd.read_csv(tmp_path / "b.csv")
     assert len(table) == 2
     assert table.peer_seconds.tolist()[1] == 7.0
+
+
+def test_the_text_is_read_from_the_column_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = make_random_models(SMALL, tmp_path, vocabulary=300)
+    lines = Path(names["dataset"]).read_text().splitlines()
+    rows = pd.DataFrame({"text": "w1", "body": lines})
+    rows.to_csv(tmp_path / "reviews.csv", index=False)
+    models = [f"--{name}={names[name]}" for name in ("policy_name", "rm_name")]
+    config = parse_flags(BenchConfig, [*models, f"--dataset={tmp_path / 'reviews.csv'}", "--text_column=body"], None)
+    train_cfg = make_config(config, replace(SMALL, prompt=8), tmp_path)
+    assert load_parts(train_cfg).prompts.prompts, "texts of one word would be too short"
+    assert train_cfg.text_column == "body"
+    with pytest.raises(UserError, match="text_column"):
+        main(["--text_column=body"])
 
 
 def test_peer_is_the_median_without_the_first_step() -> None:

@@ -13,6 +13,7 @@ from conftest import make_policy, sample
 
 from tools.critics import CRITICS, Known, explained, gather, look, main
 from tools.gradients import Observed
+from training import estimate
 
 
 def test_features_know_nothing_of_the_token_and_what_follows() -> None:
@@ -57,14 +58,19 @@ def test_explained_variance_is_that_of_least_squares() -> None:
     assert explained(fit, test, ["last"], 1e9, [])["all tokens"] < found["all tokens"] / 2, "the ridge"
 
 
-def test_the_table_has_every_critic(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_every_critic(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     csv = tmp_path / "critics.csv"
     train = " ".join(f"--{name}={value}" for name, value in flags.items())
+    monkeypatch.setattr(estimate, "SHORT", 0.0)
     main(["--fit", "2", "--test", "1", "--tokens", "1,3", "--csv", str(csv), "--train", train])
     table = pd.read_csv(csv)
     assert table.critic.tolist() == list(CRITICS)
     assert (table["all tokens"] <= 1).all()
-    assert "partial score and last hidden state" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "partial score and last hidden state" in said
+    assert "observing responses will take another" in said
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

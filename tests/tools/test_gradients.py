@@ -15,6 +15,7 @@ from model import GPT2WithValueHead, Sequences
 from ppo import Batch, ppo_loss
 from tools import gradients
 from tools.gradients import REINFORCE, GradientsConfig, Observed, Products, advantages, main, policy_gradient
+from training import estimate
 
 WEIGHTS = 100_000
 
@@ -131,9 +132,12 @@ def test_weights_count_as_they_do_for_adam(monkeypatch: pytest.MonkeyPatch) -> N
         assert row["signal_to_noise"] == pytest.approx(signal / (gram.trace() / 4 - signal), rel=1e-6)
 
 
-def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = " ".join(f"--{name}={value}" for name, value in flags.items())
     table = tmp_path / "deep" / "gradients.csv"
+    monkeypatch.setattr(estimate, "SHORT", 0.0)
     main(["--batches=3", "--pilot=1", "--reward_every=2,0", "--gae_lambda=0.5,1", f"--csv={table}",
           f"--train={words} --gamma=0.9 --reward_every=0"])  # fmt: skip
     rows = pd.read_csv(table).set_index(["reward_every", "gae_lambda"])
@@ -141,7 +145,7 @@ def test_table(flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert rows.signal_to_noise.nunique() == 4
     assert (rows.batches == 3).all()
     assert (rows.batch == 8).all()
-    capsys.readouterr()
+    assert "measuring gradients will take another" in capsys.readouterr().out
     main([f"--draw={table}"])
     assert "signal_to_noise" in capsys.readouterr().out
 

@@ -1,13 +1,15 @@
 """Making models and the tiny world: what is written, what is refused, what a crash leaves."""
 
 import json
+import shlex
 from pathlib import Path
 
-from config import UserError
+from config import TrainConfig, UserError, parse_config
 
 import pytest
 from conftest import MAKING, make_models, write_labelled_csv
 
+import train
 from pretrain import tiny_reviews
 from tools.make_models import main
 
@@ -19,6 +21,23 @@ def test_report_holds_what_was_measured(made_models: Path) -> None:
     assert report["reward"]["held_out_texts"] == 8
     assert report["recipe"]["lm"]["steps"] == 2
     assert [p.name for p in made_models.parent.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("names", [["good one", "bad one"], ["positive", "negative"]])
+def test_the_command_printed_at_the_end_trains(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shell reads it, from a folder whose name has a blank; the self-check runs on the real models."""
+    monkeypatch.chdir(tmp_path)
+    data = write_labelled_csv(tmp_path / "my reviews.csv", names)
+    data.write_text(data.read_text().replace("text,label", "body,label"))
+    main(["--dataset", "my reviews.csv", "--text_column", "body", "--out", "näw models/1", *MAKING])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    python, script, *flags = shlex.split(line.removeprefix("next: "))
+    assert (python, script) == ("python", "train.py")
+    cfg = parse_config(TrainConfig, [*flags, "--check", "--device=cpu"])
+    assert cfg.target_label == ("positive" if "positive" in names else "good one")
+    train.main(cfg)
 
 
 def test_same_seed_makes_the_same_models(labelled_csv: Path, made_models: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Weighted likelihood: the loss, the weights, and the policy that it must find."""
 
 import json
+import shlex
 from pathlib import Path
 
 from config import TrainConfig, UserError
@@ -13,6 +14,7 @@ from test_convergence import BETA, RESPONSES, divergence, log_distribution
 
 from model import Sequences
 from tools.weighted_likelihood import Draw, main, optimizer_step, weigh, weighted_loss
+from training import estimate
 
 VOCAB, LONGEST, PROMPT = 5, 3, 2
 
@@ -79,14 +81,17 @@ def test_weights_are_those_of_the_optimal_policy_at_the_kl_asked_for() -> None:
 
 
 def test_it_leaves_a_run_that_eval_and_interpolate_take(
-    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = " ".join(f"--{name}={value}" for name, value in flags.items() if name != "ckpt_dir")
-    out = tmp_path / "limit"
+    out = tmp_path / "the limit"
+    monkeypatch.setattr(estimate, "SHORT", 0.0)
     main(["--kl", "0.2", "--answers", "4", "--batches", "2", "--train", words, "--out", str(out)])
     said = capsys.readouterr().out
     assert "the optimal policy scores" in said
-    assert f"eval.py --policy_path {out / 'policy_lm'}" in said
+    assert shlex.split(said.splitlines()[-1])[1:] == ["python", "eval.py", "--policy_path", str(out / "policy_lm")]
+    for title in ("sampling base", "weighted likelihood"):
+        assert f"{title} will take another" in said
     assert (out / "policy_lm" / "model.safetensors").is_file()
     assert json.loads((out / "config.json").read_text())["weighted_likelihood"]["kl"] == 0.2
 

@@ -16,8 +16,29 @@ from model import evaluate_both, sample_responses
 from ppo import ppo_update
 from reward import SentimentReward
 from training import estimate
-from training.estimate import duration, flops, note_slow_run
+from training.estimate import duration, flops, note_slow_run, timed
 from utils import uniforms
+
+
+@pytest.mark.parametrize(
+    ("seconds", "measured", "said"),
+    [
+        ([60.0] * 11, 0, ["observing will take another 10 minutes or so"]),
+        ([1.0, 1.0, 90.0, 90.0, 90.0], 2, ["observing will take another 3 minutes or so"]),
+        ([1.0] * 11, 0, []),
+        ([3600.0], 0, []),
+    ],
+)
+def test_work_says_how_long_it_will_take_once_a_unit_is_done(
+    seconds: list[float], measured: int, said: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    clock = [0.0]
+    monkeypatch.setattr(estimate.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
+    for one in timed(seconds, "observing", "batch", measured):
+        clock[0] += one
+    assert capsys.readouterr().out.splitlines() == said
+
 
 CFG = TrainConfig(
     batch_size=8,
