@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -78,10 +79,13 @@ def test_a_run_whose_terminal_is_gone_is_saved_though_nothing_can_be_printed(
     flags: dict[str, str], tmp_path: Path
 ) -> None:
     main, terminal = os.openpty()
+    os.set_blocking(main, False)
     words = [f"--{name}={value}" for name, value in {**flags, "total_steps": "300", "eval_every": "0"}.items()]
     process = forked(partial(at_terminal, os.ttyname(terminal), words), tmp_path / "said.txt")
     while not (Path(flags["ckpt_dir"]) / "metrics.csv").exists():
         assert process.is_alive()
+        with suppress(BlockingIOError):
+            os.read(main, 65536)  # a terminal that nobody reads would fill up and hold the run
         time.sleep(0.05)
     os.close(terminal)
     os.close(main)  # as when ssh dies
