@@ -345,7 +345,7 @@ def documented_commands() -> list[str]:
 TEXTS = {  # settings that are no path
     "preset", "policy_revision", "rm_revision", "dataset_revision", "target_label", "split", "lm_split", "text_column",
     "label_column", "chosen_label", "report_to", "prompt", "sweep", "peer", "peer_name", "train", "evaluate", "tokens",
-    "reward_every", "gae_lambda", "alphas", "at_kl", "bug", "seeds", "grid",
+    "reward_every", "gae_lambda", "alphas", "at_kl", "bug", "seeds", "grid", "dataset_config", "label_names",
 }  # fmt: skip
 TOOLS = [
     getattr(importlib.import_module(f"tools.{path.stem}"), name)
