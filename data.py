@@ -124,6 +124,7 @@ def load_labelled(
 
 
 NUMERAL = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?", re.ASCII)  # 007 and 1e3 are names
+NONE_WORDS = {"na", "n/a", "nan", "none", "null"}
 WORDS = {"true": True, "false": False}
 
 
@@ -133,6 +134,7 @@ def classes(cells: Sequence[Any], where: str) -> list[str | int | None]:
     Where all are -1 all are missing. Raises UserError, which begins with `where`, for fractions and for lists and such.
     """
     labels = [None if is_missing(cell) or (isinstance(cell, str) and not cell.strip()) else cell for cell in cells]
+    labels = _without_words_for_none(labels)
     for label in labels:
         if label is not None and not isinstance(label, str | bool | numbers.Real | np.bool_ | Decimal):
             raise UserError(f"{where} holds {_short(label)}, which is not a label: choose another with --label_column")
@@ -148,6 +150,15 @@ def classes(cells: Sequence[Any], where: str) -> list[str | int | None]:
         return [None] * len(values)
     whole = bool if all(isinstance(value, bool) for value in present) else int
     return [None if value is None else whole(value) for value in values]
+
+
+def _without_words_for_none(labels: list[Any]) -> list[Any]:
+    """Labels where NA and the like mean that there is none, if all the others are numbers."""
+    words = [isinstance(label, str) and label.strip().lower() in NONE_WORDS for label in labels]
+    others = [label for label, is_word in zip(labels, words, strict=True) if label is not None and not is_word]
+    if not others or any(isinstance(label, str) and _number(label) is None for label in others):
+        return labels
+    return [None if is_word else label for label, is_word in zip(labels, words, strict=True)]
 
 
 def _number(label: Any) -> bool | float | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import (
     PRESETS,
@@ -59,7 +59,7 @@ from runtime.distributed import (
     world_size,
 )
 from runtime.files import spreadsheet_safe, write_atomic
-from runtime.fingerprints import saved_weights_sha256, texts_sha256, weights_sha256
+from runtime.fingerprints import model_sha256, saved_weights_sha256, texts_sha256
 from runtime.hub import quiet_libraries
 from runtime.tables import has_splits, split_names
 from runtime.terminal import progress_bar
@@ -73,7 +73,13 @@ RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says 
     "max_prompt_len", "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
 }  # fmt: skip
 RESULTS = "eval_results.csv"
-Judge = Callable[[list[str]], np.ndarray]
+
+
+class Judge(NamedTuple):
+    """A second judge: texts -> scores (n,), and a fingerprint of what it is made of."""
+
+    score: Callable[[list[str]], np.ndarray]
+    sha256: str
 
 
 def main(cfg: EvalConfig) -> dict[str, Any]:
@@ -84,7 +90,8 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
     with process_group(cfg.device):
         with raise_on_all_ranks():
             check_target(out_csv)
-            check_earlier_results(cfg, out_csv)
+            earlier = earlier_summary(out_csv)
+            check_earlier_results(cfg, out_csv, earlier)
             run_cfg = settings_of_run(cfg)
             cfg = replace(cfg, split=evaluation_split(cfg, run_cfg))
         results, label = evaluate(cfg, run_cfg)
@@ -93,6 +100,9 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         settings = {**asdict(cfg), **{name: getattr(run_cfg, name) for name in sorted(RUN_SETTINGS)}}
         summary = summarise(results, label, run_cfg.target_label) | {"seed": cfg.seed, "settings": settings}
         summary["policy_sha256"] = saved_weights_sha256(Path(cfg.policy_path))
+        summary["judge_sha256"] = results.attrs.get("judge_sha256")
+        if earlier.get("judge_sha256") and summary["judge_sha256"] not in (None, earlier["judge_sha256"]):
+            print("note: the second judge, or what it was fitted on, is not that of the results which are replaced")
         write(results, summary, out_csv)
         print(table(summary))
         page = beside(out_csv, "report.html")
@@ -220,7 +230,8 @@ def add_judge(results: pd.DataFrame, judge: Judge | None) -> None:
     """Add the second judge's scores of both models' responses, if there is a judge."""
     if judge is not None:
         for name in ("policy", "base"):
-            results[f"{name}_judge"] = judge(results[f"{name}_text"].tolist())
+            results[f"{name}_judge"] = judge.score(results[f"{name}_text"].tolist())
+        results.attrs["judge_sha256"] = judge.sha256
 
 
 def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> None:
@@ -229,7 +240,7 @@ def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> 
         return
     saved = json.loads((home / "config.json").read_text(encoding="utf-8"))
     before = {"rm_name": saved.get("reward", {}).get("sha256")} | saved.get("fingerprints", {})
-    now = {"rm_name": reward_sha256(models.reward), "ref_name": weights_sha256(models.reference.lm)}
+    now = {"rm_name": reward_sha256(models.reward), "ref_name": model_sha256(models.reference.lm)}
     for name, what in (("rm_name", "reward"), ("ref_name", "base")):
         changed = before[name] != now[name] if before.get(name) else saved[name] not in (None, getattr(run, name))
         if changed:
@@ -245,7 +256,7 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         model = SentimentReward(
             resolve_name(cfg.judge), run.target_label, run.device, dtype=getattr(torch, run.dtype), setting="judge"
         )
-        return lambda texts: model(texts).cpu().numpy()
+        return Judge(lambda texts: model(texts).cpu().numpy(), reward_sha256(model))
     try:
         name = resolve_name(run.dataset, run.split)
         texts, names = load_labelled(
@@ -268,7 +279,7 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         return None
     judge = FittedJudge([text for text, _ in known], target)
     print(f"second judge: naive Bayes on the labels of {run.dataset}, right on {judge.accuracy:.0%} of held-out pieces")
-    return judge.score
+    return Judge(judge.score, texts_sha256([f"{label} {text}" for text, label in known]))
 
 
 def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
@@ -324,7 +335,7 @@ def held_out_prompts(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     if len(prompts) < 2:
         raise UserError(
             f"fewer than 2 reviews of split={split} of {run.dataset} have min_prompt_len={run.min_prompt_len} "
-            "tokens and were not trained on: lower it, or change --dataset"
+            "tokens and were not trained on: lower it, or change --split or --dataset"
         )
     if len(prompts) < cfg.n_samples:
         print(f"note: only {len(prompts)} prompts are long enough; n_samples={cfg.n_samples} was asked for")
@@ -438,17 +449,23 @@ def results_path(cfg: EvalConfig) -> Path:
     return home / (RESULTS if place == home.absolute() else f"{place.name}_{RESULTS}")
 
 
-def check_earlier_results(cfg: EvalConfig, out_csv: Path) -> None:
+def earlier_summary(out_csv: Path) -> dict[str, Any]:
+    """The summary of the evaluation that is to be replaced; empty where there is none."""
+    try:
+        summary = json.loads(beside(out_csv, "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) and isinstance(summary.get("settings"), dict) else {}
+
+
+def check_earlier_results(cfg: EvalConfig, out_csv: Path, earlier: dict[str, Any]) -> None:
     """Say what is replaced; refuse to replace another policy's results unless out_csv asks for it (UserError)."""
     if not out_csv.exists():
         return
-    try:
-        earlier = json.loads(beside(out_csv, "summary.json").read_text(encoding="utf-8"))["settings"]["policy_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        earlier = "an unknown policy"
-    if cfg.out_csv is None and find_run(cfg.policy_path) is None and earlier != cfg.policy_path:
-        raise UserError(f"{out_csv} has the results of {earlier}: name another file with --out_csv, or remove it")
-    print(f"note: the results of {earlier} in {out_csv} will be replaced")
+    policy = earlier.get("settings", {}).get("policy_path", "an unknown policy")
+    if cfg.out_csv is None and find_run(cfg.policy_path) is None and policy != cfg.policy_path:
+        raise UserError(f"{out_csv} has the results of {policy}: name another file with --out_csv, or remove it")
+    print(f"note: the results of {policy} in {out_csv} will be replaced")
 
 
 def check_target(out_csv: Path) -> None:

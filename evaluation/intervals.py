@@ -23,8 +23,11 @@ def bootstrap_ci(
     """Percentile bootstrap interval [low, high] of sum(values) / sum(weights), resampling prompts (Efron 1979).
 
     values and weights (n,); without weights it is that of the mean. bounds are the least and the largest that a value,
-    or a value / weight, can be; the interval allows for such values where few or none of them were seen.
+    or a value / weight, can be; the interval allows for such values where few or none of them were seen. Where no
+    bounds are given, values within -1 and 1 are taken for a label's scores, which have these bounds.
     """
+    if bounds is None and weights is None and np.abs(values).max() <= 1:
+        bounds = (-1.0, 1.0)
     counts, values = resample_counts(len(values), seed), np.asarray(values, dtype=np.float32)
     weights = None if weights is None else np.asarray(weights, dtype=np.float32)
     with np.errstate(invalid="ignore"):  # a resample whose weights are all 0 has no mean

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, policy_folder
 
 import torch
 from tokenizers import Tokenizer
@@ -94,6 +94,7 @@ def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenize
 
 
 def _load_policy(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    name = policy_folder(name)
     tokenizer = load_tokenizer("init", name)
     with loading("init", name, "language model"):
         model, info = AutoModelForCausalLM.from_pretrained(

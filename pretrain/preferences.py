@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from config import UserError
+from config import UserError, policy_folder
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,7 @@ class PreferenceTrainer:
     def __init__(self, init: str, with_prompt: bool, device: torch.device) -> None:
         """Load any encoder, classifier or language model; its head is new (raises UserError)."""
         self.with_prompt, self.device = with_prompt, device
+        init = policy_folder(init)
         self.tokenizer = load_tokenizer("init", init)
         with loading("init", init, "encoder"):
             self.model: Any

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, policy_folder
 
 import torch
 from tokenizers import Tokenizer
@@ -118,6 +118,7 @@ def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, 
 
 
 def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    name = policy_folder(name)
     tokenizer = load_tokenizer("reward_init", name)
     with loading("reward_init", name, "classifier"):
         model, info = AutoModelForSequenceClassification.from_pretrained(

@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from runtime.files import sha256
+
+NO_PART_OF_A_MODEL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
 def texts_sha256(texts: Iterable[str]) -> str:
@@ -28,6 +31,13 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().data.cast("B"))
     return digest.hexdigest()
+
+
+def model_sha256(model: nn.Module) -> str:
+    """The SHA-256 checksum of a model of the library: of its weights, and of what its config makes of them."""
+    settings: dict[str, Any] = cast(Any, model).config.to_dict()
+    config = {name: value for name, value in settings.items() if name not in NO_PART_OF_A_MODEL}
+    return texts_sha256([weights_sha256(model), json.dumps(config, sort_keys=True, default=str)])
 
 
 def saved_weights_sha256(folder: Path) -> str:

@@ -141,3 +141,5 @@ def test_the_defaults_are_left_out() -> None:
     assert eval_command(Path("x/policy_lm"), "a.py:f") == "python eval.py --policy_path x/policy_lm --rm_name a.py:f"
     assert resume_command(TrainConfig()) == "python train.py --resume"
     assert resume_command(TrainConfig(ckpt_dir="x y")) == "python train.py --resume 'x y'"
+    assert resume_command(TrainConfig(ckpt_dir="-x")) == "python train.py --resume=-x"
+    assert eval_command(Path("-x/policy_lm"), "tiny:reward") == "python eval.py --policy_path=-x/policy_lm"

@@ -205,6 +205,8 @@ def test_half_a_character_is_replaced(tmp_path: Path) -> None:
 
 NAMED = {
     "negative and positive": ([0, 1, 1, None], ["NEGATIVE", "POSITIVE", "POSITIVE", None]),
+    "NA among numbers": (["0", "1", "NA", "nan"], ["NEGATIVE", "POSITIVE", None, None]),
+    "NA among names": (["good", "NA"], ["good", "NA"]),
     "floats because of a blank": ([0.0, 1.0, None], ["NEGATIVE", "POSITIVE", None]),
     "spelt": (["0", "1", "", " 1 "], ["NEGATIVE", "POSITIVE", None, "POSITIVE"]),
     "spelt as floats": (["0.0", "1.0", "1"], ["NEGATIVE", "POSITIVE", "POSITIVE"]),

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
 from evaluation.summary import summarise
-from runtime.fingerprints import weights_sha256
+from runtime.fingerprints import model_sha256
 from tools.compare import find_evaluations
 from training.parts import load_models
 from training.run_folder import reward_sha256
@@ -42,7 +42,7 @@ def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_cs
     assert results.policy_len.between(1, 8).all()
     assert "win-rate" in capsys.readouterr().out
     again = json.loads(json.dumps(summarise(results, "positive")))
-    assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed", "policy_sha256")}
+    assert again == {k: v for k, v in summary.items() if k not in ("settings", "seed", "policy_sha256", "judge_sha256")}
 
 
 def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run: Path, tmp_path: Path) -> None:
@@ -163,6 +163,11 @@ def test_the_second_judge_is_fitted_on_labels_or_named(
     fitted, summary = run_eval(finished_run, tmp_path / "c", "--dataset", str(labelled))
     assert fitted.policy_judge.between(-1, 1).all()
     assert "judge_mean" in summary["base"]
+    assert "the second judge, or what it was fitted on" not in capsys.readouterr().out
+    flipped = {**rows, "label": [{"pos": "neg", "neg": "pos"}[label] for label in rows["label"]]}
+    datasets.DatasetDict({**splits, "train": datasets.Dataset.from_dict(flipped)}).save_to_disk(tmp_path / "flipped")
+    run_eval(finished_run, tmp_path / "c", "--dataset", str(tmp_path / "flipped"))
+    assert "the second judge, or what it was fitted on" in capsys.readouterr().out
     rows["label"] = [int(label == "pos") for label in rows["label"]]
     splits["train"] = datasets.Dataset.from_dict(rows)
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "numbered")
@@ -321,7 +326,7 @@ def test_reward_and_base_that_the_run_did_not_have_are_named(
     saved = json.loads((finished_run / "config.json").read_text())
     models = load_models(TrainConfig(policy_name=str(policy), rm_name=str(reward), device="cpu", dtype="float32",
                                      max_new_tokens=8, max_prompt_len=12))  # fmt: skip
-    prints = {"ref_name": weights_sha256(models.reference.lm), "rm_name": reward_sha256(models.reward)}
+    prints = {"ref_name": model_sha256(models.reference.lm), "rm_name": reward_sha256(models.reward)}
     (finished_run / "config.json").write_text(json.dumps({**saved, "fingerprints": prints}))
     names = ["--ref_name", str(policy), "--rm_name", str(reward)]
     run_eval(finished_run, tmp_path / "a", *names)

@@ -46,4 +46,4 @@ def test_training_and_evaluation_need_nothing_that_only_unix_has(
     assert "done: see run 1 ü/curves.png" in done.stdout
     assert pd.read_csv(folder / "run 1 ü" / "metrics.csv").peak_memory_mb.isna().all(), "no module tells"
     assert pd.read_csv(folder / "run 1 ü" / "samples.csv").prompt.str.startswith("映β ").all()
-    assert pd.read_csv(folder / "eval_results.csv").prompt.str.startswith("映β ").all()
+    assert pd.read_csv(folder / "run 1 ü" / "eval_results.csv").prompt.str.startswith("映β ").all()

@@ -95,8 +95,15 @@ def what_to_mind(runs: Sequence[ComparedRun]) -> list[str]:
         "these runs have different prompts": ("dataset", "dataset_config", "text_column", "max_prompt_len"),
         "these runs decode differently, and so do their figures": ("temperature", "top_k", "top_p", "max_new_tokens"),
     }  # fmt: skip
-    return [note for note, names in notes.items()
-            if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs for name in names)]  # fmt: skip
+    differing = [
+        note
+        for note, names in notes.items()
+        if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs for name in names)
+    ]
+    judges = {one.get("judge_sha256") for run in runs for one in run.evaluations} - {None}
+    if len(judges) > 1:
+        differing.append("these evaluations have different second judges")
+    return differing
 
 
 # --- what eval.py has written ---------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from pretrain.models import quiet_saving
 from runtime.cli import numbers, parse_flags, run
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
-from runtime.hub import load_gpt2, quiet_libraries
+from runtime.hub import load_gpt2, load_tokenizer, quiet_libraries
 from runtime.terminal import progress_bar
 from training.card import write_card
 from training.commands import eval_command
@@ -142,6 +142,8 @@ class Line:
         self.policy, self.start = policy, _weights(reference)
         ends = [_weights_of(path) for path in paths]
         for path, end in zip(paths, ends, strict=True):
+            if load_tokenizer("runs", str(path)).get_vocab() != load_tokenizer("runs", str(paths[0])).get_vocab():
+                raise UserError(f"runs: {path} has another tokenizer than {paths[0]}: name runs of one base")
             if {k: v.shape for k, v in end.items()} != {k: v.shape for k, v in self.start.items()}:
                 raise UserError(f"runs: {path} is of another size than the base of {paths[0]}: name runs of one base")
         self.direction = {

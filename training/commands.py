@@ -7,6 +7,11 @@ from config import EvalConfig, TrainConfig, python_reward
 from runtime.cli import shell_command
 
 
+def flag(name: str, value: str) -> list[str]:
+    """A flag with its value; one that begins with a dash is no flag only if an equals sign ties it to its own."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
 def eval_command(policy: Path, rm_name: str, *flags: str) -> str:
     """The command that evaluates a policy of a run; the run's settings say the rest.
 
@@ -14,9 +19,9 @@ def eval_command(policy: Path, rm_name: str, *flags: str) -> str:
     """
     words = ["python", "eval.py"]
     if policy != Path(EvalConfig.policy_path):
-        words += ["--policy_path", str(policy)]
+        words += flag("policy_path", str(policy))
     if python_reward(rm_name):
-        words += ["--rm_name", rm_name]
+        words += flag("rm_name", rm_name)
     return shell_command(*words, *flags)
 
 
@@ -24,7 +29,7 @@ def resume_command(cfg: TrainConfig) -> str:
     """The command that resumes a run; it names a Python reward, as eval_command does."""
     words = ["python", "train.py", "--resume"]
     if cfg.ckpt_dir != TrainConfig.ckpt_dir:
-        words.append(cfg.ckpt_dir)
+        words[-1:] = flag("resume", cfg.ckpt_dir)
     if python_reward(cfg.rm_name):
-        words += ["--rm_name", cfg.rm_name]
+        words += flag("rm_name", cfg.rm_name)
     return shell_command(*words)

@@ -17,7 +17,7 @@ from reward import Classifier, Reward, full_label, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
-from runtime.tables import has_splits
+from runtime.tables import has_splits, is_file
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     else:
         names["rm_name"] = cfg.rm_name
     for setting, name in names.items():
-        if not name.startswith("tiny:"):
+        if setting == "dataset" and is_file(name):
+            if not Path(name).exists():
+                raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
+        elif not name.startswith("tiny:"):
             require_hub(setting, name)
     return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **paths)
 
@@ -116,7 +119,7 @@ def check_same_tokens(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, poli
     if policy_path is None and (name, revision) == (cfg.policy_name, cfg.policy_revision):
         return
     try:
-        theirs = load_tokenizer("ref_name", resolve_name(name), revision)
+        theirs = load_tokenizer("ref_name", resolve_name(policy_folder(name)), revision)
     except UserError:
         print(f"note: ref_name={name} has no tokenizer, so nothing shows whether it reads tokens as the policy does")
         return

@@ -27,7 +27,7 @@ from reward import Classifier, Reward, ScoreScale, score_title
 from runtime.device import device_name
 from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
-from runtime.fingerprints import texts_sha256, tokenizer_sha256, weights_sha256
+from runtime.fingerprints import model_sha256, texts_sha256, tokenizer_sha256
 from runtime.hub import resolved_commit
 from training.card import write_card
 from training.checkpoints import (
@@ -54,7 +54,7 @@ SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}
 CHANGED_INPUTS = {  # of a fingerprint: the setting that names what was taken, and what of it has changed
     "dataset": ("dataset", ""),
     "tokenizer": ("policy_name", " (its tokenizer)"),
-    "ref_name": ("ref_name", " (its weights)"),
+    "ref_name": ("ref_name", " (its weights or its config)"),
     "rm_name": ("rm_name", ""),
 }
 HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # may change, with a note
@@ -369,15 +369,15 @@ def fingerprints(parts: Parts) -> dict[str, str]:
     return {
         "dataset": parts.dataset_sha256,
         "tokenizer": tokenizer_sha256(models.tokenizer),
-        "ref_name": weights_sha256(models.reference.lm),
+        "ref_name": model_sha256(models.reference.lm),
         "rm_name": reward_sha256(models.reward),
     }
 
 
 def reward_sha256(reward: Reward) -> str:
-    """The fingerprint of a reward: of a classifier's weights and tokenizer, or of a user's code."""
+    """The fingerprint of a reward: of a classifier and its tokenizer, or of a user's code."""
     if isinstance(reward, Classifier):
-        return texts_sha256([weights_sha256(reward.model), tokenizer_sha256(reward.tokenizer)])
+        return texts_sha256([model_sha256(reward.model), tokenizer_sha256(reward.tokenizer)])
     return str(getattr(reward, "sha256", ""))
 
 

@@ -182,3 +182,16 @@ def test_runs_of_another_base_are_refused(finished_run: Path, tmp_path: Path) ->
     (other / "policy_lm" / "config.json").write_text(json.dumps({**config, "n_layer": config["n_layer"] - 1}))
     with pytest.raises(UserError, match="name runs of one base"):
         main([str(finished_run), str(other), "--curve", "--csv", str(tmp_path / "x.csv"), *SAME])
+
+
+def test_runs_with_other_tokens_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    """Of the same number, so that nothing else would tell."""
+    other = shutil.copytree(finished_run, tmp_path / "other")
+    file = other / "policy_lm" / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(rules))
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        main([str(finished_run), str(other), "--kl", "0.1", "--out", str(tmp_path / "out"), "--n_samples", "4",
+              "--device", "cpu"])  # fmt: skip

@@ -1,13 +1,16 @@
 """From preferences to a reward model by the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 from config import UserError
 
 import pytest
-from conftest import made_pairs, run, write_pairs
+import torch
+from conftest import made_pairs, make_models, run, write_labelled_csv, write_pairs
 
+from pretrain.preferences import PreferenceTrainer
 from tools.make_reward import main
 
 
@@ -61,3 +64,12 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=words):
         main(["--dataset", str(labelled_csv), "--init", str(gpt2_dir), "--out", str(tmp_path / "rm"), *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_stands_for_its_policy(gpt2_dir: Path, tmp_path: Path) -> None:
+    """As what is trained further, by both tools."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(gpt2_dir, run_folder / "policy_lm")
+    PreferenceTrainer(str(run_folder), False, torch.device("cpu"))
+    texts = write_labelled_csv(tmp_path / "reviews.csv", ["good", "bad"])
+    make_models(texts, tmp_path / "made", "--init", str(run_folder))

@@ -326,6 +326,19 @@ def change_reward(flags: dict[str, str]) -> None:
     change_weights(Path(flags["rm_name"]), "classifier.bias")
 
 
+def change_config(flags: dict[str, str], setting: str, **changes: object) -> None:
+    file = Path(flags[setting]) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def swap_labels(flags: dict[str, str]) -> None:
+    change_config(flags, "rm_name", id2label={0: "positive", 1: "negative"}, label2id={"positive": 0, "negative": 1})
+
+
+def change_architecture(flags: dict[str, str]) -> None:
+    change_config(flags, "policy_name", layer_norm_epsilon=1.0)
+
+
 def change_tokenizer(flags: dict[str, str]) -> None:
     file = Path(flags["policy_name"]) / "tokenizer.json"
     rules = json.loads(file.read_text())
@@ -337,8 +350,10 @@ def change_tokenizer(flags: dict[str, str]) -> None:
     ("change", "named"),
     [
         (change_dataset, "dataset=DATASET has changed since the run began"),
-        (change_policy, "ref_name=POLICY_NAME has changed since the run began (its weights)"),
+        (change_policy, "ref_name=POLICY_NAME has changed since the run began (its weights or its config)"),
+        (change_architecture, "ref_name=POLICY_NAME has changed since the run began (its weights or its config)"),
         (change_reward, "rm_name=RM_NAME has changed since the run began"),
+        (swap_labels, "rm_name=RM_NAME has changed since the run began"),
         (change_tokenizer, "policy_name=POLICY_NAME has changed since the run began (its tokenizer)"),
     ],
 )
