@@ -65,7 +65,7 @@ from runtime.tables import has_splits, split_names
 from runtime.terminal import progress_bar
 from training.card import add_results
 from training.parts import load_models
-from training.run_folder import reward_sha256
+from training.run_folder import reward_sha256, saved_fingerprints
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
@@ -239,7 +239,7 @@ def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> 
     if home is None:
         return
     saved = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    before = {"rm_name": saved.get("reward", {}).get("sha256")} | saved.get("fingerprints", {})
+    before = saved_fingerprints(saved)
     now = {"rm_name": reward_sha256(models.reward), "ref_name": model_sha256(models.reference.lm)}
     for name, what in (("rm_name", "reward"), ("ref_name", "base")):
         changed = before[name] != now[name] if before.get(name) else saved[name] not in (None, getattr(run, name))
@@ -297,7 +297,7 @@ def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
 def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: Path | None) -> None:
     """Say so where the texts of the run's data set are not those that the policy was trained on."""
     saved = json.loads((home / "config.json").read_text(encoding="utf-8")) if home else {}
-    before = saved.get("fingerprints", {}).get("dataset")
+    before = saved_fingerprints(saved).get("dataset")
     same_setting = before and (saved["dataset"], saved["text_column"]) == (run.dataset, run.text_column)
     if same_setting and before != texts_sha256(texts):
         print(

@@ -141,9 +141,11 @@ class Line:
         """Read the runs' weights; `policy` is the model that moves (raises UserError where weights do not fit)."""
         self.policy, self.start = policy, _weights(reference)
         ends = [_weights_of(path) for path in paths]
-        for path, end in zip(paths, ends, strict=True):
-            if load_tokenizer("runs", str(path)).get_vocab() != load_tokenizer("runs", str(paths[0])).get_vocab():
+        vocabularies = [load_tokenizer("runs", str(path)).get_vocab() for path in paths]
+        for path, vocabulary in zip(paths, vocabularies, strict=True):
+            if vocabulary != vocabularies[0]:
                 raise UserError(f"runs: {path} has another tokenizer than {paths[0]}: name runs of one base")
+        for path, end in zip(paths, ends, strict=True):
             if {k: v.shape for k, v in end.items()} != {k: v.shape for k, v in self.start.items()}:
                 raise UserError(f"runs: {path} is of another size than the base of {paths[0]}: name runs of one base")
         self.direction = {

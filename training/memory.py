@@ -36,6 +36,7 @@ def largest_micro_batch(models: Models, cfg: TrainConfig, rows: int) -> int:
         if rows == 1:
             raise UserError("memory does not suffice for one response: lower max_prompt_len or max_new_tokens")
         rows = -(-rows // 2)
+        torch.cuda.empty_cache()  # what the failed attempt held is in pieces
     del moments
     return rows
 

@@ -238,7 +238,7 @@ def check_same_inputs(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 f"{name}={now[name]} has changed on the hub since the run began (commit {commit}): name that "
                 "commit as its revision, or say --allow_changes"
             )
-    before = {"rm_name": saved.get("reward", {}).get("sha256")} | saved.get("fingerprints", {})
+    before = saved_fingerprints(saved)
     for name, fingerprint in now["fingerprints"].items():
         if before.get(name) and before[name] != fingerprint:
             setting, what = CHANGED_INPUTS[name]
@@ -372,6 +372,11 @@ def fingerprints(parts: Parts) -> dict[str, str]:
         "ref_name": model_sha256(models.reference.lm),
         "rm_name": reward_sha256(models.reward),
     }
+
+
+def saved_fingerprints(saved: dict[str, Any]) -> dict[str, str]:
+    """The fingerprints in a config.json; one of an older version has that of a Python reward at most."""
+    return {"rm_name": saved.get("reward", {}).get("sha256", "")} | saved.get("fingerprints", {})
 
 
 def reward_sha256(reward: Reward) -> str:
