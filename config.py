@@ -65,18 +65,41 @@ UNIT_OPEN: Range = ("more than 0 and at most 1", lambda x: 0 < x <= 1)
 
 RANGES: dict[str, Range] = {
     "seed": ("between 0 and 4294967295", lambda x: 0 <= x < 2**32),
-    "total_steps": AT_LEAST_1, "batch_size": AT_LEAST_1, "ppo_epochs": AT_LEAST_1, "minibatch_size": AT_LEAST_1,
-    "micro_batch_size": AT_LEAST_0, "max_prompt_len": AT_LEAST_1, "min_prompt_len": AT_LEAST_1,
-    "max_new_tokens": AT_LEAST_1, "temperature": POSITIVE, "top_k": AT_LEAST_0, "top_p": UNIT_OPEN,
-    "lr": AT_LEAST_0, "warmup_steps": AT_LEAST_0, "kl_coef": AT_LEAST_0, "adaptive_kl_target": POSITIVE,
+    "total_steps": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "ppo_epochs": AT_LEAST_1,
+    "minibatch_size": AT_LEAST_1,
+    "micro_batch_size": AT_LEAST_0,
+    "max_prompt_len": AT_LEAST_1,
+    "min_prompt_len": AT_LEAST_1,
+    "max_new_tokens": AT_LEAST_1,
+    "temperature": POSITIVE,
+    "top_k": AT_LEAST_0,
+    "top_p": UNIT_OPEN,
+    "lr": AT_LEAST_0,
+    "warmup_steps": AT_LEAST_0,
+    "kl_coef": AT_LEAST_0,
+    "adaptive_kl_target": POSITIVE,
     "adaptive_kl_gain": POSITIVE,
-    "gamma": UNIT, "gae_lambda": UNIT, "clip_range": POSITIVE, "value_clip_range": POSITIVE,
-    "value_coef": AT_LEAST_0, "ent_coef": AT_LEAST_0, "max_grad_norm": POSITIVE, "target_kl": POSITIVE,
-    "save_every": AT_LEAST_1, "sample_every": AT_LEAST_1, "reward_every": AT_LEAST_0, "reward_batch_size": AT_LEAST_1,
+    "gamma": UNIT,
+    "gae_lambda": UNIT,
+    "clip_range": POSITIVE,
+    "value_clip_range": POSITIVE,
+    "value_coef": AT_LEAST_0,
+    "ent_coef": AT_LEAST_0,
+    "max_grad_norm": POSITIVE,
+    "target_kl": POSITIVE,
+    "save_every": AT_LEAST_1,
+    "sample_every": AT_LEAST_1,
+    "reward_every": AT_LEAST_0,
+    "reward_batch_size": AT_LEAST_1,
     "n_samples": AT_LEAST_2,
-    "frontier": AT_LEAST_0, "eval_every": AT_LEAST_0, "eval_prompts": AT_LEAST_1, "keep_last": AT_LEAST_1,
+    "frontier": AT_LEAST_0,
+    "eval_every": AT_LEAST_0,
+    "eval_prompts": AT_LEAST_1,
+    "keep_last": AT_LEAST_1,
     "kl_budget": POSITIVE,
-}  # fmt: skip
+}
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -254,9 +277,11 @@ class EvalConfig:
     label_column: str = opt("label", "Column of labels to fit the second judge on, if the data set has one.")
     label_names: str | None = opt(None, LABEL_NAMES_HELP)
     judge: str = opt(
-        "labels", "Second judge: labels (fitted on those of the training split), none, or any classifier.",
-        "How it is measured", path="read",
-    )  # fmt: skip
+        "labels",
+        "Second judge: labels (fitted on those of the training split), none, or any classifier.",
+        "How it is measured",
+        path="read",
+    )
     frontier: int = opt(0, "Base responses per prompt, for the best possible reward at each KL (0: none; 64 is good).")
     n_samples: int = opt(500, "Prompts to compare on.")
     batch_size: int = opt(100, "Prompts per forward pass.")
@@ -359,28 +384,77 @@ PRESETS[TrainConfig] = {
     "default": TrainConfig(),
     # The score is paid on the last token, as in the formula; in so small a world that reaches +0.96 of at most +1
     "tiny": TrainConfig(
-        preset="tiny", policy_name="tiny:policy", rm_name="tiny:reward", dataset="tiny:reviews", device="cpu",
-        max_prompt_len=10, min_prompt_len=10, max_new_tokens=60, total_steps=50, ppo_epochs=2, lr=1e-4, kl_coef=0.06,
-        reward_every=0, gae_lambda=1.0, save_every=25, sample_every=10, eval_every=10, eval_prompts=128,
+        preset="tiny",
+        policy_name="tiny:policy",
+        rm_name="tiny:reward",
+        dataset="tiny:reviews",
+        device="cpu",
+        max_prompt_len=10,
+        min_prompt_len=10,
+        max_new_tokens=60,
+        total_steps=50,
+        ppo_epochs=2,
+        lr=1e-4,
+        kl_coef=0.06,
+        reward_every=0,
+        gae_lambda=1.0,
+        save_every=25,
+        sample_every=10,
+        eval_every=10,
+        eval_prompts=128,
     ),
     # Published set-ups as closely as this method allows: see "Against published figures" in docs/results.md.
     # They pay on the last token with lambda 0.95, against which the comment at gae_lambda warns. TRL steers beta with
     # batch / horizon = 128 / 10,000, and RL4LMs with 0.1
     "original": TrainConfig(
-        preset="original", top_k=50, top_p=0.9, total_steps=10, ppo_epochs=4, lr=5e-6, lr_schedule="constant",
-        kl_coef=1.0, ent_coef=0.02, reward_every=0, gae_lambda=0.95,
+        preset="original",
+        top_k=50,
+        top_p=0.9,
+        total_steps=10,
+        ppo_epochs=4,
+        lr=5e-6,
+        lr_schedule="constant",
+        kl_coef=1.0,
+        ent_coef=0.02,
+        reward_every=0,
+        gae_lambda=0.95,
     ),
     "trl": TrainConfig(
-        preset="trl", policy_name="lvwerra/gpt2-imdb", min_prompt_len=2, max_prompt_len=8, max_new_tokens=16,
-        total_steps=194, batch_size=128, ppo_epochs=4, lr=1.41e-5, lr_schedule="constant", kl_coef=0.2,
-        adaptive_kl_target=6.0, adaptive_kl_gain=0.0128, reward_every=0, gae_lambda=0.95,
+        preset="trl",
+        policy_name="lvwerra/gpt2-imdb",
+        min_prompt_len=2,
+        max_prompt_len=8,
+        max_new_tokens=16,
+        total_steps=194,
+        batch_size=128,
+        ppo_epochs=4,
+        lr=1.41e-5,
+        lr_schedule="constant",
+        kl_coef=0.2,
+        adaptive_kl_target=6.0,
+        adaptive_kl_gain=0.0128,
+        reward_every=0,
+        gae_lambda=0.95,
     ),
     "rl4lms": TrainConfig(
-        preset="rl4lms", policy_name="lvwerra/gpt2-imdb", reward_on_prompt=True, max_prompt_len=64, max_new_tokens=48,
-        total_steps=50, batch_size=28, minibatch_size=14, ppo_epochs=5, lr=1e-6, lr_schedule="constant", kl_coef=0.1,
-        adaptive_kl_target=4.8, gamma=0.99, reward_every=0, gae_lambda=0.95,
+        preset="rl4lms",
+        policy_name="lvwerra/gpt2-imdb",
+        reward_on_prompt=True,
+        max_prompt_len=64,
+        max_new_tokens=48,
+        total_steps=50,
+        batch_size=28,
+        minibatch_size=14,
+        ppo_epochs=5,
+        lr=1e-6,
+        lr_schedule="constant",
+        kl_coef=0.1,
+        adaptive_kl_target=4.8,
+        gamma=0.99,
+        reward_every=0,
+        gae_lambda=0.95,
     ),
-}  # fmt: skip
+}
 FIRST = {  # in --help
     TrainConfig: ("preset", "policy_name", "rm_name", "dataset", "ckpt_dir", "resume", "total_steps", "lr", "kl_coef"),
     EvalConfig: ("preset", "policy_path", "rm_name", "dataset", "frontier", "n_samples", "out_csv"),
@@ -520,8 +594,10 @@ def saved_settings(path: Path) -> dict[str, Any]:
 
 def refuse_code(config_json: Path, rm_name: str) -> str:
     """Why a Python reward that a run folder names is not run: such a folder may be from anyone."""
-    return (f"rm_name={rm_name} is Python code, which is never run because {config_json} says so: read it, then name "
-            f"it on the command line, --rm_name {rm_name}")  # fmt: skip
+    return (
+        f"rm_name={rm_name} is Python code, which is never run because {config_json} says so: read it, then name "
+        f"it on the command line, --rm_name {rm_name}"
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -24,9 +24,13 @@ from runtime.terminal import progress
 
 
 def load_examples(
-    dataset: str, split: str, text_column: str, label_column: str | None = None, revision: str | None = None,
+    dataset: str,
+    split: str,
+    text_column: str,
+    label_column: str | None = None,
+    revision: str | None = None,
     config: str | None = None,
-) -> tuple[list[str], list[str | int | None] | None]:  # fmt: skip
+) -> tuple[list[str], list[str | int | None] | None]:
     """Read the texts of a data set, and its labels where a column is named.
 
     `<br />` becomes a space, and rows without text are left out, with a note. Labels are names, or class ids where
@@ -100,19 +104,28 @@ def load_pairs(dataset: str, split: str, revision: str | None = None, config: st
     for row in rows:
         for name, text in row.items():
             if not isinstance(text, str):
-                raise UserError(f"column {name} of dataset {dataset} holds {type(text).__name__}, not text: save it as "
-                                "text, the turns of a conversation joined")  # fmt: skip
-    return [Pair(*(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", row.get(name, "")) for name in Pair._fields))
-            for row in rows]  # fmt: skip
+                raise UserError(
+                    f"column {name} of dataset {dataset} holds {type(text).__name__}, not text: save it as "
+                    "text, the turns of a conversation joined"
+                )
+    return [
+        Pair(*(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", row.get(name, "")) for name in Pair._fields))
+        for row in rows
+    ]
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 
 
 def load_labelled(
-    dataset: str, split: str, text_column: str, label_column: str, names: str | None = None,
-    revision: str | None = None, config: str | None = None,
-) -> tuple[list[str], list[str | None]]:  # fmt: skip
+    dataset: str,
+    split: str,
+    text_column: str,
+    label_column: str,
+    names: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+) -> tuple[list[str], list[str | None]]:
     """Read texts with the names of their labels, and say in one line what the labels are (raises UserError).
 
     `names` is the setting label_names.
@@ -143,8 +156,10 @@ def classes(cells: Sequence[Any], where: str) -> list[str | int | None]:
         return [None if label is None else _name(label) for label in labels]
     for value in values:
         if value is not None and value != value // 1:
-            raise UserError(f"{where} holds {value:g}, which is a degree and no class: choose another column with "
-                            "--label_column, or make classes of the degrees")  # fmt: skip
+            raise UserError(
+                f"{where} holds {value:g}, which is a degree and no class: choose another column with "
+                "--label_column, or make classes of the degrees"
+            )
     present = {value for value in values if value is not None}
     if present == {-1}:
         return [None] * len(values)
@@ -198,8 +213,9 @@ def label_names(labels: Sequence[str | int | None], names: str | None = None) ->
     known = _common_names(present) if names is None else _given_names(names)
     for label in sorted(map(str, present)):
         if label not in known:
-            raise UserError(f"label_names={names!r} lacks the label {label}: add {label}=NAME, or {label}= to leave "
-                            "its texts out")  # fmt: skip
+            raise UserError(
+                f"label_names={names!r} lacks the label {label}: add {label}=NAME, or {label}= to leave its texts out"
+            )
     return [None if label is None else known[str(label)] or None for label in labels]
 
 
@@ -209,8 +225,10 @@ def _common_names(present: set[str | int]) -> dict[str, str]:
     if -1 in present and min(present) == -1 and len(present) > 1:
         listed = ", ".join(map(str, sorted(present)))
         example = ",".join(f"{label}=..." for label in sorted(present, key=lambda label: (label == -1, label)))
-        raise UserError(f"the labels are {listed}, where -1 may be a class or say that there is no label: name them, "
-                        f"--label_names {example}, with nothing after = where there is no label")  # fmt: skip
+        raise UserError(
+            f"the labels are {listed}, where -1 may be a class or say that there is no label: name them, "
+            f"--label_names {example}, with nothing after = where there is no label"
+        )
     return {str(label): str(label) for label in present}
 
 

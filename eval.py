@@ -69,9 +69,20 @@ from training.run_folder import reward_sha256, saved_fingerprints
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
-    "ref_name", "rm_name", "target_label", "reward_on_prompt", "dataset", "dataset_config", "text_column",
-    "max_prompt_len", "min_prompt_len", "max_new_tokens", "temperature", "top_k", "top_p",
-}  # fmt: skip
+    "ref_name",
+    "rm_name",
+    "target_label",
+    "reward_on_prompt",
+    "dataset",
+    "dataset_config",
+    "text_column",
+    "max_prompt_len",
+    "min_prompt_len",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+}
 RESULTS = "eval_results.csv"
 
 
@@ -139,9 +150,11 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
             flags.setdefault(revision, None)  # it is that of another
     device = resolve_device(cfg.device)
     return replace(
-        run, **{"ref_name": run.policy_name if run.ref_name is None else run.ref_name, **flags},
-        device=device, dtype=resolve_dtype(cfg.dtype, device),
-    )  # fmt: skip
+        run,
+        **{"ref_name": run.policy_name if run.ref_name is None else run.ref_name, **flags},
+        device=device,
+        dtype=resolve_dtype(cfg.dtype, device),
+    )
 
 
 def find_run(policy_path: str) -> Path | None:
@@ -260,9 +273,14 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
     try:
         name = resolve_name(run.dataset, run.split)
         texts, names = load_labelled(
-            name, run.split, run.text_column, cfg.label_column, cfg.label_names, run.dataset_revision,
+            name,
+            run.split,
+            run.text_column,
+            cfg.label_column,
+            cfg.label_names,
+            run.dataset_revision,
             run.dataset_config,
-        )  # fmt: skip
+        )
     except UserError as error:
         if cfg.label_column != EvalConfig.label_column or cfg.label_names is not None:
             raise
@@ -422,8 +440,10 @@ def compare_on_human(
     """Negative log-likelihood of what the authors wrote under both models, in nats, and its length in tokens."""
     if human is None:
         return {}
-    nll = {f"human_nll_{name}": (-_plain_logprobs(model, human).sum(1)).tolist()
-           for name, model in (("policy", policy), ("base", base))}  # fmt: skip
+    nll = {
+        f"human_nll_{name}": (-_plain_logprobs(model, human).sum(1)).tolist()
+        for name, model in (("policy", policy), ("base", base))
+    }
     return {"human_len": human.response_mask.sum(1).tolist(), **nll}
 
 

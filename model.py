@@ -162,14 +162,20 @@ class GPT2WithValueHead(nn.Module):
         KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
         """
         real, shape = seqs.real_tokens(), seqs.response_mask.shape
-        ref = () if ref_states is None else (
-            take_tokens(ref_states.hidden, real).to(ref_states.model.dtype), ref_states.model.embedding
-        )  # fmt: skip
+        ref = (
+            ()
+            if ref_states is None
+            else (take_tokens(ref_states.hidden, real).to(ref_states.model.dtype), ref_states.model.embedding)
+        )
         logprobs, entropy, kl = token_logprobs(
-            take_tokens(hidden, real).to(self.dtype), self.lm.lm_head.weight, take_tokens(seqs.responses, real),
-            seqs.temperature, None if seqs.support is None else take_tokens(seqs.support, real), with_entropy,
+            take_tokens(hidden, real).to(self.dtype),
+            self.lm.lm_head.weight,
+            take_tokens(seqs.responses, real),
+            seqs.temperature,
+            None if seqs.support is None else take_tokens(seqs.support, real),
+            with_entropy,
             *ref,
-        )  # fmt: skip
+        )
         logprobs, entropy = put_tokens(logprobs, real, shape), put_tokens(entropy, real, shape)
         kl = torch.zeros_like(logprobs) if ref_states is None else put_tokens(kl, real, shape)
         return logprobs, self.values(hidden), entropy, kl
@@ -230,9 +236,13 @@ def load_reference(
 
 
 def transformer_forward(
-    lm: GPT2LMHeadModel, tokens: Tensor, positions: Tensor, visible: Tensor, first: int = 0,
+    lm: GPT2LMHeadModel,
+    tokens: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    first: int = 0,
     cache: "_Cache | None" = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The last hidden states (B, n - first, H) of columns first, first + 1, ... of tokens (B, n) at positions (B, n).
 
     visible (B, 1, n, S) bool says which of the S keys each column attends to. It calls the library's modules without
@@ -284,11 +294,14 @@ def evaluate_both(
         part = seqs.select(rows)
         real = part.real_tokens()
         found = compare_policies(
-            take_tokens(hidden[rows], real).to(policy.dtype), embedding,
-            take_tokens(ref_hidden[rows], real).to(reference.dtype), ref_embedding,
-            take_tokens(part.responses, real), part.temperature,
+            take_tokens(hidden[rows], real).to(policy.dtype),
+            embedding,
+            take_tokens(ref_hidden[rows], real).to(reference.dtype),
+            ref_embedding,
+            take_tokens(part.responses, real),
+            part.temperature,
             None if part.support is None else take_tokens(part.support, real),
-        )  # fmt: skip
+        )
         chunks.append([put_tokens(x, real, part.response_mask.shape) for x in found])
     logprobs, ref_logprobs, entropy, exact_kl = (torch.cat(x) for x in zip(*chunks, strict=True))
     return logprobs, ref_logprobs, torch.where(seqs.response_mask, policy.values(hidden), 0), entropy, exact_kl
@@ -299,9 +312,16 @@ def evaluate_both(
 
 @torch.no_grad()
 def sample_responses(
-    policy: GPT2WithValueHead, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, *, eos_id: int,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-) -> Sequences:  # fmt: skip
+    policy: GPT2WithValueHead,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniforms: Tensor,
+    *,
+    eos_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Sequences:
     """Sample one response per prompt, up to and including EOS, or of as many tokens as there are uniforms.
 
     prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
@@ -361,9 +381,14 @@ class _Sampler:
     """
 
     def __init__(
-        self, policy: GPT2WithValueHead, batch: int, prompt_len: int, width: int, eos_id: int,
+        self,
+        policy: GPT2WithValueHead,
+        batch: int,
+        prompt_len: int,
+        width: int,
+        eos_id: int,
         warp: tuple[float, int, float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Set aside memory for `width` tokens after `batch` prompts of `prompt_len` tokens."""
         device = policy.lm.device
         self.policy, self.prompt_len, self.eos_id, self.warp = policy, prompt_len, eos_id, warp
@@ -468,9 +493,14 @@ class _Sampler:
         width = int(lengths.max()) if len(lengths) else 1  # a rank may have no rows
         mask = self.attention_mask[:, : self.prompt_len + width].clone()
         return Sequences(
-            self.tokens[:, : mask.shape[1]].clone(), mask, mask[:, self.prompt_len :], self.logprobs[:, :width].clone(),
-            self.warp[0], None if self.support is None else self.support[:, :width].clone(), lengths,
-        )  # fmt: skip
+            self.tokens[:, : mask.shape[1]].clone(),
+            mask,
+            mask[:, self.prompt_len :],
+            self.logprobs[:, :width].clone(),
+            self.warp[0],
+            None if self.support is None else self.support[:, :width].clone(),
+            lengths,
+        )
 
 
 def _with_projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:

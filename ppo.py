@@ -64,9 +64,14 @@ class Models:
     ) -> Sequences:
         """Sample one response per prompt (ids and mask (B, P)) from the policy or the reference; uniforms (B, R)."""
         return sample_responses(
-            model, *prompts, uniforms, eos_id=int(self.tokenizer.eos_token_id),
-            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-        )  # fmt: skip
+            model,
+            *prompts,
+            uniforms,
+            eos_id=int(self.tokenizer.eos_token_id),
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
 
     def score(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
         """Scores (B,) of the responses (raises UserError where the reward fails)."""
@@ -82,9 +87,11 @@ class Models:
         found = torch.full(seqs.response_mask.shape, math.nan, device=device)
         prompts, responses = seqs.token_lists
         every, longest = cfg.reward_every, found.shape[1]
-        places = [
-            (row, n) for n in range(every, longest, every) for row, ids in enumerate(responses) if len(ids) > n
-        ] if every else []  # fmt: skip
+        places = (
+            [(row, n) for n in range(every, longest, every) for row, ids in enumerate(responses) if len(ids) > n]
+            if every
+            else []
+        )
         if places:
             starts = [responses[row][:n] for row, n in places]
             if cfg.reward_on_prompt:
@@ -199,12 +206,22 @@ def collect_rollout(
         ref_states = ReferenceStates.of(models.reference, seqs)
         logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(
             models.policy, models.reference, seqs, ref_states.hidden
-        )  # fmt: skip
+        )
         scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
     own_rollout = Rollout(
-        seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial_scores, scores, kl_coef, models.score_scale,
-        has_label=models.reward.label is not None, ref_states=ref_states if cfg.kl_in_loss else None,
-    )  # fmt: skip
+        seqs,
+        logprobs,
+        ref_logprobs,
+        values,
+        exact_kl,
+        entropy,
+        partial_scores,
+        scores,
+        kl_coef,
+        models.score_scale,
+        has_label=models.reward.label is not None,
+        ref_states=ref_states if cfg.kl_in_loss else None,
+    )
     rollout = own_rollout.gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
 
@@ -302,9 +319,13 @@ NO_SCALER = GradScaler(enabled=False)
 
 
 def ppo_update(
-    policy: GPT2WithValueHead, optimizer: Optimizer, rollout: Rollout, cfg: TrainConfig, step: int,
+    policy: GPT2WithValueHead,
+    optimizer: Optimizer,
+    rollout: Rollout,
+    cfg: TrainConfig,
+    step: int,
     scaler: GradScaler = NO_SCALER,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Improve the policy on one rollout: ppo_epochs passes in new random order, one optimiser step per minibatch.
 
     Changes policy, optimizer and scaler in place. A minibatch whose loss or gradient is not finite changes nothing and

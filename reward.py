@@ -72,9 +72,15 @@ UNSCALED = ScoreScale()
 
 
 def load_reward(
-    name: str, target_label: str = "positive", device: str | torch.device = "cpu", batch_size: int = 64,
-    dtype: torch.dtype = torch.float32, revision: str | None = None, setting: str = "rm_name", cut_left: bool = False,
-) -> Reward:  # fmt: skip
+    name: str,
+    target_label: str = "positive",
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    setting: str = "rm_name",
+    cut_left: bool = False,
+) -> Reward:
     """The reward that a setting names: Python, or a classifier with one output or several (raises UserError)."""
     if python_reward(name):
         return PythonReward(name, device)
@@ -119,9 +125,15 @@ class Classifier:
     """A Hugging Face sequence classifier with its tokenizer; a text's score does not depend on the rest of a batch."""
 
     def __init__(
-        self, name: str, device: str | torch.device = "cpu", batch_size: int = 64, dtype: torch.dtype = torch.float32,
-        revision: str | None = None, setting: str = "rm_name", cut_left: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        setting: str = "rm_name",
+        cut_left: bool = False,
+    ) -> None:
         """Load the classifier that `setting` names (raises UserError where it or its tokenizer is of no use).
 
         Texts that are too long are cut at the end, or at the beginning where cut_left is set.
@@ -228,10 +240,16 @@ class SentimentReward(Classifier):
     """score = 2 P(target_label) - 1 under a classifier with a label of that name."""
 
     def __init__(
-        self, name: str, target_label: str = "positive", device: str | torch.device = "cpu", batch_size: int = 64,
-        dtype: torch.dtype = torch.float32, revision: str | None = None, setting: str = "rm_name",
+        self,
+        name: str,
+        target_label: str = "positive",
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        setting: str = "rm_name",
         cut_left: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load the classifier (raises UserError as Classifier does, and where it has no such label)."""
         super().__init__(name, device, batch_size, dtype, revision, setting, cut_left)
         self.target = find_label(self.model.config, target_label, f"{setting}={name}")
@@ -292,9 +310,14 @@ def _load_classifier(setting: str, name: str, revision: str | None) -> Any:
     with loading(setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, revision=revision or DEFAULT_REVISION, config=config, dtype=torch.float32, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+            name,
+            revision=revision or DEFAULT_REVISION,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     refuse_missing_weights(setting, name, info, "sequence classifier")
     return model
 
@@ -302,8 +325,18 @@ def _load_classifier(setting: str, name: str, revision: str | None) -> Any:
 # --- Python ---------------------------------------------------------------------------------------------------------
 
 # Names of a function's parameters that say what it wants, whatever their order; other names are understood by order.
-RESPONSES = {"response", "responses", "completion", "completions", "text", "texts", "output", "outputs", "generation",
-             "generations"}  # fmt: skip
+RESPONSES = {
+    "response",
+    "responses",
+    "completion",
+    "completions",
+    "text",
+    "texts",
+    "output",
+    "outputs",
+    "generation",
+    "generations",
+}
 PROMPTS = {"prompt", "prompts", "query", "queries"}
 
 

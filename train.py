@@ -105,10 +105,12 @@ def sample_rows(parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> 
     noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)[:SAMPLES]
     base = models.respond(models.reference, (ids, mask), noise, cfg)
     columns = {
-        "prompt": base.prompt_texts(models.tokenizer), "base": base.texts(models.tokenizer),
-        "policy": rollout.sequences.texts(models.tokenizer), "base_score": models.score(base, cfg).tolist(),
+        "prompt": base.prompt_texts(models.tokenizer),
+        "base": base.texts(models.tokenizer),
+        "policy": rollout.sequences.texts(models.tokenizer),
+        "base_score": models.score(base, cfg).tolist(),
         "policy_score": rollout.scores.tolist(),
-    }  # fmt: skip
+    }
     return [{"step": step, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=False)]
 
 

@@ -150,9 +150,15 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, support: Tensor | None = None,
-    with_entropy: bool = True, ref_hidden: Tensor | None = None, ref_embedding: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    support: Tensor | None = None,
+    with_entropy: bool = True,
+    ref_hidden: Tensor | None = None,
+    ref_embedding: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each token, entropy of its distribution, KL to the reference's: (N,) float32, differentiable.
 
     hidden (N, H) are the states in which the tokens (N,) were chosen, weight (V, H) is the output embedding, support
@@ -215,9 +221,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
 @torch.no_grad()
 def compare_policies(
-    hidden: Tensor, embedding: Tensor, ref_hidden: Tensor, ref_embedding: Tensor, tokens: Tensor,
-    temperature: float = 1.0, support: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    embedding: Tensor,
+    ref_hidden: Tensor,
+    ref_embedding: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    support: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Policy and reference at the same tokens: logprobs, ref_logprobs, entropy and exact KL(policy || reference).
 
     Shapes as in token_logprobs, embeddings (V, H) as output_embedding returns them; each result is (N,) float32, the KL

@@ -22,9 +22,12 @@ COLOURS = ("#3a86c8", "#e08a1e", "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d
 TWO_DIGITS = "{:+.2f}"  # of a label's probability
 LINES = ("-", "--", ":")  # of the first ten runs, the next ten, and so on
 CURVES = {  # column of metrics.csv -> title; the first one is that of the score
-    "score_mean": "", "kl_seq_exact": "KL to base, nats per response", "entropy": "entropy, nats per token",
-    "response_len": "response length, tokens", "explained_var": "value fit (explained variance, cut at −1)",
-}  # fmt: skip
+    "score_mean": "",
+    "kl_seq_exact": "KL to base, nats per response",
+    "entropy": "entropy, nats per token",
+    "response_len": "response length, tokens",
+    "explained_var": "value fit (explained variance, cut at −1)",
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,11 @@ def write_comparison(runs: Sequence[ComparedRun], notes: Sequence[str], page: Pa
     fields = {
         "title": html.escape(title),
         "notes": "\n".join(f'<p class="verdict">{html.escape(note)}</p>' for note in notes),
-        "runs": runs_table(runs), "plane": plane_image(runs), "curves": "\n".join(curve_images(runs)),
+        "runs": runs_table(runs),
+        "plane": plane_image(runs),
+        "curves": "\n".join(curve_images(runs)),
         "settings": settings_table(runs),
-    }  # fmt: skip
+    }
     write_page("comparison_template.html", fields, page)
     picture(runs).savefig(page.with_suffix(".png"), dpi=120)
 
@@ -57,16 +62,26 @@ def write_comparison(runs: Sequence[ComparedRun], notes: Sequence[str], page: Pa
 
 def runs_table(runs: Sequence[ComparedRun]) -> str:
     """A row for each run and each of its evaluations."""
-    head = ["run", "episodes", f"{_score(runs)}, training", "KL, training", f"{_score(runs)}, held-out", "KL, held-out",
-            "win-rate, %"]  # fmt: skip
+    head = [
+        "run",
+        "episodes",
+        f"{_score(runs)}, training",
+        "KL, training",
+        f"{_score(runs)}, held-out",
+        "KL, held-out",
+        "win-rate, %",
+    ]
     rows = []
     for i, run in enumerate(runs):
         mark = f'<span class="mark" style="background: {COLOURS[i % len(COLOURS)]}"></span>'
         name = f"{mark}{html.escape(run.name)}"
         end = run.metrics.tail(max(1, len(run.metrics) // 10))
         form = ANY_UNIT if run.label is None else TWO_DIGITS
-        trained = [f"{run.metrics.episodes.iloc[-1]:,.0f}", form.format(end.score_mean.mean()),
-                   f"{end.kl_seq_exact.mean():.2f}"]  # fmt: skip
+        trained = [
+            f"{run.metrics.episodes.iloc[-1]:,.0f}",
+            form.format(end.score_mean.mean()),
+            f"{end.kl_seq_exact.mean():.2f}",
+        ]
         rows += [[name, *trained, *_evaluated(summary)] for summary in run.evaluations]
         if not run.evaluations:
             rows.append([name, *trained, "", "", ""])
@@ -76,9 +91,11 @@ def runs_table(runs: Sequence[ComparedRun]) -> str:
 def _evaluated(summary: dict[str, Any]) -> list[str]:
     form = ANY_UNIT if summary["label"] is None else TWO_DIGITS
     ours = summary["policy"]
-    return [_interval(form, ours["score_mean"], ours["score_ci"]),
-            _interval("{:.2f}", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
-            _interval("{:.0f}", 100 * summary["win_rate"], [100 * end for end in summary["win_rate_ci"]])]  # fmt: skip
+    return [
+        _interval(form, ours["score_mean"], ours["score_ci"]),
+        _interval("{:.2f}", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
+        _interval("{:.0f}", 100 * summary["win_rate"], [100 * end for end in summary["win_rate_ci"]]),
+    ]
 
 
 def _interval(form: str, value: float, ends: Sequence[float]) -> str:
@@ -140,8 +157,10 @@ def draw_curves(axis: Any, runs: Sequence[ComparedRun], column: str) -> None:
 
 
 def _styles(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
-    return [{"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
-            for i in range(len(runs))]  # fmt: skip
+    return [
+        {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
+        for i in range(len(runs))
+    ]
 
 
 def plane_image(runs: Sequence[ComparedRun]) -> str:
@@ -178,8 +197,13 @@ def draw_best_possible(axis: Any, runs: Sequence[ComparedRun]) -> None:
         curve = max(known, key=lambda one: one["kl_certain"])["optimal_curve"]
         farthest = 1.3 * max(one["kl_seq_exact"] for run in runs for one in run.evaluations)
         near = np.array(curve["kl"]) <= farthest
-        axis.plot(np.array(curve["kl"])[near], np.array(curve["score_mean"])[near], color=GREY, linestyle=":",
-                  label="possible, at least")  # fmt: skip
+        axis.plot(
+            np.array(curve["kl"])[near],
+            np.array(curve["score_mean"])[near],
+            color=GREY,
+            linestyle=":",
+            label="possible, at least",
+        )
 
 
 def picture(runs: Sequence[ComparedRun]) -> Any:

@@ -41,8 +41,12 @@ class Frontier:
         kls = np.hstack([np.zeros((len(kl), 1)), weights @ self.kl])  # the curve starts at the base itself
         rewards = np.hstack([best_of[:, :1], weights @ self.reward])
         best_kl = [best_of_n_kl(2**i) for i in range(self.best_of.shape[1])]
-        return np.array([max(np.interp(x, k, r), np.interp(x, best_kl, b))
-                         for x, k, r, b in zip(kl, kls, rewards, best_of, strict=True)])  # fmt: skip
+        return np.array(
+            [
+                max(np.interp(x, k, r), np.interp(x, best_kl, b))
+                for x, k, r, b in zip(kl, kls, rewards, best_of, strict=True)
+            ]
+        )
 
 
 def frontier(scores: np.ndarray, betas: np.ndarray = BETAS) -> Frontier:

@@ -25,8 +25,10 @@ GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"  # readabl
 
 PATH = ("kl_seq_exact", "score_mean")  # of eval.csv
 CURVES = {  # of metrics.csv
-    "score_mean": "", "kl_seq_exact": "KL, nats per response", "entropy": "entropy, nats per token",
-}  # fmt: skip
+    "score_mean": "",
+    "kl_seq_exact": "KL, nats per response",
+    "entropy": "entropy, nats per token",
+}
 
 
 def write_report(
@@ -70,9 +72,14 @@ def write_page(template: str, fields: dict[str, str], path: Path) -> None:
 def sample(row: dict[str, Any]) -> dict[str, Any]:
     """The part of a row that the page shows."""
     return {
-        "prompt": row["prompt"], "b": row["base_text"], "t": row["policy_text"], "p": json.loads(row["policy_tokens"]),
-        "bs": rounded(row["base_score"]), "ps": rounded(row["policy_score"]), "kl": round(row["kl_seq_exact"], 3),
-    }  # fmt: skip
+        "prompt": row["prompt"],
+        "b": row["base_text"],
+        "t": row["policy_text"],
+        "p": json.loads(row["policy_tokens"]),
+        "bs": rounded(row["base_score"]),
+        "ps": rounded(row["policy_score"]),
+        "kl": round(row["kl_seq_exact"], 3),
+    }
 
 
 def rounded(score: float) -> float:
@@ -85,8 +92,12 @@ def score_range(results: pd.DataFrame, summary: dict[str, Any]) -> dict[str, flo
     if summary["label"] is not None:
         return {"low": -1, "high": 1, "middle": 0, "any": False}
     scores = results[["policy_score", "base_score"]].to_numpy()
-    return {"low": rounded(scores.min()), "high": rounded(scores.max()), "middle": summary["base"]["score_mean"],
-            "any": True}  # fmt: skip
+    return {
+        "low": rounded(scores.min()),
+        "high": rounded(scores.max()),
+        "middle": summary["base"]["score_mean"],
+        "any": True,
+    }
 
 
 def read_columns(folder: Path | None, name: str, columns: Iterable[str]) -> pd.DataFrame | None:

@@ -182,18 +182,31 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
         name = "between base and policy, and beyond" if one else str(run)
         axis.plot(points.kl, points.score, color=colour, label=name)
         axis.plot([0, points.kl.iloc[0]], [base, points.score.iloc[0]], "--", color=colour, linewidth=1, alpha=0.6)
-        bars = {f"{side}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
-                for side, name in (("x", "kl"), ("y", "score"))}  # fmt: skip
-        axis.errorbar(points.kl, points.score, **bars, fmt=".", color=colour, capsize=2, alpha=1 if one else 0.4,
-                      label="95 % intervals" if one else None)  # fmt: skip
+        bars = {
+            f"{side}err": np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
+            for side, name in (("x", "kl"), ("y", "score"))
+        }
+        axis.errorbar(
+            points.kl,
+            points.score,
+            **bars,
+            fmt=".",
+            color=colour,
+            capsize=2,
+            alpha=1 if one else 0.4,
+            label="95 % intervals" if one else None,
+        )
         policy = points[points.alpha == 1]
         axis.plot(policy.kl, policy.score, "o", color=colour, markersize=8, label="policy" if one else None)
         for alpha, kl, score in zip(points.alpha, points.kl, points.score, strict=True) if one else ():
             axis.annotate(f"{alpha:g}", (kl, score), xytext=(6, -12), textcoords="offset points", fontsize=8)
     axis.plot(0, base, "s", color="tab:gray", label="base", clip_on=False)
     title = "numbers are alpha" if one else "circles are the policies as trained"
-    axis.set(xlabel="KL to base, nats per response", ylabel=f"mean {score_title(summary['label'])}",
-             title=f"{summary['n']} held-out prompts; {title}")  # fmt: skip
+    axis.set(
+        xlabel="KL to base, nats per response",
+        ylabel=f"mean {score_title(summary['label'])}",
+        title=f"{summary['n']} held-out prompts; {title}",
+    )
     axis.set_xlim(left=0, right=max(1.15 * table.kl_high.max(), 0.1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")

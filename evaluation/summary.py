@@ -32,8 +32,11 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
     column = {name: results[name].to_numpy(dtype=float) for name in results.select_dtypes("number")}
     unit = 1.0 if label is not None else float(column["base_score"].std()) or 1.0
     summary: dict[str, Any] = {
-        "n": len(results), "label": label, "judge_label": full_label(judge_label), "score_unit": unit,
-    }  # fmt: skip
+        "n": len(results),
+        "label": label,
+        "judge_label": full_label(judge_label),
+        "score_unit": unit,
+    }
     score_bounds = LABEL_SCORES if label is not None else _both("score", column)
     even = dict(zip(NAMES, equally_long(*(results[f"{name}_text"].tolist() for name in NAMES)), strict=True))
     for name in NAMES:
@@ -185,7 +188,7 @@ def _frontier_summary(results: pd.DataFrame, unit: float, score_bounds: Bounds) 
         "optimal_curve": {"kl": grid.tolist(), "score_mean": (unit * best.optimal_reward(grid)).tolist()},
         "kl_certain": float(best.kl.mean(0)[best.certain].max(initial=0.0)),
         "base_draws_mean": unit * float(best.best_of[:, 0].mean()),
-    }  # fmt: skip
+    }
 
     def gains(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weights = counts / counts.sum(1, keepdims=True)

@@ -50,7 +50,7 @@ def verdict(summary: dict[str, Any]) -> str:
     words = [
         f"The policy {_does_better(summary, kind)} base: {_against(summary)}, win-rate {summary['win_rate']:.0%}, "
         f"at {summary['kl_seq_exact']:.1f} nats from base."
-    ]  # fmt: skip
+    ]
     if "optimal_share_rate" in summary:
         kl, best = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
         # where the curve is flat it needs no more draws
@@ -61,11 +61,12 @@ def verdict(summary: dict[str, Any]) -> str:
     losses = [
         f"{what} ({form.format(ours[key])} against {form.format(base[key])})"
         for key, sign, what, form in (
-            ("distinct_2", -1, "less varied", LONG), ("repetition_rate", 1, "more repetitive", "{:.1%}"),
+            ("distinct_2", -1, "less varied", LONG),
+            ("repetition_rate", 1, "more repetitive", "{:.1%}"),
             ("human_perplexity", 1, "more surprised by human text", PLAIN),
         )
         if {key} <= ours.keys() & base.keys() and sign * (ours[key] - base[key]) > 0.1 * abs(base[key]) + 0.005
-    ]  # fmt: skip
+    ]
     if abs(ours["response_len"] - base["response_len"]) > 0.15 * base["response_len"]:
         longer = "longer" if ours["response_len"] > base["response_len"] else "shorter"
         lengths = f"{ours['response_len']:.0f} against {base['response_len']:.0f} tokens"
@@ -103,13 +104,20 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Title, policy and base of each row of the table; paired figures are in the policy column."""
     ours, base = summary["policy"], summary["base"]
     label = summary["label"]
-    blanks = {"title": score_title(label), "range": "" if label is None else ", -1 to 1", "label": label,
-              "judge_label": summary["judge_label"]}  # fmt: skip
+    blanks = {
+        "title": score_title(label),
+        "range": "" if label is None else ", -1 to 1",
+        "label": label,
+        "judge_label": summary["judge_label"],
+    }
     forms = {"score_mean": ANY_UNIT, "score_gain": ANY_UNIT} if label is None else {}
 
     def rows(names: dict[str, tuple[str, str]], *known: dict[str, Any]) -> list[tuple[str, str, str]]:
-        return [(key, title.format(**blanks), forms.get(key, form)) for key, (title, form) in names.items()
-                if all(key in estimates for estimates in known)]  # fmt: skip
+        return [
+            (key, title.format(**blanks), forms.get(key, form))
+            for key, (title, form) in names.items()
+            if all(key in estimates for estimates in known)
+        ]
 
     both, paired = rows(TABLE, ours, base), rows(PAIRED, summary)
     return [

@@ -25,9 +25,15 @@ class Corpus:
 
 
 def load_corpus(
-    dataset: str, split: str, text_column: str, label_column: str, lm_split: str | None = None, seed: int = 0,
-    names: str | None = None, config: str | None = None,
-) -> Corpus:  # fmt: skip
+    dataset: str,
+    split: str,
+    text_column: str,
+    label_column: str,
+    lm_split: str | None = None,
+    seed: int = 0,
+    names: str | None = None,
+    config: str | None = None,
+) -> Corpus:
     """Read a data set, and hold out a tenth of its labelled rows, 2,000 at most (raises UserError).
 
     lm_split names splits for the language model, joined by +; names and config are label_names and dataset_config.

@@ -50,9 +50,15 @@ def nats_per_token(model: nn.Module, rows: Sequence[list[int]], batch_tokens: in
 
 
 def train_policy(
-    corpus: Corpus, recipe: Recipe, bpe: Tokenizer, init: str | None, folder: Path, seed: int, device: torch.device,
+    corpus: Corpus,
+    recipe: Recipe,
+    bpe: Tokenizer,
+    init: str | None,
+    folder: Path,
+    seed: int,
+    device: torch.device,
     vectors: Tensor | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train the language model on the first `context` tokens of each text; save it with tokenizer.
 
     A text starts at position 0 with its own first token, as prompts do, and ends with EOS. A new model starts from the
@@ -86,10 +92,19 @@ def train_policy(
 def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
     net, end = recipe.lm, bpe.token_to_id(END)
     config = GPT2Config(
-        vocab_size=bpe.get_vocab_size(), n_positions=recipe.context, n_layer=net.layers, n_embd=net.width,
-        n_head=net.heads, initializer_range=initial_std(net.width), activation_function="gelu_pytorch_tanh",
-        resid_pdrop=net.dropout, embd_pdrop=net.dropout, attn_pdrop=net.dropout, bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
+        vocab_size=bpe.get_vocab_size(),
+        n_positions=recipe.context,
+        n_layer=net.layers,
+        n_embd=net.width,
+        n_head=net.heads,
+        initializer_range=initial_std(net.width),
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=net.dropout,
+        embd_pdrop=net.dropout,
+        attn_pdrop=net.dropout,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
     return GPT2LMHeadModel(config), policy_tokenizer(bpe, recipe.context)
 
 

@@ -18,9 +18,14 @@ from pretrain.reward_model import train_reward
 
 
 def make_models(
-    corpus: Corpus, recipe: Recipe, out: Path, seed: int, device: torch.device, init: str | None = None,
+    corpus: Corpus,
+    recipe: Recipe,
+    out: Path,
+    seed: int,
+    device: torch.device,
+    init: str | None = None,
     reward_init: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train, measure and write both models and report.json into `out`; returns the report."""
     torch.manual_seed(seed)
     bpe = train_bpe(corpus.lm_texts, recipe.vocab_size)

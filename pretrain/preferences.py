@@ -102,9 +102,13 @@ class PreferenceTrainer:
         with loading("init", init, "encoder"):
             self.model: Any
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                init, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False,
+                init,
+                num_labels=1,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
                 output_loading_info=True,
-            )  # fmt: skip
+            )
         refuse_wrong_encoder("init", init, info, self.model)
         if self.tokenizer.pad_token_id is None:  # a language model: its last real token is scored
             self.tokenizer.pad_token = self.tokenizer.eos_token

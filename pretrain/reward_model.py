@@ -43,9 +43,12 @@ def rm_batch(rows: Sequence[list[int]], labels: Sequence[int], tokenizer: PreTra
 
 
 def rm_batches(
-    rows: Sequence[list[int]], labels: Sequence[int], recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    labels: Sequence[int],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
     rng: random.Random,
-) -> Iterator[ModelInputs]:  # fmt: skip
+) -> Iterator[ModelInputs]:
     """ModelInputses for the classifier without end; each epoch sees another piece of every text."""
     while True:
         pieces = [draw_piece(row, recipe, rng) for row in rows]
@@ -61,9 +64,13 @@ def draw_piece(row: list[int], recipe: Recipe, rng: random.Random) -> list[int]:
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], labels: Sequence[int],
-    batch_tokens: int, device: torch.device,
-) -> float:  # fmt: skip
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    labels: Sequence[int],
+    batch_tokens: int,
+    device: torch.device,
+) -> float:
     """Share of the rows whose likeliest label is the true one."""
     right = 0
     order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
@@ -109,11 +116,19 @@ def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, 
     net, longest = recipe.rm, recipe.crop_max + 1  # every position is trained; longer texts are cut
     tokenizer = reward_tokenizer(bpe, longest)
     config = DistilBertConfig(
-        vocab_size=bpe.get_vocab_size(), max_position_embeddings=longest, n_layers=net.layers, dim=net.width,
-        hidden_dim=4 * net.width, initializer_range=initial_std(net.width), n_heads=net.heads, dropout=net.dropout,
-        attention_dropout=net.dropout, seq_classif_dropout=net.dropout, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=bpe.get_vocab_size(),
+        max_position_embeddings=longest,
+        n_layers=net.layers,
+        dim=net.width,
+        hidden_dim=4 * net.width,
+        initializer_range=initial_std(net.width),
+        n_heads=net.heads,
+        dropout=net.dropout,
+        attention_dropout=net.dropout,
+        seq_classif_dropout=net.dropout,
+        pad_token_id=tokenizer.pad_token_id,
         **_label_names(names),
-    )  # fmt: skip
+    )
     return DistilBertForSequenceClassification(config), tokenizer
 
 

@@ -28,8 +28,10 @@ def resolve_device(device: str) -> Device:
     many, and is known to return NaN gradients for some masks.
     """
     present: dict[Device, bool] = {
-        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
-    }  # fmt: skip
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     found = next((name for name, there in present.items() if there and device in (name, "auto")), None)
     if found is None:
         raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")

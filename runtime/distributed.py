@@ -274,16 +274,22 @@ def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequen
     """Refuse ranks that differ in settings, versions, weights or prompts (raises UserError)."""
     if world_size() == 1:
         return
-    own = {**asdict(cfg), "resume": None, "weights of policy_name": weights_sha256(policy)[:12],
-           "python": sys.version.split()[0],
-           "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
-           **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}  # fmt: skip
+    own = {
+        **asdict(cfg),
+        "resume": None,
+        "weights of policy_name": weights_sha256(policy)[:12],
+        "python": sys.version.split()[0],
+        "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+    }
     main, *others = all_gather(own)
     for number, theirs in enumerate(others, start=1):
         for name, value in theirs.items():
             if value != main[name]:
-                raise UserError(f"process {number} has {name}={value} where process 0 has {main[name]}: make them "
-                                "alike on all machines")  # fmt: skip
+                raise UserError(
+                    f"process {number} has {name}={value} where process 0 has {main[name]}: make them "
+                    "alike on all machines"
+                )
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -196,9 +196,12 @@ def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHea
         if kind != "gpt2":
             raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
         lm, info = GPT2LMHeadModel.from_pretrained(
-            name, revision=revision or DEFAULT_REVISION, dtype=torch.float32, output_loading_info=True,
+            name,
+            revision=revision or DEFAULT_REVISION,
+            dtype=torch.float32,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        )
     refuse_missing_weights(setting, name, info, "GPT-2 language model")
     if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
         for block in lm.transformer.h:

@@ -27,8 +27,7 @@ import pandas as pd
 from runtime.hub import only_prepared, require_hub
 
 COMPRESSIONS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError, zlib.error, lzma.LZMAError,
-               zipfile.BadZipFile)  # fmt: skip
+READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 SAVE_AS = "save it as .csv, .tsv, .json, .jsonl, .parquet or .txt, packed as .gz, .bz2, .xz or .zip if you like"
 LONGEST_FIELD = 2**31 - 1  # characters: the most that csv takes on every system
 
@@ -295,9 +294,13 @@ def split_rows(text: str, separator: str, quoted: bool = True) -> list[Row]:
 
 
 READERS: dict[str, Callable[[bytes, str, str], pd.DataFrame]] = {
-    ".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json, ".txt": _read_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".txt": _read_lines,
     ".parquet": _read_packed_parquet,
-}  # fmt: skip
+}
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------

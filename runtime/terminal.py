@@ -24,14 +24,17 @@ Cell = tuple[str, float]  # a character and the number that it is shaded by
 
 
 def progress_bar(
-    work: Iterable[T] | None = None, title: str = "", unit: str = "it", total: int | None = None, initial: int = 0,
-    leave: bool = True, delay: float = 0.0,
-) -> Any:  # fmt: skip
+    work: Iterable[T] | None = None,
+    title: str = "",
+    unit: str = "it",
+    total: int | None = None,
+    initial: int = 0,
+    leave: bool = True,
+    delay: float = 0.0,
+) -> Any:
     """A bar with the time left, over work or updated by hand; where stderr is no terminal, a line now and then."""
     kind = tqdm if sys.stderr.isatty() else ProgressLines
-    return kind(
-        work, title or None, total, unit=unit, initial=initial, leave=leave, delay=delay, dynamic_ncols=True
-    )  # fmt: skip
+    return kind(work, title or None, total, unit=unit, initial=initial, leave=leave, delay=delay, dynamic_ncols=True)
 
 
 def progress(work: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterable[T]:
@@ -47,9 +50,16 @@ class ProgressLines:
     """
 
     def __init__(
-        self, work: Iterable[Any] | None = None, desc: str | None = None, total: int | None = None, *, unit: str = "it",
-        initial: int = 0, leave: bool = True, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        work: Iterable[Any] | None = None,
+        desc: str | None = None,
+        total: int | None = None,
+        *,
+        unit: str = "it",
+        initial: int = 0,
+        leave: bool = True,
+        **_: Any,
+    ) -> None:
         """Begin; the arguments are tqdm's, of which those on drawing mean nothing here."""
         self.work: Iterable[Any] = () if work is None else work
         self.title, self.unit, self.leave = desc or "", unit, leave
@@ -93,9 +103,14 @@ class ProgressLines:
     def _print(self) -> None:
         self.printed = time.monotonic()
         line = tqdm.format_meter(
-            self.done, self.total, self.printed - self.begun, prefix=self.title, unit=self.unit, initial=self.initial,
+            self.done,
+            self.total,
+            self.printed - self.begun,
+            prefix=self.title,
+            unit=self.unit,
+            initial=self.initial,
             postfix=self.postfix or None,
-        )  # fmt: skip
+        )
         with suppress(OSError, ValueError):  # stderr may be closed
             print(line, file=sys.stderr, flush=True)
 
@@ -109,8 +124,11 @@ def can_shade(stream: TextIO) -> bool:
 
 def cells(pieces: Iterable[tuple[str, float]]) -> list[Cell]:
     """Characters of texts with their numbers; none of them can steer a terminal, as an escape sequence would."""
-    return [(char if char.isprintable() or char == "\n" else " " if char == "\t" else "\N{REPLACEMENT CHARACTER}", x)
-            for text, x in pieces for char in text]  # fmt: skip
+    return [
+        (char if char.isprintable() or char == "\n" else " " if char == "\t" else "\N{REPLACEMENT CHARACTER}", x)
+        for text, x in pieces
+        for char in text
+    ]
 
 
 def wrap(text: Sequence[Cell], width: int) -> list[list[Cell]]:

@@ -33,8 +33,23 @@ from runtime.cli import Interrupted, Stopped
 from runtime.device import lacks_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = {"config", "data", "eval", "evaluation", "experiments", "model", "ppo", "pretrain", "reward", "runtime",
-           "tests", "tools", "train", "training", "utils"}  # fmt: skip
+PROGRAM = {
+    "config",
+    "data",
+    "eval",
+    "evaluation",
+    "experiments",
+    "model",
+    "ppo",
+    "pretrain",
+    "reward",
+    "runtime",
+    "tests",
+    "tools",
+    "train",
+    "training",
+    "utils",
+}
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # their handlers save a run
 
 
@@ -104,9 +119,11 @@ class UserCode:
         others = self._set_aside()
         sys.modules["__main__"] = self.main
         with (
-            warnings.catch_warnings(), redirect_stdout(sys.stdout), redirect_stderr(sys.stderr),
+            warnings.catch_warnings(),
+            redirect_stdout(sys.stdout),
+            redirect_stderr(sys.stderr),
             torch.set_grad_enabled(torch.is_grad_enabled()),
-        ):  # fmt: skip
+        ):
             try:
                 if self.settings:
                     _restore(self.settings)
@@ -148,9 +165,10 @@ class UserCode:
     def _set_aside(self) -> dict[str, ModuleType]:
         """Take modules with names of this code out of sys.modules, and put its own in; returns those taken."""
         theirs = [
-            name for name in list(sys.modules)
+            name
+            for name in list(sys.modules)
             if _top(name) in self.names and _origin(sys.modules.get(_top(name))) in UserCode.folders
-        ]  # fmt: skip
+        ]
         taken = {name: sys.modules.pop(name) for name in theirs}
         sys.modules.update(self.modules)
         return taken
@@ -158,9 +176,10 @@ class UserCode:
     def _put_back(self, taken: dict[str, ModuleType]) -> None:
         """Undo _set_aside. A name that nobody else had stays: threads of the code may import and pickle later."""
         self.modules = {
-            name: module for name, module in list(sys.modules.items())
+            name: module
+            for name, module in list(sys.modules.items())
             if _top(name) in self.names and _origin(sys.modules.get(_top(name))) == self.folder
-        }  # fmt: skip
+        }
         tops = {_top(name) for name in taken}
         for name in self.modules:
             if _top(name) in tops:

@@ -143,16 +143,21 @@ def sample(
 
 
 def make_rollout(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, scores: Tensor, kl_coef: float,
-    partial: Tensor | None = None, kl_in_loss: bool = False,
-) -> Rollout:  # fmt: skip
+    policy: GPT2WithValueHead,
+    reference: GPT2WithValueHead,
+    seqs: Sequences,
+    scores: Tensor,
+    kl_coef: float,
+    partial: Tensor | None = None,
+    kl_in_loss: bool = False,
+) -> Rollout:
     """A rollout with scores made up by a test; with kl_in_loss the reference is frozen."""
     logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(policy, reference, seqs)
     partial = torch.full_like(logprobs, torch.nan) if partial is None else partial
     ref_states = ReferenceStates.of(reference.requires_grad_(False), seqs) if kl_in_loss else None
     return Rollout(
         seqs, logprobs, ref_logprobs, values, exact_kl, entropy, partial, scores, kl_coef, ref_states=ref_states
-    )  # fmt: skip
+    )
 
 
 def pad_more(seqs: Sequences, pads: int) -> Sequences:
@@ -318,11 +323,23 @@ def made_models(labelled_csv: Path) -> Path:
 @pytest.fixture
 def flags(gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path) -> dict[str, str]:
     return {
-        "policy_name": str(gpt2_dir), "rm_name": str(classifier_dir), "dataset": str(reviews),
-        "ckpt_dir": str(tmp_path / "run"), "device": "cpu", "dtype": "float32", "total_steps": "3", "batch_size": "8",
-        "minibatch_size": "4", "ppo_epochs": "2", "max_prompt_len": "12", "min_prompt_len": "4",
-        "max_new_tokens": "8", "lr": "1e-3", "sample_every": "2", "save_every": "2",
-    }  # fmt: skip
+        "policy_name": str(gpt2_dir),
+        "rm_name": str(classifier_dir),
+        "dataset": str(reviews),
+        "ckpt_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "dtype": "float32",
+        "total_steps": "3",
+        "batch_size": "8",
+        "minibatch_size": "4",
+        "ppo_epochs": "2",
+        "max_prompt_len": "12",
+        "min_prompt_len": "4",
+        "max_new_tokens": "8",
+        "lr": "1e-3",
+        "sample_every": "2",
+        "save_every": "2",
+    }
 
 
 def run_script(cls: type[Config], main: Callable[[Config], object]) -> None:
@@ -367,9 +384,15 @@ def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_rev
     """A run folder whose policy is the base with slightly different weights."""
 
     cfg = TrainConfig(
-        policy_name=str(gpt2_dir), rm_name=str(classifier_dir), dataset=str(split_reviews), device="cpu",
-        max_prompt_len=12, min_prompt_len=4, max_new_tokens=8, ckpt_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        policy_name=str(gpt2_dir),
+        rm_name=str(classifier_dir),
+        dataset=str(split_reviews),
+        device="cpu",
+        max_prompt_len=12,
+        min_prompt_len=4,
+        max_new_tokens=8,
+        ckpt_dir=str(tmp_path / "run"),
+    )
     policy = GPT2WithValueHead.from_pretrained(str(gpt2_dir))
     with torch.no_grad():
         policy.lm.transformer.wte.weight += 0.05 * torch.randn_like(policy.lm.transformer.wte.weight)
@@ -380,9 +403,22 @@ def finished_run(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path, split_rev
 
 
 def run_eval(folder: Path, out: Path, *extra: str) -> tuple[pd.DataFrame, dict]:
-    sys.argv = ["eval.py", "--policy_path", str(folder / "policy_lm"), "--n_samples", "20", "--batch_size", "8",
-                "--out_csv", str(out / "eval_results.csv"), "--device", "cpu", "--dtype", "float32",
-                *extra]  # fmt: skip
+    sys.argv = [
+        "eval.py",
+        "--policy_path",
+        str(folder / "policy_lm"),
+        "--n_samples",
+        "20",
+        "--batch_size",
+        "8",
+        "--out_csv",
+        str(out / "eval_results.csv"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *extra,
+    ]
     run_script(EvalConfig, eval_script.main)
     results = pd.read_csv(out / "eval_results.csv", keep_default_na=False, float_precision="round_trip")
     return results, json.loads((out / "eval_summary.json").read_text())
@@ -413,8 +449,12 @@ def as_processes(count: int, work: Callable[[], object], said: Path) -> list[int
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)}  # fmt: skip
+    job = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     children = [forked(work, said, RANK=str(i), LOCAL_RANK=str(i), **job) for i in range(count)]
     ends = time.monotonic() + 100
     for child in children:

@@ -19,8 +19,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "pretend"
 aten = torch.ops.aten
 # Operations whose result the host needs before it can go on, or whose shape it must know
-READS = {aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.nonzero, aten.masked_select, aten._unique2,
-         aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.repeat_interleave}  # fmt: skip
+READS = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.is_nonzero,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.repeat_interleave,
+}
 
 
 def skip_if_impossible() -> None:
@@ -42,9 +52,13 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
         found = Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
             device=torch.device(NAME, 0),
-        )  # fmt: skip
+        )
         found.held = held
         return found
 

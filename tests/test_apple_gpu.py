@@ -29,9 +29,19 @@ from training.audit import audit
 from training.parts import Parts
 
 SETTINGS = TrainConfig(
-    policy_name="tiny", batch_size=16, minibatch_size=8, micro_batch_size=4, max_prompt_len=8, max_new_tokens=10,
-    top_k=50, top_p=0.95, ent_coef=0.01, reward_every=2, lr=1e-3, dtype="float32",
-)  # fmt: skip
+    policy_name="tiny",
+    batch_size=16,
+    minibatch_size=8,
+    micro_batch_size=4,
+    max_prompt_len=8,
+    max_new_tokens=10,
+    top_k=50,
+    top_p=0.95,
+    ent_coef=0.01,
+    reward_every=2,
+    lr=1e-3,
+    dtype="float32",
+)
 
 
 def make_parts(classifier_dir: Path, gpt2_dir: Path, move: bool) -> Parts:

@@ -343,10 +343,34 @@ def documented_commands() -> list[str]:
 
 
 TEXTS = {  # settings that are no path
-    "preset", "policy_revision", "rm_revision", "dataset_revision", "target_label", "split", "lm_split", "text_column",
-    "label_column", "chosen_label", "report_to", "prompt", "sweep", "peer", "peer_name", "train", "evaluate", "tokens",
-    "reward_every", "gae_lambda", "alphas", "at_kl", "bug", "seeds", "grid", "dataset_config", "label_names",
-}  # fmt: skip
+    "preset",
+    "policy_revision",
+    "rm_revision",
+    "dataset_revision",
+    "target_label",
+    "split",
+    "lm_split",
+    "text_column",
+    "label_column",
+    "chosen_label",
+    "report_to",
+    "prompt",
+    "sweep",
+    "peer",
+    "peer_name",
+    "train",
+    "evaluate",
+    "tokens",
+    "reward_every",
+    "gae_lambda",
+    "alphas",
+    "at_kl",
+    "bug",
+    "seeds",
+    "grid",
+    "dataset_config",
+    "label_names",
+}
 TOOLS = [
     getattr(importlib.import_module(f"tools.{path.stem}"), name)
     for path in sorted((Path(__file__).parent.parent / "tools").glob("*.py"))
@@ -366,8 +390,11 @@ def test_the_tilde_is_the_home_folder_in_every_path(cls: type, tmp_path: Path, m
     assert texts - paths - listed <= TEXTS, "say what the setting is: opt(…, path=…), or a text"
     assert not paths & TEXTS
     for name in paths:
-        given = [f"--{other.name}=x" for other in dataclasses.fields(cls)
-                 if other.default is dataclasses.MISSING and other.default_factory is dataclasses.MISSING]  # fmt: skip
+        given = [
+            f"--{other.name}=x"
+            for other in dataclasses.fields(cls)
+            if other.default is dataclasses.MISSING and other.default_factory is dataclasses.MISSING
+        ]
         read = parse_config if cls in CLASSES else lambda kind, argv: parse_flags(kind, argv, None)
         if name == "resume":
             (tmp_path / "deep").mkdir()

@@ -148,9 +148,15 @@ def test_kl_in_the_loss_reaches_its_own_optimum() -> None:
     policy, reference = make_policy(VOCAB), make_policy(VOCAB)
     rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
     cfg = TrainConfig(
-        total_steps=140, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA, gae_lambda=1.0,
+        total_steps=140,
+        batch_size=512,
+        minibatch_size=512,
+        ppo_epochs=4,
+        lr=3e-3,
+        kl_coef=BETA,
+        gae_lambda=1.0,
         kl_in_loss=True,
-    )  # fmt: skip
+    )
     train(policy, reference, rewards, cfg)
     learned, best = log_distribution(policy), optimum_with_kl_in_the_loss(reference, rewards)
     assert variation(learned, best) < 0.03
@@ -184,9 +190,16 @@ def test_a_python_reward_reaches_the_known_optimum(tmp_path: Path) -> None:
     best = torch.log_softmax(start + (rewards - mean) / (BETA * std), 0)
 
     cfg = TrainConfig(
-        total_steps=110, batch_size=512, minibatch_size=512, ppo_epochs=4, lr=3e-3, kl_coef=BETA,
-        max_new_tokens=LONGEST, reward_every=0, gae_lambda=1.0,
-    )  # fmt: skip
+        total_steps=110,
+        batch_size=512,
+        minibatch_size=512,
+        ppo_epochs=4,
+        lr=3e-3,
+        kl_coef=BETA,
+        max_new_tokens=LONGEST,
+        reward_every=0,
+        gae_lambda=1.0,
+    )
     models = Models(policy, reference, reward, tokenizer, ScoreScale(mean.item(), std.item()))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     prompts = torch.full((cfg.batch_size, 1), PROMPT)

@@ -165,9 +165,8 @@ CFG = TrainConfig(
 
 
 def collected(
-    policy: GPT2WithValueHead, classifier: Path, tokenizer: PreTrainedTokenizerFast, device: str,
-    cfg: TrainConfig = CFG,
-) -> Rollout:  # fmt: skip
+    policy: GPT2WithValueHead, classifier: Path, tokenizer: PreTrainedTokenizerFast, device: str, cfg: TrainConfig = CFG
+) -> Rollout:
     reference = make_policy(len(tokenizer), seed=1).to(device).requires_grad_(False)
     models = Models(policy, reference, SentimentReward(str(classifier), device=device), tokenizer)
     return collect_rollout(models, ragged_prompts(8, 16, len(tokenizer)), uniforms(0, 1, 8, 10), cfg, 0.1)

@@ -261,8 +261,7 @@ def test_labels_that_may_mean_several_things_are_refused(labels: list, words: st
     form=st.sampled_from([str, float, int]),
     kind=st.sampled_from(["csv", "jsonl", "parquet"]),
 )
-@settings(max_examples=60, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_labels_do_not_depend_on_how_they_are_written(
     labels: list[int | None], form: Callable, kind: str, tmp_path: Path
 ) -> None:

@@ -70,8 +70,9 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
         assert summary[name]["commonest"] == t[f"{name}_text"].value_counts().iloc[0]
         for key, value in expected.items():
             assert summary[name][key] == pytest.approx(value), (name, key)
-            low, high = summary[name][{"score_mean": "score_ci", "positive_rate": "positive_ci",
-                                       "eos_rate": "eos_ci"}.get(key, f"{key}_ci")]  # fmt: skip
+            low, high = summary[name][
+                {"score_mean": "score_ci", "positive_rate": "positive_ci", "eos_rate": "eos_ci"}.get(key, f"{key}_ci")
+            ]
             assert low <= summary[name][key] <= high
         # Wilson's interval holds the shares p for which the observed one is no further than 1.96 standard errors away
         for key in ("positive_rate", "eos_rate"):
@@ -225,9 +226,15 @@ def test_prompts_end_and_continuations_begin_with_whole_characters(
     tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
     for longest in (11, 12, 13):
         results, _ = run_eval(
-            finished_run, tmp_path, "--dataset", str(tmp_path / "a.csv"), "--max_prompt_len", str(longest),
-            "--judge", "none",
-        )  # fmt: skip
+            finished_run,
+            tmp_path,
+            "--dataset",
+            str(tmp_path / "a.csv"),
+            "--max_prompt_len",
+            str(longest),
+            "--judge",
+            "none",
+        )
         for row in results.itertuples():
             text = next(text for text in texts if text.startswith(row.prompt))
             spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -261,8 +268,20 @@ def test_two_evaluations_in_one_folder_do_not_overwrite_each_other(finished_run:
 
 def evaluate(policy_path: str, *extra: str) -> None:
     """Run eval.py in the current folder, without naming where the results go."""
-    sys.argv = ["eval.py", "--policy_path", policy_path, "--n_samples", "4", "--judge", "none", "--device", "cpu",
-                "--dtype", "float32", *extra]  # fmt: skip
+    sys.argv = [
+        "eval.py",
+        "--policy_path",
+        policy_path,
+        "--n_samples",
+        "4",
+        "--judge",
+        "none",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *extra,
+    ]
     run_script(EvalConfig, eval_script.main)
 
 
@@ -297,13 +316,26 @@ def test_the_best_policy_of_a_run_has_results_of_its_own(
 
 
 def test_results_of_another_policy_are_not_replaced_unasked(
-    finished_run: Path, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    finished_run: Path,
+    gpt2_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Policies that are in no run share the working folder."""
     flags = json.loads((finished_run / "config.json").read_text())
-    models = ["--ref_name", str(gpt2_dir), "--rm_name", flags["rm_name"], "--dataset", flags["dataset"],
-              "--max_prompt_len", "12", "--max_new_tokens", "8"]  # fmt: skip
+    models = [
+        "--ref_name",
+        str(gpt2_dir),
+        "--rm_name",
+        flags["rm_name"],
+        "--dataset",
+        flags["dataset"],
+        "--max_prompt_len",
+        "12",
+        "--max_new_tokens",
+        "8",
+    ]
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         shutil.copytree(gpt2_dir, tmp_path / name)
@@ -324,8 +356,16 @@ def test_reward_and_base_that_the_run_did_not_have_are_named(
 ) -> None:
     policy, reward = (shutil.copytree(folder, tmp_path / folder.name) for folder in (gpt2_dir, classifier_dir))
     saved = json.loads((finished_run / "config.json").read_text())
-    models = load_models(TrainConfig(policy_name=str(policy), rm_name=str(reward), device="cpu", dtype="float32",
-                                     max_new_tokens=8, max_prompt_len=12))  # fmt: skip
+    models = load_models(
+        TrainConfig(
+            policy_name=str(policy),
+            rm_name=str(reward),
+            device="cpu",
+            dtype="float32",
+            max_new_tokens=8,
+            max_prompt_len=12,
+        )
+    )
     prints = {"ref_name": model_sha256(models.reference.lm), "rm_name": reward_sha256(models.reward)}
     (finished_run / "config.json").write_text(json.dumps({**saved, "fingerprints": prints}))
     names = ["--ref_name", str(policy), "--rm_name", str(reward)]
@@ -341,12 +381,25 @@ def test_reward_and_base_that_the_run_did_not_have_are_named(
 
 
 def test_a_policy_in_no_run_takes_the_settings_of_the_preset(
-    gpt2_dir: Path, classifier_dir: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    gpt2_dir: Path,
+    classifier_dir: Path,
+    reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
-    evaluate(str(gpt2_dir), "--preset", "tiny", "--ref_name", str(gpt2_dir), "--rm_name", str(classifier_dir),
-             "--dataset", str(reviews))  # fmt: skip
+    evaluate(
+        str(gpt2_dir),
+        "--preset",
+        "tiny",
+        "--ref_name",
+        str(gpt2_dir),
+        "--rm_name",
+        str(classifier_dir),
+        "--dataset",
+        str(reviews),
+    )
     settings = json.loads((tmp_path / "eval_summary.json").read_text())["settings"]
     tiny = PRESETS[TrainConfig]["tiny"]
     for name in ("max_prompt_len", "min_prompt_len", "max_new_tokens"):
@@ -384,9 +437,21 @@ def test_eval_of_the_base_against_itself_is_a_tie_everywhere(
 ) -> None:
     flags = json.loads((finished_run / "config.json").read_text())
     results, summary = run_eval(
-        finished_run, tmp_path, "--policy_path", str(gpt2_dir), "--ref_name", str(gpt2_dir), "--rm_name",
-        flags["rm_name"], "--dataset", flags["dataset"], "--max_prompt_len", "12", "--max_new_tokens", "8",
-    )  # fmt: skip
+        finished_run,
+        tmp_path,
+        "--policy_path",
+        str(gpt2_dir),
+        "--ref_name",
+        str(gpt2_dir),
+        "--rm_name",
+        flags["rm_name"],
+        "--dataset",
+        flags["dataset"],
+        "--max_prompt_len",
+        "12",
+        "--max_new_tokens",
+        "8",
+    )
     assert results.policy_text.tolist() == results.base_text.tolist()
     assert summary["win_rate"] == 0.5
     assert summary["score_gain"] == 0
@@ -413,9 +478,13 @@ def test_eval_batch_size_changes_no_answer(finished_run: Path, tmp_path: Path) -
     ],
 )
 def test_eval_wrong_input_is_one_line_and_exit_code_2(
-    given: str, words: list[str], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    words: list[str],
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run_eval(finished_run, tmp_path, *given.split())
@@ -491,11 +560,15 @@ def test_a_second_judge_of_something_else_says_nothing_of_the_reward() -> None:
     """Words are counted, and the judge judges sentiment: what it sees is in the table and not in the verdict."""
     rng, n = np.random.default_rng(0), 400
     frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("eos", "nll_base", "len")} | {
-        "policy_score": rng.normal(60, 5, n), "base_score": rng.normal(50, 5, n), "kl_seq": np.ones(n),
-        "kl_seq_exact": np.ones(n), "policy_text": [f"policy {i}" for i in range(n)],
-        "base_text": [f"base {i}" for i in range(n)], "policy_judge": rng.choice([-0.9, 0.9], n),
+        "policy_score": rng.normal(60, 5, n),
+        "base_score": rng.normal(50, 5, n),
+        "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n),
+        "policy_text": [f"policy {i}" for i in range(n)],
+        "base_text": [f"base {i}" for i in range(n)],
+        "policy_judge": rng.choice([-0.9, 0.9], n),
         "base_judge": rng.choice([-0.9, 0.9], n),
-    }  # fmt: skip
+    }
     apart = summarise(pd.DataFrame(frame), None)
     assert abs(apart["judge_slope"]) < 0.2
     assert "judge" not in apart["verdict"]

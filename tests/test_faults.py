@@ -30,9 +30,11 @@ CASES = int(os.environ.get("FAULT_CASES", "200"))
 
 
 MANY = settings(
-    max_examples=CASES, deadline=None, derandomize=True,
+    max_examples=CASES,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +49,12 @@ MANY = settings(
     ids=str,
 )
 def test_a_reward_that_fails_is_named_as_such(
-    returned: Any, words: list[str], flags: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+    returned: Any,
+    words: list[str],
+    flags: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def fail(self: Any, texts: list[str], prompts: list[str]) -> Any:
         if isinstance(returned, str):
             raise RuntimeError("no GPU today")
@@ -174,8 +179,12 @@ def test_any_data_file_is_read_or_refused_in_one_line(data: bytes, kind: str, he
     assert path.read_bytes() == data
 
 
-@settings(max_examples=max(10, CASES // 20), deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+@settings(
+    max_examples=max(10, CASES // 20),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(text=st.text(max_size=300))
 def test_any_config_json_in_the_run_folder_is_no_traceback(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")

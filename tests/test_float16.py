@@ -150,8 +150,9 @@ def gradient(policy: GPT2WithValueHead, rollout: Rollout, scaler: GradScaler) ->
     cfg = replace(CFG, lr=1.0, ppo_epochs=1, minibatch_size=8, ent_coef=0.0)
     row = ppo_update(twin, torch.optim.SGD(twin.parameters()), rollout, cfg, 1, scaler)
     assert row["updates"] == 1
-    return torch.cat([(old - new).detach().flatten() for old, new in
-                      zip(policy.lm.parameters(), twin.lm.parameters(), strict=True)])  # fmt: skip
+    return torch.cat(
+        [(old - new).detach().flatten() for old, new in zip(policy.lm.parameters(), twin.lm.parameters(), strict=True)]
+    )
 
 
 def test_scaling_keeps_gradients_that_float16_would_lose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,11 @@ SAME_FLOOR = {
     ("pretrain", "data"),  # models are pretrained from texts that data.py reads
     ("reward", "pretrain"),  # a user's reward may build a classifier of the tiny world by its name
 }
-MODULES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
-                 if path.parent.name != "tests" and path != ROOT / "rewards.py")  # that is a user's own  # fmt: skip
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
+    if path.parent.name != "tests" and path != ROOT / "rewards.py"
+)  # that is a user's own
 
 
 def imports(source: str) -> set[str]:
@@ -107,9 +110,11 @@ def test_importing_does_nothing(path: Path) -> None:
 def test_config_is_imported_before_torch_everywhere() -> None:
     """It sets a variable that torch reads once; the linter sorts it there."""
     for path in MODULES:
-        names = [n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name
-                 for n in ast.parse((ROOT / path).read_text(encoding="utf-8")).body
-                 if isinstance(n, ast.Import | ast.ImportFrom)]  # fmt: skip
+        names = [
+            n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name
+            for n in ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+            if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
         if "config" in names and "torch" in names:
             assert names.index("config") < names.index("torch"), path
 

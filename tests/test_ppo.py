@@ -54,9 +54,12 @@ def hand_sequences(mask: Tensor) -> Sequences:
 
 
 def rollout_of(
-    policy: GPT2WithValueHead, seqs: Sequences | None = None, kl_coef: float = 0.05, kl_in_loss: bool = False,
+    policy: GPT2WithValueHead,
+    seqs: Sequences | None = None,
+    kl_coef: float = 0.05,
+    kl_in_loss: bool = False,
     **sampling: float,
-) -> Rollout:  # fmt: skip
+) -> Rollout:
     """A rollout on ragged rows with scores between -1 and 1."""
     seqs = sample(policy, **sampling) if seqs is None else seqs
     scores = torch.rand(len(seqs.tokens), generator=torch.Generator().manual_seed(5)) * 2 - 1
@@ -574,8 +577,12 @@ def test_ppo_update_metrics_are_means_over_all_tokens_of_all_minibatches() -> No
         returns.append(np.array(gae) + v)
     target, v = np.concatenate(returns), values[rollout.mask].double().numpy()
     assert whole["value_loss"] == pytest.approx(((v - target) ** 2).mean() / 2, rel=1e-4)
-    to_go = np.concatenate([rollout.rewards()[row, :n].double().numpy()[::-1].cumsum()[::-1]
-                            for row, n in enumerate(rollout.mask.sum(1).tolist())])  # fmt: skip
+    to_go = np.concatenate(
+        [
+            rollout.rewards()[row, :n].double().numpy()[::-1].cumsum()[::-1]
+            for row, n in enumerate(rollout.mask.sum(1).tolist())
+        ]
+    )
     expected = 1 - (to_go - v).var() / to_go.var()
     assert whole["explained_var"] == pytest.approx(expected, rel=1e-4)
 
@@ -849,9 +856,13 @@ def test_cat_of_rollouts_is_the_rollout_of_all_prompts() -> None:
     for rows in (by_length[:3], by_length[3:]):
         some = seqs.select(rows)
         width, prompts = int(some.response_mask.sum(1).max()), some.prompt_len
-        short = replace(some, tokens=some.tokens[:, : prompts + width],
-                        attention_mask=some.attention_mask[:, : prompts + width],
-                        response_mask=some.response_mask[:, :width], logprobs=some.logprobs[:, :width])  # fmt: skip
+        short = replace(
+            some,
+            tokens=some.tokens[:, : prompts + width],
+            attention_mask=some.attention_mask[:, : prompts + width],
+            response_mask=some.response_mask[:, :width],
+            logprobs=some.logprobs[:, :width],
+        )
         parts.append(make_rollout(policy, make_policy(seed=1), short, scores[rows], 0.1, kl_in_loss=True))
     assert parts[0].mask.shape[1] < parts[1].mask.shape[1]
     joined = Rollout.cat(parts)
@@ -897,8 +908,10 @@ def test_partial_scores_are_part_of_the_baseline() -> None:
     expected = utils.expected_scores(scores, partial, seqs.response_mask)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(rollout.expected_scores(), expected)
-    halves = [make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, partial[rows])
-              for rows in torch.arange(12).split(6)]  # fmt: skip
+    halves = [
+        make_rollout(policy, reference, seqs.select(rows), scores[rows], 0.1, partial[rows])
+        for rows in torch.arange(12).split(6)
+    ]
     torch.testing.assert_close(Rollout.cat(halves).expected_scores(), expected, atol=1e-5, rtol=1e-4)
     seen: list[tuple[Tensor, ...]] = []
     targets: list[Tensor] = []

@@ -215,18 +215,40 @@ def test_reward_model_that_is_damaged_is_refused(tmp_path: Path) -> None:
 
 FITS = 64  # tokens, special ones included, for all of these but XLNet and T5, which have no limit of their own
 SIZES = {
-    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "max_position_embeddings": FITS, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
-GPT2_SIZES = {
-    "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": FITS, "bos_token_id": 0,
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": FITS,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
     "eos_token_id": 2,
-}  # fmt: skip
+}
+GPT2_SIZES = {
+    "vocab_size": 300,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": FITS,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 BART_SIZES = {
-    "vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": FITS,
-    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 300,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": FITS,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
 FROM_2 = {**SIZES, "max_position_embeddings": FITS + 2}  # positions 0 and 1 are for padding
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", SIZES),
@@ -258,9 +280,7 @@ def save_kind(folder: Path, kind: str, **tokenizer_settings: object) -> Path:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
     bpe = train_tokenizer(300, ["<s>", "<pad>", "</s>"])
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )  # fmt: skip
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<s>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
     write_settings(folder / "tokenizer_config.json", tokenizer_settings)  # the library leaves some out when it saves
@@ -362,10 +382,11 @@ def test_a_classifier_that_scores_at_random_is_refused(classifier_dir: Path, mon
 
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 ENDS_IN_TYPE_2 = {  # as XLNet's tokenizer ends a text
-    "type": "TemplateProcessing", "single": [TEXT, {"SpecialToken": {"id": "</s>", "type_id": 2}}],
+    "type": "TemplateProcessing",
+    "single": [TEXT, {"SpecialToken": {"id": "</s>", "type_id": 2}}],
     "pair": [TEXT, {"Sequence": {"id": "B", "type_id": 0}}],
     "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -387,7 +408,7 @@ ENDS_IN_TYPE_2 = {  # as XLNet's tokenizer ends a text
         ("BART", "tokenizer.json", {"post_processor": None}, "<eos>"),
         ("XLNet", "tokenizer.json", {"post_processor": ENDS_IN_TYPE_2}, "token types"),
     ],
-)  # fmt: skip
+)
 def test_a_model_whose_files_do_not_fit_together_is_one_line(
     kind: str, file: str, settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:

@@ -28,9 +28,17 @@ seconds_update tokens_per_second peak_memory_mb"""
 def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> None:
     folder = run(flags)
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "best", "config.json", "curves.png", "eval.csv", "metrics.csv", "policy_lm", "samples.csv", "state",
+        ".lock",
+        "best",
+        "config.json",
+        "curves.png",
+        "eval.csv",
+        "metrics.csv",
+        "policy_lm",
+        "samples.csv",
+        "state",
         "value_head.safetensors",
-    ]  # fmt: skip
+    ]
     metrics = pd.read_csv(folder / "metrics.csv")
     assert set(CONTRACT.split()) <= set(metrics.columns)
     assert metrics.step.tolist() == [1, 2, 3]
@@ -77,8 +85,10 @@ def test_train_saves_a_policy_that_plain_transformers_loads(flags: dict[str, str
 
 
 def test_train_is_a_function_of_the_seed(flags: dict[str, str], tmp_path: Path) -> None:
-    runs = [run({**flags, "ckpt_dir": str(tmp_path / name), "seed": seed}) for name, seed in
-            (("a", "1"), ("b", "1"), ("c", "2"))]  # fmt: skip
+    runs = [
+        run({**flags, "ckpt_dir": str(tmp_path / name), "seed": seed})
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+    ]
     tables = [pd.read_csv(folder / "metrics.csv").drop(columns=TIMINGS) for folder in runs]
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
     assert not tables[0].score_mean.equals(tables[2].score_mean)
@@ -197,11 +207,15 @@ def places(tmp_path: Path, gpt2_dir: Path, classifier_dir: Path) -> dict[str, st
     (tmp_path / "short.csv").write_text("text\ngood\nbad\n")
     (tmp_path / "file").write_text("")
     return {
-        "empty": str(folder("empty")), "classifier": str(classifier_dir), "gpt2": str(gpt2_dir),
-        "empty_csv": str(tmp_path / "empty.csv"), "latin1": str(tmp_path / "latin1.csv"),
-        "short": str(tmp_path / "short.csv"), "file": str(tmp_path / "file"),
+        "empty": str(folder("empty")),
+        "classifier": str(classifier_dir),
+        "gpt2": str(gpt2_dir),
+        "empty_csv": str(tmp_path / "empty.csv"),
+        "latin1": str(tmp_path / "latin1.csv"),
+        "short": str(tmp_path / "short.csv"),
+        "file": str(tmp_path / "file"),
         **{name: str(tmp_path / name) for name in ("other_vocabulary", "damaged", "headless")},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("given", WRONG)

@@ -300,7 +300,7 @@ def test_token_logprobs_and_their_gradient_equal_autograd(temperature: float, su
     x32, w32 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     found = utils.token_logprobs(
         x32, w32, tokens, temperature, support, "entropy" in ask, *((ref_hidden, ref_weight) if "kl" in ask else ())
-    )  # fmt: skip
+    )
     for i in asked:  # logits of up to about 10 in float32: 2^-24 relative, a few operations
         np.testing.assert_allclose(found[i].detach(), expected[i].detach(), atol=2e-5)
     assert ("kl" in ask) == (found[2].abs().max().item() > 0.1)

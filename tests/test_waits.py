@@ -38,9 +38,12 @@ def held(x: Tensor) -> Tensor:
 
 
 def collect(
-    policy: GPT2WithValueHead, classifier_dir: Path, tokenizer: PreTrainedTokenizerFast, on: bool,
+    policy: GPT2WithValueHead,
+    classifier_dir: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    on: bool,
     cfg: TrainConfig = CFG,
-) -> tuple[Rollout, Watch]:  # fmt: skip
+) -> tuple[Rollout, Watch]:
     """A whole rollout with its scores after every second token, on the device or not."""
     reference = make_policy(len(tokenizer), seed=1).requires_grad_(False)
     reward = SentimentReward(str(classifier_dir))

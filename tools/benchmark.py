@@ -33,7 +33,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-)  # fmt: skip
+)
 
 from ppo import build_optimizer, build_scaler, collect_rollout, ppo_update
 from runtime.cli import parse_flags, run, words
@@ -102,8 +102,13 @@ def main(argv: list[str] | None = None) -> None:
         for work, train_cfg in configs:
             for turn in range(cfg.rounds):
                 models = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
-                row = {"models": models, **shapes(work), "reward_every": cfg.reward_every, "turn": turn,
-                       **measure(train_cfg, cfg.steps)}  # fmt: skip
+                row = {
+                    "models": models,
+                    **shapes(work),
+                    "reward_every": cfg.reward_every,
+                    "turn": turn,
+                    **measure(train_cfg, cfg.steps),
+                }
                 if cfg.peer:
                     row |= measure_peer(cfg.peer)
                     row["times_faster"] = row["peer_seconds"] / row["seconds"]
@@ -146,11 +151,17 @@ def make_config(cfg: BenchConfig, work: Workload, folder: Path) -> TrainConfig:
         names |= {"split": cfg.split, "text_column": cfg.text_column}
     return resolve(
         TrainConfig(
-            **names, device=cfg.device, dtype=cfg.dtype, batch_size=work.batch, minibatch_size=work.minibatch,
-            ppo_epochs=work.epochs, max_prompt_len=work.prompt, max_new_tokens=work.response,
+            **names,
+            device=cfg.device,
+            dtype=cfg.dtype,
+            batch_size=work.batch,
+            minibatch_size=work.minibatch,
+            ppo_epochs=work.epochs,
+            max_prompt_len=work.prompt,
+            max_new_tokens=work.response,
             reward_every=cfg.reward_every,
         )
-    )  # fmt: skip
+    )
 
 
 def make_random_models(work: Workload, folder: Path, vocabulary: int = 50257) -> dict[str, str]:
@@ -163,15 +174,25 @@ def make_random_models(work: Workload, folder: Path, vocabulary: int = 50257) ->
     layers, width, heads = work.distilbert
     labels = {0: "negative", 1: "positive"}
     DistilBertForSequenceClassification(
-        DistilBertConfig(n_layers=layers, dim=width, hidden_dim=4 * width, n_heads=heads, vocab_size=30522,
-                         id2label=labels, label2id={name: i for i, name in labels.items()})
-    ).save_pretrained(folder / "reward")  # fmt: skip
+        DistilBertConfig(
+            n_layers=layers,
+            dim=width,
+            hidden_dim=4 * width,
+            n_heads=heads,
+            vocab_size=30522,
+            id2label=labels,
+            label2id={name: i for i, name in labels.items()},
+        )
+    ).save_pretrained(folder / "reward")
     word_tokenizer(30522, pad_token="w0").save_pretrained(folder / "reward")
     words = torch.randint(1000, 20000, (4 * work.batch, work.prompt + 8)).tolist()
     words[::4] = [row[: 8 + i % work.prompt] for i, row in enumerate(words[::4])]  # real prompts are ragged, too
     (folder / "prompts.txt").write_text("\n".join(" ".join(f"w{i}" for i in row) for row in words), encoding="utf-8")
-    return {"policy_name": str(folder / "policy"), "rm_name": str(folder / "reward"),
-            "dataset": str(folder / "prompts.txt")}  # fmt: skip
+    return {
+        "policy_name": str(folder / "policy"),
+        "rm_name": str(folder / "reward"),
+        "dataset": str(folder / "prompts.txt"),
+    }
 
 
 def word_tokenizer(size: int, **special: str) -> PreTrainedTokenizerFast:
@@ -207,13 +228,19 @@ def measure(cfg: TrainConfig, steps: int) -> dict[str, Any]:
     read = weights * (4 if cfg.dtype == "float32" else 2)
     floor = sum(work.values()) / matmul / world_size() + cfg.max_new_tokens * read / copy
     return {
-        "processes": world_size(), "weights": weights,
-        "device": cfg.device, "dtype": cfg.dtype, "seconds": seconds, **medians,
+        "processes": world_size(),
+        "weights": weights,
+        "device": cfg.device,
+        "dtype": cfg.dtype,
+        "seconds": seconds,
+        **medians,
         "first_seconds": sum(rows[0][f"seconds_{phase}"] for phase in ("generate", "score", "update")),
-        "matmul_gflops": matmul / 1e9, "copy_gb": copy / 1e9,
+        "matmul_gflops": matmul / 1e9,
+        "copy_gb": copy / 1e9,
         "update_of_matmul": work["update"] / medians["seconds_update"] / matmul / world_size(),
-        "floor_seconds": floor, "times_floor": seconds / floor,
-    }  # fmt: skip
+        "floor_seconds": floor,
+        "times_floor": seconds / floor,
+    }
 
 
 def ceilings(cfg: TrainConfig, size: int = 2048) -> tuple[float, float]:

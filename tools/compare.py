@@ -89,12 +89,15 @@ def read_run(folder: Path, evaluations: list[dict[str, Any]], name: str) -> Comp
 def what_to_mind(runs: Sequence[ComparedRun]) -> list[str]:
     """Why figures of these runs may not be comparable."""
     notes = {
-        "these runs have different rewards, so their scores cannot be compared": ("rm_name", "target_label",
-                                                                                  "reward_on_prompt"),
+        "these runs have different rewards, so their scores cannot be compared": (
+            "rm_name",
+            "target_label",
+            "reward_on_prompt",
+        ),
         "these runs have different bases, and each KL is to its own": ("policy_name", "ref_name"),
         "these runs have different prompts": ("dataset", "dataset_config", "text_column", "max_prompt_len"),
         "these runs decode differently, and so do their figures": ("temperature", "top_k", "top_p", "max_new_tokens"),
-    }  # fmt: skip
+    }
     differing = [
         note
         for note, names in notes.items()

@@ -90,16 +90,20 @@ def look(policy: GPT2WithValueHead, observed: Observed, width: int) -> Known:
     seqs, scores = observed.seqs, observed.scores
     mask, real = seqs.attention_mask[:, :-1], seqs.response_mask
     layers = policy.lm.transformer(
-        input_ids=seqs.tokens[:, :-1], attention_mask=mask.long(), position_ids=position_ids(mask),
+        input_ids=seqs.tokens[:, :-1],
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
         output_hidden_states=True,
-    ).hidden_states  # fmt: skip
+    ).hidden_states
     last, middle = (layers[i][:, seqs.prompt_len - 1 :] for i in (-1, len(layers) // 2))
     places = torch.arange(real.shape[1], device=real.device)
     before = torch.cat([torch.zeros_like(scores)[:, None], observed.partial_scores[:, :-1].nan_to_num(0.0)], 1)
     features = {
         "partial": before[..., None] * torch.eye(width, device=real.device)[places],  # a slope for each position
-        "last": last, "middle": middle, "mean": last.cumsum(1) / (1 + places[:, None]),
-    }  # fmt: skip
+        "last": last,
+        "middle": middle,
+        "mean": last.cumsum(1) / (1 + places[:, None]),
+    }
     position, score = places.expand_as(real), scores[:, None].expand_as(real)
     return Known({name: x[real] for name, x in features.items()}, position[real], score[real])
 
@@ -127,8 +131,10 @@ def explained(fit: Known, test: Known, chosen: Sequence[str], ridge: float, toke
     error = target - design(test) @ weights
     at = {"all tokens": torch.ones_like(target, dtype=torch.bool)}
     at |= {f"before token {t}": test.position == t - 1 for t in tokens}
-    return {name: float(1 - error[rows].var() / target[rows].var()) if rows.sum() > 1 else math.nan
-            for name, rows in at.items()}  # fmt: skip
+    return {
+        name: float(1 - error[rows].var() / target[rows].var()) if rows.sum() > 1 else math.nan
+        for name, rows in at.items()
+    }
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 def measure(cfg: GradientsConfig) -> pd.DataFrame:
     """One row per way (raises UserError)."""
     run_cfg = parse_config(TrainConfig, [*words("train", cfg.train), "--eval_every=0", "--gamma=1", "--reward_every=1"])
-    asked = itertools.product(numbers("reward_every", cfg.reward_every, int),
-                              numbers("gae_lambda", cfg.gae_lambda, float))  # fmt: skip
+    asked = itertools.product(
+        numbers("reward_every", cfg.reward_every, int), numbers("gae_lambda", cfg.gae_lambda, float)
+    )
     ways = list(dict.fromkeys([REINFORCE, *asked]))
     for every, lam in ways:
         replace(run_cfg, reward_every=every, gae_lambda=lam)  # refuses what is out of range

@@ -91,14 +91,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     path = Path(cfg.runs[0]) / "policy_lm"
     evaluation = EvalConfig(
-        policy_path=str(path), rm_name=cfg.rm_name, judge=cfg.judge, n_samples=cfg.n_samples, frontier=cfg.frontier,
-        batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, dtype=cfg.dtype,
-    )  # fmt: skip
+        policy_path=str(path),
+        rm_name=cfg.rm_name,
+        judge=cfg.judge,
+        n_samples=cfg.n_samples,
+        frontier=cfg.frontier,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        device=cfg.device,
+        dtype=cfg.dtype,
+    )
     run_cfg = evaluation_script.settings_of_run(evaluation)
     models = load_models(run_cfg, str(path))
     groups = [[folder] for folder in cfg.runs] if cfg.each else [cfg.runs]
-    lines = {" + ".join(names): Line(models.reference, models.policy, [Path(name) / "policy_lm" for name in names])
-             for names in groups}  # fmt: skip
+    lines = {
+        " + ".join(names): Line(models.reference, models.policy, [Path(name) / "policy_lm" for name in names])
+        for names in groups
+    }
     prompts = evaluation_script.held_out_prompts(evaluation, run_cfg, models.tokenizer)
     comparison = Comparison(cfg.seed, run_cfg, models, prompts)
     keep_freed_memory()
@@ -190,8 +199,13 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
     kl = exact_kl(comparison, batches)
     low, high = bootstrap_ci(kl, bounds=(kl.min(), kl.max()))
     home = json.loads((Path(cfg.runs[0]) / "config.json").read_text(encoding="utf-8"))
-    about = {"runs": [str(Path(folder).resolve()) for folder in cfg.runs], "alpha": alpha, "kl_seq_exact": kl.mean(),
-             "kl_ci": [low, high], "settings": asdict(cfg)}  # fmt: skip
+    about = {
+        "runs": [str(Path(folder).resolve()) for folder in cfg.runs],
+        "alpha": alpha,
+        "kl_seq_exact": kl.mean(),
+        "kl_ci": [low, high],
+        "settings": asdict(cfg),
+    }
     try:
         with quiet_saving(), new_folder(Path(cfg.out)) as folder:
             line.policy.lm.save_pretrained(folder / "policy_lm")
@@ -314,8 +328,10 @@ def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:
     row |= {"base_score": base["score_mean"], "win_rate": summary["win_rate"]}
     row |= {"positive": ours.get("positive_rate"), "optimal_share": summary.get("optimal_share_rate")}
     row |= {"judge_positive": ours.get("judge_positive_rate"), "judge_gain": summary.get("judge_gain")}
-    row |= {f"{short}_ratio": ours[name] / base[name] for short, name in
-            (("length", "response_len"), ("perplexity", "perplexity"))}  # fmt: skip
+    row |= {
+        f"{short}_ratio": ours[name] / base[name]
+        for short, name in (("length", "response_len"), ("perplexity", "perplexity"))
+    }
     return row
 
 

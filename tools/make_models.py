@@ -86,9 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = read_settings(argv)
     device = torch.device(resolve_device(cfg.device))
     corpus = load_corpus(
-        cfg.dataset, cfg.split, cfg.text_column, cfg.label_column, cfg.lm_split, cfg.seed, cfg.label_names,
+        cfg.dataset,
+        cfg.split,
+        cfg.text_column,
+        cfg.label_column,
+        cfg.lm_split,
+        cfg.seed,
+        cfg.label_names,
         cfg.dataset_config,
-    )  # fmt: skip
+    )
     try:
         with quiet_saving(), new_folder(Path(cfg.out)) as folder:
             report = make_models(corpus, cfg.recipe, folder, cfg.seed, device, cfg.init, cfg.reward_init)
@@ -101,12 +107,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def next_command(cfg: MakeConfig, labels: Sequence[str]) -> str:
     """The command that trains the policy with these models and texts; its label is positive, or else the last one."""
     settings: dict[str, Any] = {
-        "policy_name": Path(cfg.out) / "policy", "rm_name": Path(cfg.out) / "reward", "dataset": cfg.dataset,
-    }  # fmt: skip
+        "policy_name": Path(cfg.out) / "policy",
+        "rm_name": Path(cfg.out) / "reward",
+        "dataset": cfg.dataset,
+    }
     settings |= {
-        name: getattr(cfg, name) for name in ("dataset_config", "split", "text_column")
+        name: getattr(cfg, name)
+        for name in ("dataset_config", "split", "text_column")
         if getattr(cfg, name) != getattr(TrainConfig, name)
-    }  # fmt: skip
+    }
     if TrainConfig.target_label not in map(full_label, labels):
         settings["target_label"] = labels[-1]
     context = GPT2Config.from_pretrained(Path(cfg.out) / "policy").n_positions

@@ -108,9 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.model.save_pretrained(folder)
             trainer.tokenizer.save_pretrained(folder)
             report: dict[str, Any] = {
-                "held_out_accuracy": float(agrees.mean()), "held_out_accuracy_ci": [low, high],
-                "held_out_pairs": len(held), "pairs": len(kept), "settings": asdict(cfg),
-            }  # fmt: skip
+                "held_out_accuracy": float(agrees.mean()),
+                "held_out_accuracy_ci": [low, high],
+                "held_out_pairs": len(held),
+                "pairs": len(kept),
+                "settings": asdict(cfg),
+            }
             (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None

@@ -105,8 +105,10 @@ def show(cfg: PitfallsConfig, bug: Bug | None) -> None:
         print("To train with it all the same: --audit false")
         return
     row, _ = one_run(cfg, bug, seed, Evaluator(words("evaluate", cfg.evaluate)), sys.stdout)
-    print(f"as its last steps reported: score {row['reported_score']:+.2f}, KL {row['reported_kl']:.2f}, "
-          f"length {row['reported_length']:.1f}, warnings: {row['warnings'] or 'none'}")  # fmt: skip
+    print(
+        f"as its last steps reported: score {row['reported_score']:+.2f}, KL {row['reported_kl']:.2f}, "
+        f"length {row['reported_length']:.1f}, warnings: {row['warnings'] or 'none'}"
+    )
     print(f"measured without the bug: score {row['score']:+.2f}, KL {row['kl']:.2f}, length {row['length']:.1f}")
     print(row["verdict"])
 
@@ -243,16 +245,26 @@ def figures(summary: dict[str, Any], metrics: pd.DataFrame, settings: TrainConfi
     for row in metrics.to_dict("records"):
         diagnostics.warnings(row)
     return {
-        "n": summary["n"], "score": ours["score_mean"], "score_ci": json.dumps(ours["score_ci"]),
-        "kl": summary["kl_seq_exact"], "kl_ci": json.dumps(summary["kl_seq_exact_ci"]),
-        "length": ours["response_len"], "length_ci": json.dumps(ours["response_len_ci"]),
-        "judge": ours.get("judge_positive_rate"), "judge_ci": json.dumps(ours.get("judge_positive_rate_ci")),
-        "win_rate": summary["win_rate"], "perplexity_ratio": ours["perplexity"] / base["perplexity"],
-        "base_score": base["score_mean"], "base_length": base["response_len"],
-        "base_judge": base.get("judge_positive_rate"), "verdict": summary["verdict"],
-        "reported_score": tail.score_mean.mean(), "reported_kl": tail.kl_seq.mean(),
-        "reported_length": tail.response_len.mean(), "warnings": " ".join(sorted(diagnostics.given)),
-    }  # fmt: skip
+        "n": summary["n"],
+        "score": ours["score_mean"],
+        "score_ci": json.dumps(ours["score_ci"]),
+        "kl": summary["kl_seq_exact"],
+        "kl_ci": json.dumps(summary["kl_seq_exact_ci"]),
+        "length": ours["response_len"],
+        "length_ci": json.dumps(ours["response_len_ci"]),
+        "judge": ours.get("judge_positive_rate"),
+        "judge_ci": json.dumps(ours.get("judge_positive_rate_ci")),
+        "win_rate": summary["win_rate"],
+        "perplexity_ratio": ours["perplexity"] / base["perplexity"],
+        "base_score": base["score_mean"],
+        "base_length": base["response_len"],
+        "base_judge": base.get("judge_positive_rate"),
+        "verdict": summary["verdict"],
+        "reported_score": tail.score_mean.mean(),
+        "reported_kl": tail.kl_seq.mean(),
+        "reported_length": tail.response_len.mean(),
+        "warnings": " ".join(sorted(diagnostics.given)),
+    }
 
 
 def is_done(path: Path, bug: Bug | None, seed: int) -> bool:

@@ -10,8 +10,18 @@ from evaluation.studies import table_line
 from runtime.pictures import blank_figure
 
 RIGHT = "right"  # the name of the run without a bug
-CURVES = ("score_mean", "kl_seq", "response_len", "entropy", "approx_kl", "clip_frac", "ratio_max", "value_loss",
-          "explained_var", "grad_norm")  # fmt: skip
+CURVES = (
+    "score_mean",
+    "kl_seq",
+    "response_len",
+    "entropy",
+    "approx_kl",
+    "clip_frac",
+    "ratio_max",
+    "value_loss",
+    "explained_var",
+    "grad_norm",
+)
 TAIL = 4  # steps at the end over which a curve is averaged
 COLUMNS = {  # heading -> column of the table, its factor, and how it is written
     "mean score": ("score", 1, "{:+.2f}"),
@@ -65,8 +75,11 @@ def standing_out(name: str, curves: pd.DataFrame) -> list[str]:
     low, high = ends.loc[RIGHT].min(), ends.loc[RIGHT].max()
     width = high - low
     found = ends.loc[name]
-    return [column for column in judged if (found[column] > high[column] + width[column]).all()
-            or (found[column] < low[column] - width[column]).all()]  # fmt: skip
+    return [
+        column
+        for column in judged
+        if (found[column] > high[column] + width[column]).all() or (found[column] < low[column] - width[column]).all()
+    ]
 
 
 def picture(table: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:

@@ -183,20 +183,29 @@ class ModelSet:
                 f"context of {context}: shorten it, or lower max_new_tokens"
             )
         seqs = sample_responses(
-            model.lm, *pad_left([ids] * self.n), uniforms(self.seed, draw, self.n, run_cfg.max_new_tokens),
-            eos_id=int(tokenizer.eos_token_id), temperature=run_cfg.temperature, top_k=run_cfg.top_k,
+            model.lm,
+            *pad_left([ids] * self.n),
+            uniforms(self.seed, draw, self.n, run_cfg.max_new_tokens),
+            eos_id=int(tokenizer.eos_token_id),
+            temperature=run_cfg.temperature,
+            top_k=run_cfg.top_k,
             top_p=run_cfg.top_p,
-        )  # fmt: skip
+        )
         texts, scores = seqs.texts(tokenizer), self._scores(seqs, tokenizer)
         kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else evaluate_both(model.lm, model.base, seqs)[4]
         rows = [_real(x, seqs) for x in (seqs.responses, kl)]
         return [
             Response(
-                prompt, model.name, text, round(sum(kls), 4), score, tokens[-1] == tokenizer.eos_token_id,
+                prompt,
+                model.name,
+                text,
+                round(sum(kls), 4),
+                score,
+                tokens[-1] == tokenizer.eos_token_id,
                 list(zip(pieces(tokenizer, tokens), (round(x, 4) for x in kls), strict=True)),
             )
             for text, score, tokens, kls in zip(texts, scores, *rows, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _scores(self, seqs: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[float] | list[None]:
         if self.reward is None:
@@ -218,9 +227,14 @@ def load(cfg: SampleConfig) -> ModelSet:
     for path in dict.fromkeys(cfg.policy_path):
         policy_path = policy_folder(path)
         evaluation = EvalConfig(
-            policy_path=policy_path, ref_name=cfg.ref_name, rm_name=cfg.rm_name, seed=cfg.seed, device=cfg.device,
-            dtype=cfg.dtype, **{name: getattr(cfg, name) for name in DECODING},
-        )  # fmt: skip
+            policy_path=policy_path,
+            ref_name=cfg.ref_name,
+            rm_name=cfg.rm_name,
+            seed=cfg.seed,
+            device=cfg.device,
+            dtype=cfg.dtype,
+            **{name: getattr(cfg, name) for name in DECODING},
+        )
         runs.append(settings_of_run(evaluation, with_reward=scored and not runs))
         lm, tokenizer = load_policy(runs[-1], policy_path)
         key = str(runs[-1].ref_name), runs[-1].ref_revision

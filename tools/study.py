@@ -120,11 +120,24 @@ def one_run(cfg: StudyConfig, setting: tuple[str, ...], seed: int) -> dict[str, 
     if cfg.peer:
         command = [w.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for w in words("peer", cfg.peer)]
     else:
-        command = ["python", "train.py", *words("train", cfg.train), *setting, f"--seed={seed}",
-                   f"--ckpt_dir={folder}", "--resume"]  # fmt: skip
+        command = [
+            "python",
+            "train.py",
+            *words("train", cfg.train),
+            *setting,
+            f"--seed={seed}",
+            f"--ckpt_dir={folder}",
+            "--resume",
+        ]
     reward = [flag for flag in setting if flag.startswith("--rm_name=")]  # a Python reward must be named each time
-    judged = ["python", "eval.py", *words("evaluate", cfg.evaluate), *reward,
-              f"--policy_path={folder / 'policy_lm'}", f"--out_csv={folder / 'eval_results.csv'}"]  # fmt: skip
+    judged = [
+        "python",
+        "eval.py",
+        *words("evaluate", cfg.evaluate),
+        *reward,
+        f"--policy_path={folder / 'policy_lm'}",
+        f"--out_csv={folder / 'eval_results.csv'}",
+    ]
     row: dict[str, Any] = {"setting": name, "seed": seed, "command": shlex.join(command), "judged": shlex.join(judged)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,34 +227,55 @@ def was_run(note: Path, command: str) -> bool:
 
 def command_line(words: list[str]) -> list[str]:
     """A command with this Python and this project's scripts."""
-    return [{"python": sys.executable, "train.py": str(ROOT / "train.py"), "eval.py": str(ROOT / "eval.py")}.get(w, w)
-            for w in words]  # fmt: skip
+    return [
+        {"python": sys.executable, "train.py": str(ROOT / "train.py"), "eval.py": str(ROOT / "eval.py")}.get(w, w)
+        for w in words
+    ]
 
 
 def figures(summary: dict[str, Any], metrics: Path) -> dict[str, Any]:
     """The columns of the study's table: figures of the evaluation, and of the run's metrics.csv if there is one."""
     ours, base = summary["policy"], summary["base"]
-    intervals = {"positive": ours.get("positive_ci"), "score": ours.get("score_ci"),
-                 "win_rate": summary.get("win_rate_ci"), "kl": summary.get("kl_seq_exact_ci"),
-                 "judge_positive": ours.get("judge_positive_rate_ci"),
-                 "base_score": base.get("score_ci"), "gain": summary.get("score_gain_ci")}  # fmt: skip
+    intervals = {
+        "positive": ours.get("positive_ci"),
+        "score": ours.get("score_ci"),
+        "win_rate": summary.get("win_rate_ci"),
+        "kl": summary.get("kl_seq_exact_ci"),
+        "judge_positive": ours.get("judge_positive_rate_ci"),
+        "base_score": base.get("score_ci"),
+        "gain": summary.get("score_gain_ci"),
+    }
     found = {
-        "n": summary["n"], "score": ours["score_mean"], "base_score": base["score_mean"],
-        "positive": ours.get("positive_rate"), "base_positive": base.get("positive_rate"),
-        "win_rate": summary["win_rate"], "gain": summary["score_gain"], "kl": summary["kl_seq_exact"],
-        "judge_positive": ours.get("judge_positive_rate"), "base_judge_positive": base.get("judge_positive_rate"),
-        "judge_gain": summary.get("judge_gain"), "judge_gain_expected": summary.get("judge_gain_expected"),
-        "distinct_rate": ours["distinct_rate"], "commonest": ours.get("commonest"),
+        "n": summary["n"],
+        "score": ours["score_mean"],
+        "base_score": base["score_mean"],
+        "positive": ours.get("positive_rate"),
+        "base_positive": base.get("positive_rate"),
+        "win_rate": summary["win_rate"],
+        "gain": summary["score_gain"],
+        "kl": summary["kl_seq_exact"],
+        "judge_positive": ours.get("judge_positive_rate"),
+        "base_judge_positive": base.get("judge_positive_rate"),
+        "judge_gain": summary.get("judge_gain"),
+        "judge_gain_expected": summary.get("judge_gain_expected"),
+        "distinct_rate": ours["distinct_rate"],
+        "commonest": ours.get("commonest"),
         "length_expected_ratio": summary.get("response_len_expected", math.nan) / base["response_len"],
-        **{f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan) for short, name in
-           (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))},
+        **{
+            f"{short}_ratio": ours.get(name, math.nan) / base.get(name, math.nan)
+            for short, name in (("perplexity", "perplexity"), ("distinct_2", "distinct_2"), ("length", "response_len"))
+        },
         **best_possible(summary),
         **{f"{name}_ci": to_json(interval) for name, interval in intervals.items()},
-    }  # fmt: skip
+    }
     if (table := read_steps(metrics)) is not None:
-        found |= {"episodes": int(table.episodes.iloc[-1]), "kl_max": table.kl_seq.max(), "kl_min": table.kl_seq.min(),
-                  "first_score": table.score_mean.iloc[0],
-                  "seconds": table.filter(like="seconds_").to_numpy().sum()}  # fmt: skip
+        found |= {
+            "episodes": int(table.episodes.iloc[-1]),
+            "kl_max": table.kl_seq.max(),
+            "kl_min": table.kl_seq.min(),
+            "first_score": table.score_mean.iloc[0],
+            "seconds": table.filter(like="seconds_").to_numpy().sum(),
+        }
     return found
 
 

@@ -62,8 +62,18 @@ def torture_training(cfg: TortureConfig, folder: Path) -> tuple[int, set[int], l
     """How many runs there were, after which steps they were resumed, and what differed at their ends."""
     names = make_random_models(SMALL, folder / "models", vocabulary=300)
     flags = [f"--{name}={value}" for name, value in names.items()]
-    flags += [f"--total_steps={cfg.steps}", "--batch_size=8", "--minibatch_size=4", "--max_prompt_len=8", "--lr=1e-3",
-              "--max_new_tokens=8", "--save_every=3", "--sample_every=4", "--eval_every=5", "--device=cpu"]  # fmt: skip
+    flags += [
+        f"--total_steps={cfg.steps}",
+        "--batch_size=8",
+        "--minibatch_size=4",
+        "--max_prompt_len=8",
+        "--lr=1e-3",
+        "--max_new_tokens=8",
+        "--save_every=3",
+        "--sample_every=4",
+        "--eval_every=5",
+        "--device=cpu",
+    ]
     begun = time.monotonic()
     start(flags, folder / "undisturbed").wait()
     duration = time.monotonic() - begun

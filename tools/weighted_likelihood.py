@@ -113,8 +113,10 @@ def weigh(seqs: Sequence[Sequences], scores: np.ndarray, kl: float) -> list[Draw
     """The draws with weights exp(score / beta), for the beta whose optimal policy is nearest to `kl` nats from base."""
     found = frontier(scores)
     number = int(np.abs(found.kl.mean(0) - kl).argmin())
-    print(f"beta {BETAS[number]:.3g}: the optimal policy scores {found.reward.mean(0)[number]:+.3f} at "
-          f"{found.kl.mean(0)[number]:.2f} nats, base {scores.mean():+.3f}")  # fmt: skip
+    print(
+        f"beta {BETAS[number]:.3g}: the optimal policy scores {found.reward.mean(0)[number]:+.3f} at "
+        f"{found.kl.mean(0)[number]:.2f} nats, base {scores.mean():+.3f}"
+    )
     weights = np.exp((scores - scores.max(1, keepdims=True)) / BETAS[number])
     weights /= weights.mean(1, keepdims=True)
     rows, answers = len(seqs[0].tokens), scores.shape[1]
@@ -124,9 +126,12 @@ def weigh(seqs: Sequence[Sequences], scores: np.ndarray, kl: float) -> list[Draw
 
 
 def optimizer_step(
-    policy: GPT2WithValueHead, reference: GPT2WithValueHead, optimizer: torch.optim.Optimizer, draw: Draw,
+    policy: GPT2WithValueHead,
+    reference: GPT2WithValueHead,
+    optimizer: torch.optim.Optimizer,
+    draw: Draw,
     cfg: TrainConfig,
-) -> None:  # fmt: skip
+) -> None:
     """One step on a draw, in passes of minibatch_size responses."""
     policy.zero_grad()
     for rows in torch.arange(len(draw.weights)).split(cfg.minibatch_size):

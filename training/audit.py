@@ -36,9 +36,15 @@ def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> N
 
     def sample(eos_id: int) -> Sequences:
         return sample_responses(
-            models.policy, ids, mask, noise, eos_id=eos_id,
-            temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-        )  # fmt: skip
+            models.policy,
+            ids,
+            mask,
+            noise,
+            eos_id=eos_id,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
 
     seqs = sample(int(models.tokenizer.eos_token_id))
     stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # as EOS it ends a row half-way

@@ -25,13 +25,29 @@ from runtime.tables import has_splits
 TEMPLATE = Path(__file__).with_name("model_card.md")
 RESULTS = re.compile(r"(<!-- results of eval\.py -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
 NAMED_ELSEWHERE = {"policy_name", "ref_name", "rm_name", "dataset"}
-NO_MATTER = {"preset", "ckpt_dir", "overwrite", "resume", "allow_changes", "check", "device", "dtype", "report_to",
-             "save_every", "keep_last", "sample_every", "eval_every"}  # fmt: skip
+NO_MATTER = {
+    "preset",
+    "ckpt_dir",
+    "overwrite",
+    "resume",
+    "allow_changes",
+    "check",
+    "device",
+    "dtype",
+    "report_to",
+    "save_every",
+    "keep_last",
+    "sample_every",
+    "eval_every",
+}
 COURSE = {  # column of eval.csv or metrics.csv -> its title and how it is written
-    "step": ("step", "{:.0f}"), "score_mean": ("mean score", "{:+.3g}"), "positive_rate": ("share above 0", "{:.2f}"),
-    "kl_seq_exact": ("KL to base, nats per response", "{:.2f}"), "entropy": ("entropy, nats per token", "{:.2f}"),
+    "step": ("step", "{:.0f}"),
+    "score_mean": ("mean score", "{:+.3g}"),
+    "positive_rate": ("share above 0", "{:.2f}"),
+    "kl_seq_exact": ("KL to base, nats per response", "{:.2f}"),
+    "entropy": ("entropy, nats per token", "{:.2f}"),
     "response_len": ("response length, tokens", "{:.1f}"),
-}  # fmt: skip
+}
 ROWS = 6  # of the run's course
 
 
@@ -40,11 +56,17 @@ def write_card(run_dir: Path, policy_dir: Path) -> None:
     about = _about(run_dir)
     course, steps = _course(run_dir)
     blanks = {
-        "title": title_of(about), "base": _link(about["policy_name"]), "reference": _link(_reference(about)),
-        "dataset": _link(about["dataset"], "datasets/"), "reward": _reward(about), "interpolated": _interpolated(about),
-        "training": _training(about, steps), "settings": _settings(about), "course": course,
+        "title": title_of(about),
+        "base": _link(about["policy_name"]),
+        "reference": _link(_reference(about)),
+        "dataset": _link(about["dataset"], "datasets/"),
+        "reward": _reward(about),
+        "interpolated": _interpolated(about),
+        "training": _training(about, steps),
+        "settings": _settings(about),
+        "course": course,
         **{name: f"{about[name]}" for name in ("temperature", "top_k", "top_p", "max_new_tokens", "max_prompt_len")},
-    }  # fmt: skip
+    }
     text = re.sub(r"\{\{(\w+)\}\}", lambda place: blanks[place[1]], TEMPLATE.read_text(encoding="utf-8"))
     write_atomic(policy_dir / "README.md", f"---\n{_metadata(about).to_yaml()}\n---\n\n{text}")
 
@@ -116,9 +138,12 @@ def _metadata(about: dict[str, Any]) -> ModelCardData:
     """The metadata of the page; no licence, which is for whoever publishes it to choose."""
     dataset = hub_name(about["dataset"])
     return ModelCardData(
-        base_model=hub_name(about["policy_name"]), datasets=[dataset] if dataset else None,
-        library_name="transformers", pipeline_tag="text-generation", tags=["gpt2", "ppo", "rlhf"],
-    )  # fmt: skip
+        base_model=hub_name(about["policy_name"]),
+        datasets=[dataset] if dataset else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "ppo", "rlhf"],
+    )
 
 
 def _reward(about: dict[str, Any]) -> str:
@@ -133,17 +158,21 @@ def _interpolated(about: dict[str, Any]) -> str:
     if "interpolated" not in about:
         return ""
     runs, alpha, kl = (about["interpolated"][name] for name in ("runs", "alpha", "kl_seq_exact"))
-    return (f"\n\nIts weights are base + {alpha:.3f} · (policy − base), averaged over {len(runs)} trained policies, "
-            f"which puts it {kl:.2f} nats per response from its base.")  # fmt: skip
+    return (
+        f"\n\nIts weights are base + {alpha:.3f} · (policy − base), averaged over {len(runs)} trained policies, "
+        f"which puts it {kl:.2f} nats per response from its base."
+    )
 
 
 def _training(about: dict[str, Any], steps: int) -> str:
     """One paragraph on what was done with what."""
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
     dataset, batch_size = _link(about["dataset"], "datasets/"), about["batch_size"]
-    return (f"{steps} steps of {batch_size} responses, {steps * batch_size:,} in all, to prompts from {dataset}; "
-            f"step size {about['lr']:g}, price of KL {about['kl_coef']:g} per nat, seed {about['seed']}; "
-            f"{versions}.")  # fmt: skip
+    return (
+        f"{steps} steps of {batch_size} responses, {steps * batch_size:,} in all, to prompts from {dataset}; "
+        f"step size {about['lr']:g}, price of KL {about['kl_coef']:g} per nat, seed {about['seed']}; "
+        f"{versions}."
+    )
 
 
 def _settings(about: dict[str, Any]) -> str:
@@ -161,8 +190,10 @@ def _shown(value: object) -> str:
 
 def _course(run_dir: Path) -> tuple[str, int]:
     """A few rows of the run, of held-out prompts where it had evaluations, as a table; and how many steps it took."""
-    tables = {name: pd.read_csv(run_dir / name) if (run_dir / name).exists() else pd.DataFrame()
-              for name in ("metrics.csv", "eval.csv")}  # fmt: skip
+    tables = {
+        name: pd.read_csv(run_dir / name) if (run_dir / name).exists() else pd.DataFrame()
+        for name in ("metrics.csv", "eval.csv")
+    }
     steps = int(tables["metrics.csv"]["step"].iloc[-1]) if len(tables["metrics.csv"]) else 0
     what, table = ("held-out prompts", tables["eval.csv"])
     if not len(table):
@@ -182,8 +213,10 @@ def _results(summary: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
     decoding = ", ".join(f"{name} {settings[name]:g}" for name in ("temperature", "top_k", "top_p", "max_new_tokens"))
     dataset = _link(settings["dataset"], "datasets/")
     dataset += f", split {settings['split']}" if has_splits(settings["dataset"]) else ""
-    made = (f"{summary['n']} prompts from {dataset}, the same random numbers for policy and base; {decoding}; seed "
-            f"{settings['seed']}. Brackets are 95 % intervals.")  # fmt: skip
+    made = (
+        f"{summary['n']} prompts from {dataset}, the same random numbers for policy and base; {decoding}; seed "
+        f"{settings['seed']}. Brackets are 95 % intervals."
+    )
     return f"{summary['verdict']}\n\n{made}\n\n{markdown_table(('', 'policy', 'base'), rows)}"
 
 
@@ -196,16 +229,21 @@ def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
         ("positive_rate", f"share of {summary['label']} responses", ours.get("positive_rate"), ours.get("positive_ci")),
         ("win_rate", "win-rate against base", summary["win_rate"], summary["win_rate_ci"]),
         ("kl_to_base", "KL to base, nats per response", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
-    ]  # fmt: skip
+    ]
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=dataset, dataset_name=dataset, metric_type=kind,
-            dataset_split=settings["split"] if has_splits(settings["dataset"]) else None, metric_name=name,
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=kind,
+            dataset_split=settings["split"] if has_splits(settings["dataset"]) else None,
+            metric_name=name,
             metric_value=round(value, 4),
             metric_args={"interval_95": [round(end, 4) for end in interval], "prompts": summary["n"]},
         )
-        for kind, name, value, interval in figures if value is not None
-    ]  # fmt: skip
+        for kind, name, value, interval in figures
+        if value is not None
+    ]
 
 
 def markdown_table(columns: Any, rows: Any) -> str:

@@ -102,9 +102,14 @@ def load_base(cfg: TrainConfig) -> GPT2WithValueHead:
 def load_run_reward(cfg: TrainConfig) -> Reward:
     """Load the reward (raises UserError)."""
     reward = load_reward(
-        resolve_name(cfg.rm_name), cfg.target_label, cfg.device, cfg.reward_batch_size, getattr(torch, cfg.dtype),
-        cfg.rm_revision, cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
-    )  # fmt: skip
+        resolve_name(cfg.rm_name),
+        cfg.target_label,
+        cfg.device,
+        cfg.reward_batch_size,
+        getattr(torch, cfg.dtype),
+        cfg.rm_revision,
+        cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
+    )
     if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
         trained_on = "prompt + response" if reward.on_prompt else "responses alone"
         print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")

@@ -13,8 +13,11 @@ LOWEST_FIT = -1.0  # it can fall without bound
 
 def panels(label: str | None) -> dict[str, list[str]]:
     """Title and columns of each panel; label is the one whose probability is scored, None where scores are any."""
-    rate = ("reward: score less the price of KL", "reward_mean") if label is None else (
-        f"{label} responses", "positive_rate")  # fmt: skip
+    rate = (
+        ("reward: score less the price of KL", "reward_mean")
+        if label is None
+        else (f"{label} responses", "positive_rate")
+    )
     return {
         score_title(label) + ("" if label is None else " (score −1 … 1)"): ["score_mean"],
         rate[0]: [rate[1]],

@@ -74,11 +74,15 @@ class WeightsAndBiases:
             write_atomic(run_id, uuid.uuid4().hex[:8])
         try:
             self.run = self.wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "gpt2-ppo"), name=folder.resolve().name, dir=str(folder),
-                id=run_id.read_text(encoding="utf-8"), resume="allow", allow_val_change=True,
+                project=os.environ.get("WANDB_PROJECT", "gpt2-ppo"),
+                name=folder.resolve().name,
+                dir=str(folder),
+                id=run_id.read_text(encoding="utf-8"),
+                resume="allow",
+                allow_val_change=True,
                 config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
                 settings=self.wandb.Settings(silent=True, console="off"),
-            )  # fmt: skip
+            )
         except self.wandb.Error as error:
             raise UserError(
                 f"report_to=wandb cannot start ({error}): run `wandb login`, or set WANDB_MODE=offline, then --resume"
@@ -110,8 +114,9 @@ class WeightsAndBiases:
 
 
 TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
-    "tensorboard": TensorBoard, "wandb": WeightsAndBiases,
-}  # fmt: skip
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 
 
 class Trackers:

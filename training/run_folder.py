@@ -43,8 +43,19 @@ from training.parts import Parts
 from training.plots import plot_curves
 from training.reporting import Trackers, require_trackers
 
-OWN_FILES = ("config.json", "metrics.csv", "eval.csv", "samples.csv", "curves.png", "policy_lm",
-             "value_head.safetensors", "best", "state", "tensorboard", "wandb")  # fmt: skip
+OWN_FILES = (
+    "config.json",
+    "metrics.csv",
+    "eval.csv",
+    "samples.csv",
+    "curves.png",
+    "policy_lm",
+    "value_head.safetensors",
+    "best",
+    "state",
+    "tensorboard",
+    "wandb",
+)
 EVALUATIONS = [  # what eval.py writes into a run folder, of its policy_lm and of its best/
     f"{policy}eval_{ending}" for policy in ("", "best_") for ending in ("results.csv", "summary.json", "report.html")
 ]
@@ -134,8 +145,10 @@ def check_same_settings(cfg: TrainConfig) -> None:
     changed = {name: (saved.get(name), new) for name, new in asdict(cfg).items() if saved and saved.get(name) != new}
     listed = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
     if changed.keys() - HARMLESS - SILENT and not cfg.allow_changes:
-        raise UserError(f"--resume with changed settings would give another result ({listed}): leave them out, or "
-                        "say --allow_changes")  # fmt: skip
+        raise UserError(
+            f"--resume with changed settings would give another result ({listed}): leave them out, or "
+            "say --allow_changes"
+        )
     if listed:
         print(f"note: resuming with changed settings: {listed}")
     if "total_steps" in changed and cfg.lr_schedule == "linear":
@@ -337,8 +350,12 @@ def best_so_far(best: Path, step: int, kl_budget: float | None) -> float:
 
 def describe(cfg: TrainConfig) -> dict[str, Any]:
     """The contents of config.json: every setting as resolved, versions, commits and machine."""
-    revisions = {"policy_name": cfg.policy_revision, "ref_name": cfg.ref_revision, "rm_name": cfg.rm_revision,
-                 "dataset": cfg.dataset_revision}  # fmt: skip
+    revisions = {
+        "policy_name": cfg.policy_revision,
+        "ref_name": cfg.ref_revision,
+        "rm_name": cfg.rm_revision,
+        "dataset": cfg.dataset_revision,
+    }
     return {
         **asdict(cfg),
         "job": torchrun_job(),
@@ -358,9 +375,13 @@ def describe_reward(models: Models) -> dict[str, Any]:
     """The part of config.json on the reward: what its scores are, in which scale they are paid, and a user's code."""
     reward, scale = models.reward, models.score_scale
     return {
-        "scores": score_title(reward.label), "label": reward.label, "mean": scale.mean, "std": scale.std,
-        "file": getattr(reward, "file", ""), "sha256": getattr(reward, "sha256", ""),
-    }  # fmt: skip
+        "scores": score_title(reward.label),
+        "label": reward.label,
+        "mean": scale.mean,
+        "std": scale.std,
+        "file": getattr(reward, "file", ""),
+        "sha256": getattr(reward, "sha256", ""),
+    }
 
 
 def fingerprints(parts: Parts) -> dict[str, str]:

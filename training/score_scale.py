@@ -50,7 +50,9 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
     scores = torch.cat(found)
     mean, std = scores.mean().item(), scores.std(unbiased=False).item()
     if std <= 1e-6 * max(1.0, abs(mean)):
-        print(f"note: all {len(scores)} responses of the base score {mean:.4g}; PPO learns from differences, so it may "
-              "learn nothing")  # fmt: skip
+        print(
+            f"note: all {len(scores)} responses of the base score {mean:.4g}; PPO learns from differences, so it may "
+            "learn nothing"
+        )
         std = 1.0
     return ScoreScale(mean, std)

@@ -89,9 +89,14 @@ class Session:
     """The run as the loop sees it; every rank has one, and the main process's has the run folder."""
 
     def __init__(
-        self, cfg: TrainConfig, parts: Parts, folder: RunFolder | None, optimizer: Any, stop: StopRequest,
+        self,
+        cfg: TrainConfig,
+        parts: Parts,
+        folder: RunFolder | None,
+        optimizer: Any,
+        stop: StopRequest,
         counters: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start after the step that counters name."""
         self.cfg, self.parts, self.folder, self.optimizer, self.stop = cfg, parts, folder, optimizer, stop
         self.label = parts.models.reward.label
@@ -130,11 +135,19 @@ class Session:
         self.stop.interruptible, self.step = False, step
         self.failed_steps = 0 if update["updates"] else self.failed_steps + bool(update["skipped"])
         self.loss_scale = self.scaler.state_dict()
-        row = {"step": step, "episodes": step * self.cfg.batch_size, "kl_coef": self.kl.coef, **rollout.metrics(),
-               **update, **rollout.seconds}  # fmt: skip
+        row = {
+            "step": step,
+            "episodes": step * self.cfg.batch_size,
+            "kl_coef": self.kl.coef,
+            **rollout.metrics(),
+            **update,
+            **rollout.seconds,
+        }
         seconds = sum(row[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
-        row |= {"tokens_per_second": int(rollout.mask.sum()) / seconds,
-                "peak_memory_mb": peak_memory_mb(self.cfg.device)}  # fmt: skip
+        row |= {
+            "tokens_per_second": int(rollout.mask.sum()) / seconds,
+            "peak_memory_mb": peak_memory_mb(self.cfg.device),
+        }
         self.seconds_update = row["seconds_update"]
         if self.folder is not None:
             self.folder.append_metrics(row)
@@ -170,10 +183,15 @@ class Session:
         """Save a checkpoint and the policy as they are after the last step taken."""
         self.saved_step = self.step
         if self.folder is not None:
-            self.folder.save({
-                "step": self.step, "kl_coef": self.kl.coef, "failed_steps": self.failed_steps,
-                "score_scale": asdict(self.parts.models.score_scale), "loss_scale": self.loss_scale,
-            })  # fmt: skip
+            self.folder.save(
+                {
+                    "step": self.step,
+                    "kl_coef": self.kl.coef,
+                    "failed_steps": self.failed_steps,
+                    "score_scale": asdict(self.parts.models.score_scale),
+                    "loss_scale": self.loss_scale,
+                }
+            )
 
     # --- interruption and end ---
 
@@ -224,8 +242,10 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
     if python_reward(cfg.rm_name) and not cfg.reward_every:
-        print(f"a Python reward judges finished responses: it is paid on their last token, with gae_lambda "
-              f"{cfg.gae_lambda:g} and lr {cfg.lr:g}")  # fmt: skip
+        print(
+            f"a Python reward judges finished responses: it is paid on their last token, with gae_lambda "
+            f"{cfg.gae_lambda:g} and lr {cfg.lr:g}"
+        )
     scale = parts.models.score_scale
     if scale != UNSCALED:
         print(f"scores are paid as (score {-scale.mean:+.4g}) / {scale.std:.4g}, which standardises those of the base")
@@ -238,8 +258,13 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
 def before_after(eval_csv: Path, label: str | None) -> str:
     """The first and the last evaluation, side by side; label is the one whose probability is scored, if any."""
     table = pd.read_csv(eval_csv)
-    names = {"score_mean": f"{score_title(label)} mean", "positive_rate": f"share {label}", "kl_seq_exact": "KL, nats",
-             "entropy": "entropy, nats per token", "response_len": "response length"}  # fmt: skip
+    names = {
+        "score_mean": f"{score_title(label)} mean",
+        "positive_rate": f"share {label}",
+        "kl_seq_exact": "KL, nats",
+        "entropy": "entropy, nats per token",
+        "response_len": "response length",
+    }
     lines = [f"{'held-out prompts':24}{'before':>9}{'after':>9}"]
     for column, name in names.items():
         if column in table:

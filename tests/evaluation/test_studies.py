@@ -9,15 +9,30 @@ from evaluation.studies import markdown, panels, picture
 
 
 def runs() -> pd.DataFrame:
-    rows = [{"setting": name, "seed": seed, "episodes": 640.0, "score": unit * (1 + seed), "base_score": unit * 0.5,
-             "positive": math.nan, "win_rate": 0.8, "kl": 2.0 + seed}
-            for name, unit in (("rm_name=a", 100.0), ("rm_name=b", -0.001)) for seed in (0, 1)]  # fmt: skip
+    rows = [
+        {
+            "setting": name,
+            "seed": seed,
+            "episodes": 640.0,
+            "score": unit * (1 + seed),
+            "base_score": unit * 0.5,
+            "positive": math.nan,
+            "win_rate": 0.8,
+            "kl": 2.0 + seed,
+        }
+        for name, unit in (("rm_name=a", 100.0), ("rm_name=b", -0.001))
+        for seed in (0, 1)
+    ]
     return pd.DataFrame(rows)
 
 
 def steps() -> pd.DataFrame:
-    rows = [{"setting": name, "seed": seed, "episodes": 64.0 * step, "score_mean": float(step)}
-            for name in ("rm_name=a", "rm_name=b") for seed in (0, 1) for step in range(1, 4)]  # fmt: skip
+    rows = [
+        {"setting": name, "seed": seed, "episodes": 64.0 * step, "score_mean": float(step)}
+        for name in ("rm_name=a", "rm_name=b")
+        for seed in (0, 1)
+        for step in range(1, 4)
+    ]
     return pd.DataFrame(rows)
 
 

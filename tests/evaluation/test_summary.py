@@ -16,11 +16,14 @@ def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
     base = np.where(rng.random(n) < 0.5, 0.8, -0.8)
     seen_by_judge = np.where(rng.random(n) < 0.8, base, -base)  # it agrees on four in five
     frame = {
-        "policy_score": np.full(n, 0.9), "base_score": base, "base_judge": seen_by_judge,
+        "policy_score": np.full(n, 0.9),
+        "base_score": base,
+        "base_judge": seen_by_judge,
         **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
+        "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n),
+    }
     honest = summarise(pd.DataFrame({**frame, "policy_judge": np.where(rng.random(n) < 0.8, 0.8, -0.8)}), "positive")
     gamed = summarise(pd.DataFrame({**frame, "policy_judge": seen_by_judge}), "positive")
     assert not honest["gamed"]
@@ -33,11 +36,14 @@ def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
 def agreeing(n: int, **changes: object) -> pd.DataFrame:
     """A table in which every response of a model is like the others, and the policy's are better."""
     columns = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")} | {
-        "policy_score": np.full(n, 0.985), "base_score": np.full(n, -0.5),
-        "policy_judge": np.full(n, 0.9), "base_judge": np.full(n, -0.4),
+        "policy_score": np.full(n, 0.985),
+        "base_score": np.full(n, -0.5),
+        "policy_judge": np.full(n, 0.9),
+        "base_judge": np.full(n, -0.4),
         **{f"{m}_text": ["one two three four"] * n for m in ("policy", "base")},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
+        "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n),
+    }
     return pd.DataFrame(columns | changes)
 
 
@@ -46,11 +52,15 @@ def test_where_all_responses_agree_every_estimate_has_the_width_of_what_may_be_u
     n, unseen = 64, 1.959964**2 / (64 + 1.959964**2)
     summary = summarise(agreeing(n), "positive")
     expected = {  # the estimate, and the least and the largest that it can be
-        ("policy", "score_ci"): (0.985, -1, 1), ("policy", "judge_mean_ci"): (0.9, -1, 1),
-        ("policy", "repetition_rate_ci"): (0.0, 0, 1), (None, "score_gain_ci"): (1.485, -2, 2),
-        (None, "judge_gain_ci"): (1.3, -2, 2), (None, "judge_gap_rate_ci"): (0.0, -2, 2),
-        (None, "win_rate_ci"): (1.0, 0, 1), ("policy", "positive_ci"): (1.0, 0, 1),
-    }  # fmt: skip
+        ("policy", "score_ci"): (0.985, -1, 1),
+        ("policy", "judge_mean_ci"): (0.9, -1, 1),
+        ("policy", "repetition_rate_ci"): (0.0, 0, 1),
+        (None, "score_gain_ci"): (1.485, -2, 2),
+        (None, "judge_gain_ci"): (1.3, -2, 2),
+        (None, "judge_gap_rate_ci"): (0.0, -2, 2),
+        (None, "win_rate_ci"): (1.0, 0, 1),
+        ("policy", "positive_ci"): (1.0, 0, 1),
+    }
     for (model, name), (value, least, largest) in expected.items():
         ends = [value + unseen * (bound - value) for bound in (least, largest)]
         found = (summary if model is None else summary[model])[name]
@@ -65,8 +75,13 @@ def test_scores_of_any_unit_are_bounded_by_what_both_models_have_shown() -> None
     """The policy always scores 10, base 0 or 10; the policy always writes 30 tokens, base 5 or 30."""
     n, unseen = 64, 1.959964**2 / (64 + 1.959964**2)
     half = np.arange(n) % 2 == 0
-    table = agreeing(n, policy_score=np.full(n, 10.0), base_score=np.where(half, 10.0, 0.0),
-                     policy_len=np.full(n, 30.0), base_len=np.where(half, 30.0, 5.0))  # fmt: skip
+    table = agreeing(
+        n,
+        policy_score=np.full(n, 10.0),
+        base_score=np.where(half, 10.0, 0.0),
+        policy_len=np.full(n, 30.0),
+        base_len=np.where(half, 30.0, 5.0),
+    )
     policy = summarise(table, None)["policy"]
     assert policy["score_ci"] == pytest.approx([10 - 10 * unseen, 10])
     assert policy["response_len_ci"] == pytest.approx([30 - 25 * unseen, 30])
@@ -77,11 +92,14 @@ def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() 
     n, names = 400, ("policy", "base")
     liked = np.arange(n) % 2 == 0
     frame = {f"{m}_{c}": np.ones(n) for m in names for c in ("log_odds", "eos", "nll_base")} | {
-        "policy_score": np.where(np.arange(n) % 10 == 0, -0.8, 0.8), "base_score": np.where(liked, 0.8, -0.8),
-        "policy_len": np.full(n, 5.0), "base_len": np.where(liked, 10.0, 30),
+        "policy_score": np.where(np.arange(n) % 10 == 0, -0.8, 0.8),
+        "base_score": np.where(liked, 0.8, -0.8),
+        "policy_len": np.full(n, 5.0),
+        "base_len": np.where(liked, 10.0, 30),
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in names},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
+        "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n),
+    }
     summary = summarise(pd.DataFrame(frame), "positive")
     assert summary["response_len_expected"] == pytest.approx(0.9 * 10 + 0.1 * 30), "90 % liked"
     low, high = summary["response_len_expected_ci"]
@@ -96,10 +114,13 @@ def test_the_best_possible_is_certain_where_the_curve_is_flat() -> None:
     """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
     n, rng = 100, np.random.default_rng(0)
     frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
-        "policy_score": np.full(n, 0.9), "base_score": np.zeros(n), "kl_seq": np.full(n, 3.9),
-        "kl_seq_exact": np.full(n, 3.9), "policy_text": [f"policy {i}" for i in range(n)],
+        "policy_score": np.full(n, 0.9),
+        "base_score": np.zeros(n),
+        "kl_seq": np.full(n, 3.9),
+        "kl_seq_exact": np.full(n, 3.9),
+        "policy_text": [f"policy {i}" for i in range(n)],
         "base_text": [f"base {i}" for i in range(n)],
-    }  # fmt: skip
+    }
     easy = np.where(rng.random((n, 64)) < 0.25, 0.99, rng.uniform(-1, 0.9, (n, 64)))
     hard = -1 + 0.1 * rng.exponential(size=(n, 64)) ** 2
     doubtful = []
@@ -121,6 +142,7 @@ def test_an_uninformed_judge_flags_no_gaming() -> None:
         **{f"{m}_judge": np.where(rng.random(n) < 0.05, 0.5, -0.5) for m in ("policy", "base")},
         **{f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "len", "eos", "nll_base")},
         **{f"{m}_text": [f"{m} {i} fine" for i in range(n)] for m in ("policy", "base")},
-        "kl_seq": np.ones(n), "kl_seq_exact": np.ones(n),
-    }  # fmt: skip
+        "kl_seq": np.ones(n),
+        "kl_seq_exact": np.ones(n),
+    }
     assert not summarise(pd.DataFrame(frame), "positive")["gamed"]

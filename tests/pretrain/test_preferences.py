@@ -96,9 +96,14 @@ def test_pairs_from_labels_prefer_the_label_and_say_nothing_by_length() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "response", "whole"),
-    [("A film", "is on", "A film is on"), ("A film", " is on", "A film is on"), ("Q:\n", "yes", "Q:\nyes"),
-     ("", "yes", "yes"), ("A film", "", "A film ")],
-)  # fmt: skip
+    [
+        ("A film", "is on", "A film is on"),
+        ("A film", " is on", "A film is on"),
+        ("Q:\n", "yes", "Q:\nyes"),
+        ("", "yes", "yes"),
+        ("A film", "", "A film "),
+    ],
+)
 def test_prompt_and_response_are_joined_by_white_space(prompt: str, response: str, whole: str) -> None:
     assert join(prompt, response) == whole
 

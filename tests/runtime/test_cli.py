@@ -51,8 +51,10 @@ def test_a_closed_pipe_is_no_traceback(flags: dict[str, str]) -> None:
     words = " ".join(f"--{name}={value}" for name, value in flags.items())
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -u {train.__file__} {words} | head -1; exit ${{PIPESTATUS[0]}}"],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr

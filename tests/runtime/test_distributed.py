@@ -34,14 +34,32 @@ NIGHTLY = int(os.environ.get("FAULT_CASES", "200")) > 200
 ROOT = Path(train.__file__).parent
 
 
-STEPS = {"total_steps": "20", "batch_size": "9", "minibatch_size": "3", "ppo_epochs": "2", "max_new_tokens": "8",
-         "save_every": "20", "eval_every": "10", "eval_prompts": "2", "sample_every": "20",
-         "adaptive_kl_target": "0.5", "lr": "2e-4"}  # fmt: skip
+STEPS = {
+    "total_steps": "20",
+    "batch_size": "9",
+    "minibatch_size": "3",
+    "ppo_epochs": "2",
+    "max_new_tokens": "8",
+    "save_every": "20",
+    "eval_every": "10",
+    "eval_prompts": "2",
+    "sample_every": "20",
+    "adaptive_kl_target": "0.5",
+    "lr": "2e-4",
+}
 
 
 def torchrun(processes: int, script: str, *words: str, restarts: int = 0) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               f"--max-restarts={restarts}", script, *words]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        f"--max-restarts={restarts}",
+        script,
+        *words,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -170,8 +188,16 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
     for name in ("metrics.csv", "eval.csv"):
         ours, theirs = table(tmp_path / "many" / name), table(alone / name)
         pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
-    rollout = ["score_mean", "positive_rate", "kl_seq", "kl_seq_exact", "reward_mean", "entropy", "response_len",
-               "distinct_rate"]  # fmt: skip
+    rollout = [
+        "score_mean",
+        "positive_rate",
+        "kl_seq",
+        "kl_seq_exact",
+        "reward_mean",
+        "entropy",
+        "response_len",
+        "distinct_rate",
+    ]
     first, expected = (table(folder / "metrics.csv")[rollout].iloc[0] for folder in (tmp_path / "many", alone))
     assert (first - expected).abs().max() <= 1e-6
     samples = [(folder / "samples.csv").read_text().split('",')[0] for folder in (tmp_path / "many", alone)]
@@ -269,7 +295,7 @@ def one_rollout() -> ppo.Rollout:
 
 ONE_STEP = TrainConfig(  # no gradient is scaled down, which would hide a wrong factor
     batch_size=8, minibatch_size=8, micro_batch_size=2, ppo_epochs=1, lr=1.0, lr_schedule="constant", max_grad_norm=1e9
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -289,8 +315,15 @@ def test_gradients_do_not_depend_on_the_number_of_processes(count: int, tmp_path
 
 def test_an_evaluation_by_several_processes_gives_the_same_file(flags: dict[str, str], tmp_path: Path) -> None:
     folder = run({**flags, "total_steps": "1"})
-    words = [f"--policy_path={folder / 'policy_lm'}", "--split=train", "--n_samples=20", "--batch_size=6",
-             "--frontier=3", "--device=cpu", "--dtype=float32"]  # fmt: skip
+    words = [
+        f"--policy_path={folder / 'policy_lm'}",
+        "--split=train",
+        "--n_samples=20",
+        "--batch_size=6",
+        "--frontier=3",
+        "--device=cpu",
+        "--dtype=float32",
+    ]
     sys.argv = ["eval.py", *words, f"--out_csv={tmp_path / 'alone' / 'eval_results.csv'}"]
     run_script(EvalConfig, eval_script.main)
     sys.argv[-1] = f"--out_csv={tmp_path / 'many' / 'eval_results.csv'}"

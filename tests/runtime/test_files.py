@@ -23,10 +23,15 @@ def test_texts_never_become_formulas() -> None:
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time\nfrom pathlib import Path\nfrom runtime.files import lock\n"
-         f"with lock(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"],
-        stdout=subprocess.PIPE, cwd=Path(train.__file__).parent,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom pathlib import Path\nfrom runtime.files import lock\n"
+            f"with lock(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        cwd=Path(train.__file__).parent,
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on"), lock(tmp_path):

@@ -30,8 +30,15 @@ def test_train_without_a_hub_names_what_is_missing(flags: dict[str, str], tmp_pa
         argv = [word for name, value in flags.items() if name != setting for word in (f"--{name}", value)]
         environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run([sys.executable, "train.py", *argv], cwd=REPOSITORY, env=environment, text=True,
-                              capture_output=True, timeout=100, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "train.py", *argv],
+            cwd=REPOSITORY,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=100,
+            check=False,
+        )
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1, done.stderr
         assert setting in done.stderr

@@ -26,8 +26,14 @@ print(studies.table_colour(3))
 @pytest.mark.parametrize("backend", ["inline"])
 def test_a_backend_that_is_not_installed_keeps_no_picture_from_being_drawn(backend: str, tmp_path: Path) -> None:
     environment = {**os.environ, "MPLBACKEND": backend}
-    done = subprocess.run([sys.executable, "-c", DRAW, str(tmp_path / "curves.png")], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW, str(tmp_path / "curves.png")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "<img alt" in done.stdout

@@ -153,9 +153,16 @@ def test_the_file_in_a_zip_says_its_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a.csv", (".csv", "")), ("dir.csv/B.TSV.GZ", (".tsv", ".gz")), ("a.b.jsonl.xz", (".jsonl", ".xz")),
-     ("reviews.zip", ("", ".zip")), ("reviews", ("", "")), ("stanfordnlp/imdb", ("", "")), ("a.xlsx", ("", ""))],
-)  # fmt: skip
+    [
+        ("a.csv", (".csv", "")),
+        ("dir.csv/B.TSV.GZ", (".tsv", ".gz")),
+        ("a.b.jsonl.xz", (".jsonl", ".xz")),
+        ("reviews.zip", ("", ".zip")),
+        ("reviews", ("", "")),
+        ("stanfordnlp/imdb", ("", "")),
+        ("a.xlsx", ("", "")),
+    ],
+)
 def test_formats_are_known_by_their_endings(name: str, expected: tuple[str, str]) -> None:
     assert file_format(name) == expected
 
@@ -273,8 +280,11 @@ def test_files_of_a_folder_are_read_like_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_as_its_card_says(tmp_path: Path) -> None:
-    write(tmp_path / "README.md", '---\nconfigs:\n- config_name: a\n  data_files: a.csv\n  sep: "|"\n'
-          "- config_name: b\n  data_files: b.csv\n---\n")  # fmt: skip
+    write(
+        tmp_path / "README.md",
+        '---\nconfigs:\n- config_name: a\n  data_files: a.csv\n  sep: "|"\n'
+        "- config_name: b\n  data_files: b.csv\n---\n",
+    )
     write(tmp_path / "a.csv", "text|label\nof a|1\n")
     write(tmp_path / "b.csv", "text,label\nof b,0\n")
     assert read(tmp_path, config="a")[1][0] == "of a"

@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("variables", "shades"),
     [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
-)  # fmt: skip
+)
 def test_colours_are_for_terminals_that_have_and_want_them(
     variables: dict[str, str], shades: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,9 +88,10 @@ def test_an_executor_that_is_kept_is_used_by_later_calls(tmp_path: Path) -> None
 def test_a_neighbour_named_like_a_module_of_the_program(name: str, tmp_path: Path) -> None:
     before = sys.modules.get(name)
     code, module = load(
-        tmp_path, f"import {name}\nVALUE = {name}.VALUE\ndef late():\n  import {name}\n  return {name}.VALUE",
+        tmp_path,
+        f"import {name}\nVALUE = {name}.VALUE\ndef late():\n  import {name}\n  return {name}.VALUE",
         **{name: "VALUE = 'the neighbour'"},
-    )  # fmt: skip
+    )
     assert module.VALUE == call(code, module, "late") == "the neighbour"
     if before is not None:
         assert sys.modules[name] is before
@@ -105,9 +106,10 @@ def test_a_package_beside_the_code_hides_no_submodule_of_the_program(tmp_path: P
     (package / "cli.py").write_text("VALUE = 1")
     (package / "other.py").write_text("VALUE = 2")
     code, module = load(
-        tmp_path, "import runtime.cli\nfrom runtime.other import VALUE as OTHER\nVALUE = runtime.cli.VALUE\n"
-        "def late():\n  from runtime import cli\n  return cli.VALUE\n"
-    )  # fmt: skip
+        tmp_path,
+        "import runtime.cli\nfrom runtime.other import VALUE as OTHER\nVALUE = runtime.cli.VALUE\n"
+        "def late():\n  from runtime import cli\n  return cli.VALUE\n",
+    )
     assert (module.VALUE, module.OTHER, call(code, module, "late")) == (1, 2, 1)
     import runtime.cli
 
@@ -158,8 +160,9 @@ def test_code_within_code(tmp_path: Path) -> None:
     """One reward may load and call another."""
     (tmp_path / "inner").mkdir()
     inner, module = load(tmp_path / "inner", "import utils\ndef f():\n  import utils\n  return utils.X", utils="X = 1")
-    outer, other = load(tmp_path, "def f(g):\n  import utils\n  a = utils.X, g()\n  import utils\n  return *a, utils.X",
-                        utils="X = 2")  # fmt: skip
+    outer, other = load(
+        tmp_path, "def f(g):\n  import utils\n  a = utils.X, g()\n  import utils\n  return *a, utils.X", utils="X = 2"
+    )
     assert call(outer, other, "f", lambda: call(inner, module, "f")) == (2, 1, 2)
     assert sys.modules["utils"] is utils
 
@@ -169,8 +172,9 @@ def test_the_same_file_is_read_anew(tmp_path: Path) -> None:
     assert [load(tmp_path, f"X = {i}")[1].X for i in range(5)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["random.py", "types.py", "torch.py", "numpy.py", "a.b.py", "__init__.py",
-                                  "__main__.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["random.py", "types.py", "torch.py", "numpy.py", "a.b.py", "__init__.py", "__main__.py"]
+)
 def test_a_name_that_cannot_be_imported_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rename the file") as caught:
         load(tmp_path, "raise SystemExit", name)

@@ -38,9 +38,16 @@ def test_sweep_sets_one_shape_and_refuses_nonsense() -> None:
 def test_measure_times_every_phase_and_counts_every_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = make_random_models(SMALL, tmp_path, vocabulary=300)
     cfg = TrainConfig(
-        **names, device="cpu", dtype="float32", batch_size=4, minibatch_size=2, ppo_epochs=1, max_prompt_len=6,
-        min_prompt_len=6, max_new_tokens=5,
-    )  # fmt: skip
+        **names,
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+        minibatch_size=2,
+        ppo_epochs=1,
+        max_prompt_len=6,
+        min_prompt_len=6,
+        max_new_tokens=5,
+    )
     texts: list[int] = []
     score = SentimentReward.score
     monkeypatch.setattr(SentimentReward, "__call__", lambda self, some, _: texts.append(len(some)) or score(self, some))

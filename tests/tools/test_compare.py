@@ -47,8 +47,9 @@ def test_the_page_shows_what_differs_and_each_runs_figures(
     first, second = (rows_of(table) for table in re.findall(r"<table.*?</table>", page, re.DOTALL))
     score, low = summary["policy"]["score_mean"], summary["policy"]["score_ci"][0]
     assert first[1][4].startswith(f"{score:+.2f} [{low:+.2f}, ")
-    assert [row[:4] for row in first[1:]] == [[folder.name, "80", mean, mean[1:]] for folder, mean in
-                                              zip(runs, ("+1.00", "+2.00"), strict=True)]  # fmt: skip
+    assert [row[:4] for row in first[1:]] == [
+        [folder.name, "80", mean, mean[1:]] for folder, mean in zip(runs, ("+1.00", "+2.00"), strict=True)
+    ]
     assert second == [["", "run", "b <2>"], ["seed", "0", "7"], ["lr", "5e-05", "0.001"]]
     assert "b &lt;2&gt;" in page
     assert "b <2>" not in page
@@ -61,8 +62,10 @@ def test_the_page_shows_what_differs_and_each_runs_figures(
 def rows_of(table: str) -> list[list[str]]:
     """The cells of a table of the page, as they are read."""
     rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
-    return [[html.unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL)]
-            for row in rows]  # fmt: skip
+    return [
+        [html.unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in rows
+    ]
 
 
 def test_settings_are_those_whose_values_differ() -> None:
@@ -76,8 +79,10 @@ def test_points_are_at_the_figures_of_eval(runs: list[Path]) -> None:
     found = [read_run(folder, found, folder.name) for folder, found in find_evaluations(runs, []).items()]
     _, (axis,) = new_figure(1)
     draw_plane(axis, found)
-    drawn = {mark: [line.get_xydata().tolist() for line in axis.get_lines() if line.get_marker() == mark]
-             for mark in ("*", ".")}  # fmt: skip
+    drawn = {
+        mark: [line.get_xydata().tolist() for line in axis.get_lines() if line.get_marker() == mark]
+        for mark in ("*", ".")
+    }
     assert drawn["*"] == [[[summary["kl_seq_exact"], summary["policy"]["score_mean"]]], []], "and one for the legend"
     assert drawn["."] == [[[0, 0], [0.1, 0.5]], [[0, 0], [0.2, 0.5]], []]
     assert "possible, at least" in axis.get_legend_handles_labels()[1]
@@ -127,10 +132,15 @@ def test_what_cannot_be_compared_is_said(runs: list[Path], tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     ("harm", "words", "message"),
-    [("", ["--out", "x.png"], "must end in .html"), ("", ["nowhere"], "runs: nowhere is not the folder of a run"),
-     ("metrics.csv", [], "metrics.csv does not exist"), ("empty", [], "has taken no step yet"),
-     ("config.json", [], "config.json"), ("", ["--out", "/dev/null/x.html"], "cannot be written")],
-)  # fmt: skip
+    [
+        ("", ["--out", "x.png"], "must end in .html"),
+        ("", ["nowhere"], "runs: nowhere is not the folder of a run"),
+        ("metrics.csv", [], "metrics.csv does not exist"),
+        ("empty", [], "has taken no step yet"),
+        ("config.json", [], "config.json"),
+        ("", ["--out", "/dev/null/x.html"], "cannot be written"),
+    ],
+)
 def test_wrong_input_is_one_line(
     harm: str, words: list[str], message: str, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,10 @@ def test_features_know_nothing_of_the_token_and_what_follows() -> None:
     tokens[:, seqs.prompt_len + at :] = 3
     later[:, at:] = 9.0
     scores = torch.rand(6)
-    known = [look(policy, Observed(s, scores, p), partial.shape[1] + 2)
-             for s, p in ((seqs, partial), (replace(seqs, tokens=tokens), later))]  # fmt: skip
+    known = [
+        look(policy, Observed(s, scores, p), partial.shape[1] + 2)
+        for s, p in ((seqs, partial), (replace(seqs, tokens=tokens), later))
+    ]
     until = known[0].position <= at
     for name in known[0].features:
         a, b = (k.features[name] for k in known)

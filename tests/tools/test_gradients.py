@@ -138,8 +138,16 @@ def test_table(
     words = " ".join(f"--{name}={value}" for name, value in flags.items())
     table = tmp_path / "deep" / "gradients.csv"
     monkeypatch.setattr(estimate, "SHORT", 0.0)
-    main(["--batches=3", "--pilot=1", "--reward_every=2,0", "--gae_lambda=0.5,1", f"--csv={table}",
-          f"--train={words} --gamma=0.9 --reward_every=0"])  # fmt: skip
+    main(
+        [
+            "--batches=3",
+            "--pilot=1",
+            "--reward_every=2,0",
+            "--gae_lambda=0.5,1",
+            f"--csv={table}",
+            f"--train={words} --gamma=0.9 --reward_every=0",
+        ]
+    )
     rows = pd.read_csv(table).set_index(["reward_every", "gae_lambda"])
     assert list(rows.index) == [(0, 1), (2, 0.5), (2, 1), (0, 0.5)]
     assert rows.signal_to_noise.nunique() == 4

@@ -50,9 +50,16 @@ def test_the_line_goes_from_base_through_the_average_of_the_runs(
 
 
 @pytest.mark.parametrize(
-    "kl", [lambda a: 3 * a**2, lambda a: 0.01 * a, lambda a: a**6, lambda a: 5 * np.tanh(a) ** 4, lambda a: 9e9 * a**2,
-           lambda a: 0.1 * a**2 if a < 2 else np.inf]
-)  # fmt: skip
+    "kl",
+    [
+        lambda a: 3 * a**2,
+        lambda a: 0.01 * a,
+        lambda a: a**6,
+        lambda a: 5 * np.tanh(a) ** 4,
+        lambda a: 9e9 * a**2,
+        lambda a: 0.1 * a**2 if a < 2 else np.inf,
+    ],
+)
 @pytest.mark.parametrize("target", [0.05, 0.3])
 def test_the_kl_asked_for_is_found_on_any_rising_curve(kl: Callable[[float], float], target: float) -> None:
     if kl(FARTHEST) < target:
@@ -92,11 +99,14 @@ def test_the_curve_is_what_eval_measures(finished_run: Path, classifier_dir: Pat
     results, summary = run_eval(finished_run, tmp_path / "eval", "--seed", "7", *judged)
     table = pd.read_csv(csv).set_index("alpha")
     expected = {
-        "kl": summary["kl_seq_exact"], "score": summary["policy"]["score_mean"], "win_rate": summary["win_rate"],
-        "base_score": summary["base"]["score_mean"], "optimal_share": summary["optimal_share_rate"],
+        "kl": summary["kl_seq_exact"],
+        "score": summary["policy"]["score_mean"],
+        "win_rate": summary["win_rate"],
+        "base_score": summary["base"]["score_mean"],
+        "optimal_share": summary["optimal_share_rate"],
         "judge_gain": summary["judge_gain"],
         "length_ratio": results.policy_len.mean() / results.base_len.mean(),
-    }  # fmt: skip
+    }
     for name, value in expected.items():
         assert table.loc[1, name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     assert [table.loc[1, f"score_{end}"] for end in ("low", "high")] == pytest.approx(
@@ -143,8 +153,9 @@ def test_shares_are_read_off_between_the_points_of_each_curve() -> None:
 def test_tables_are_drawn_again_as_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    points = pd.DataFrame({"run": ["a", "a", "b"], "alpha": [1.5, 1, 1], "kl": [2.0, 1.0, 3.0],
-                           "optimal_share": [0.5, 0.4, 0.6]})  # fmt: skip
+    points = pd.DataFrame(
+        {"run": ["a", "a", "b"], "alpha": [1.5, 1, 1], "kl": [2.0, 1.0, 3.0], "optimal_share": [0.5, 0.4, 0.6]}
+    )
     for name in ("small", "large"):
         points.to_csv(tmp_path / f"{name}.csv", index=False)
     drawn: list[Figure] = []
@@ -165,11 +176,17 @@ def test_tables_are_drawn_again_as_shares(
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "nothing to do"), (["--each", "--kl", "1", "--out", "x"], "each draws one curve"),
-     (["--kl", "1"], "out is missing"), (["--kl", "0", "--out", "x"], "kl=0.0 must"),
-     (["--kl", "1", "--out", "."], "out=. exists"), (["nowhere", "--curve"], "runs: nowhere is not"),
-     (["--curve", "--alphas", "0,x"], "alphas='0,x'"), (["--curve", "--alphas", "0,nan"], "alphas='0,nan'")],
-)  # fmt: skip
+    [
+        ([], "nothing to do"),
+        (["--each", "--kl", "1", "--out", "x"], "each draws one curve"),
+        (["--kl", "1"], "out is missing"),
+        (["--kl", "0", "--out", "x"], "kl=0.0 must"),
+        (["--kl", "1", "--out", "."], "out=. exists"),
+        (["nowhere", "--curve"], "runs: nowhere is not"),
+        (["--curve", "--alphas", "0,x"], "alphas='0,x'"),
+        (["--curve", "--alphas", "0,nan"], "alphas='0,nan'"),
+    ],
+)
 def test_wrong_input_is_one_line(words: list[str], message: str, finished_run: Path) -> None:
     words = words if words[:1] == ["nowhere"] else [str(finished_run), *words]
     with pytest.raises(UserError, match=message):
@@ -193,5 +210,17 @@ def test_runs_with_other_tokens_are_refused(finished_run: Path, tmp_path: Path) 
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(rules))
     with pytest.raises(UserError, match="has another tokenizer than"):
-        main([str(finished_run), str(other), "--kl", "0.1", "--out", str(tmp_path / "out"), "--n_samples", "4",
-              "--device", "cpu"])  # fmt: skip
+        main(
+            [
+                str(finished_run),
+                str(other),
+                "--kl",
+                "0.1",
+                "--out",
+                str(tmp_path / "out"),
+                "--n_samples",
+                "4",
+                "--device",
+                "cpu",
+            ]
+        )

@@ -53,9 +53,14 @@ def test_labelled_texts_make_pairs(tmp_path: Path, gpt2_dir: Path, labelled_csv:
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--lr", "0"], "lr=0.0"), (["--epochs", "nan"], "epochs=nan"), (["--chosen_label", "excellent"], "bad, good"),
-     ([], "no column chosen and rejected"), (["--init", "nowhere"], "init=nowhere")],
-)  # fmt: skip
+    [
+        (["--lr", "0"], "lr=0.0"),
+        (["--epochs", "nan"], "epochs=nan"),
+        (["--chosen_label", "excellent"], "bad, good"),
+        ([], "no column chosen and rejected"),
+        (["--init", "nowhere"], "init=nowhere"),
+    ],
+)
 def test_wrong_input_is_one_line_and_leaves_nothing(
     flags: list[str], words: str, tmp_path: Path, gpt2_dir: Path, labelled_csv: Path
 ) -> None:

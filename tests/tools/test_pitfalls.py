@@ -63,8 +63,18 @@ def test_all_bugs_are_trained_once_and_drawn(
     monkeypatch.setattr(pitfalls, "BUGS", [bug for bug in BUGS if bug.name in ("label_swapped", "resume_forgets")])
     del flags["ckpt_dir"]
     train = shlex.join(f"--{name}={value}" for name, value in {**flags, "eval_every": "0", "lr": "0"}.items())
-    words = ["--seeds", "0", "--folder", str(tmp_path / "runs"), "--csv", str(tmp_path / "table.csv"),
-             "--train", train, "--evaluate", "--n_samples=20 --judge=none --device=cpu"]  # fmt: skip
+    words = [
+        "--seeds",
+        "0",
+        "--folder",
+        str(tmp_path / "runs"),
+        "--csv",
+        str(tmp_path / "table.csv"),
+        "--train",
+        train,
+        "--evaluate",
+        "--n_samples=20 --judge=none --device=cpu",
+    ]
     pitfalls.main(words)
     printed = capsys.readouterr().out
     table = pd.read_csv(tmp_path / "table.csv")

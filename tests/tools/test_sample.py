@@ -76,8 +76,11 @@ def test_several_policies_share_a_base_and_decode_alike(
     with_settings(other, ref_name=str(other / "policy_lm"))
     found = sampled(capsys, str(finished_run), str(other), "--prompt", PROMPT)
     assert [one["model"] for one in found] == [
-        f"base {gpt2_dir}", f"base {other / 'policy_lm'}", str(finished_run), str(other)
-    ]  # fmt: skip
+        f"base {gpt2_dir}",
+        f"base {other / 'policy_lm'}",
+        str(finished_run),
+        str(other),
+    ]
     assert found[3]["kl"] == pytest.approx(0, abs=1e-4), "it is its own base"
     assert found[2]["kl"] > 1e-3
 
@@ -124,9 +127,14 @@ def test_notes_do_not_get_among_the_objects(gpt2_dir: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--n", "0"], "n=0 must"), (["--temperature", "0"], "temperature=0.0 must"), (["--prompt", ""], "is empty"),
-     (["--prompt", "film " * 200], "is more than the context of 128: shorten it"), (["--ref_name", "./no"], "./no")],
-)  # fmt: skip
+    [
+        (["--n", "0"], "n=0 must"),
+        (["--temperature", "0"], "temperature=0.0 must"),
+        (["--prompt", ""], "is empty"),
+        (["--prompt", "film " * 200], "is more than the context of 128: shorten it"),
+        (["--ref_name", "./no"], "./no"),
+    ],
+)
 def test_wrong_input_is_one_line(words: list[str], message: str, finished_run: Path) -> None:
     with pytest.raises(UserError, match=message):
         main([str(finished_run), "--prompt", PROMPT, *SAME, *words])

@@ -19,15 +19,33 @@ from tools import study
 from tools.study import StudyConfig, figures, main, markdown, settings
 
 SUMMARY = {
-    "n": 20, "label": "positive", "judge_label": "positive", "win_rate": 0.7,
-    "score_gain": 0.5, "kl_seq_exact": 2.0, "judge_gain": 0.4, "optimal_share_rate": 0.6,
-    "policy": {"score_mean": 0.6, "positive_rate": 0.8, "perplexity": 110.0, "distinct_2": 0.7,
-               "distinct_rate": 1.0, "response_len": 40.0},
-    "base": {"score_mean": 0.1, "positive_rate": 0.5, "perplexity": 100.0, "distinct_2": 0.8,
-             "distinct_rate": 1.0, "response_len": 50.0},
+    "n": 20,
+    "label": "positive",
+    "judge_label": "positive",
+    "win_rate": 0.7,
+    "score_gain": 0.5,
+    "kl_seq_exact": 2.0,
+    "judge_gain": 0.4,
+    "optimal_share_rate": 0.6,
+    "policy": {
+        "score_mean": 0.6,
+        "positive_rate": 0.8,
+        "perplexity": 110.0,
+        "distinct_2": 0.7,
+        "distinct_rate": 1.0,
+        "response_len": 40.0,
+    },
+    "base": {
+        "score_mean": 0.1,
+        "positive_rate": 0.5,
+        "perplexity": 100.0,
+        "distinct_2": 0.8,
+        "distinct_rate": 1.0,
+        "response_len": 50.0,
+    },
     "best_of_n": [{"n": 1, "kl": 0, "score_mean": 0.1}, {"n": 2, "kl": 0.2, "score_mean": 0.4}],
     "optimal_curve": {"kl": [0, 1], "score_mean": [0.1, 0.9]},
-}  # fmt: skip
+}
 
 
 METRICS = "step,episodes,score_mean,kl_seq,seconds_update,lr\n1,64,0.1,0.0,2.0,1e-5\n2,128,0.2,0.5,2.0,1e-5\n"
@@ -96,8 +114,11 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 
 def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     one = figures(SUMMARY | {"win_rate_ci": [0.65, 0.75], "optimal_share_rate_ci": [0.5, 0.7]}, Path("none.csv"))
-    runs = [{**one, "setting": "x", "seed": 0, "episodes": 2560.0}, {**one, "setting": "y", "seed": 0},
-            {**one, "setting": "y", "seed": 1, "score": 0.8}]  # fmt: skip
+    runs = [
+        {**one, "setting": "x", "seed": 0, "episodes": 2560.0},
+        {**one, "setting": "y", "seed": 0},
+        {**one, "setting": "y", "seed": 1, "score": 0.8},
+    ]
     base, x, y = (row.split(" | ") for row in markdown(pd.DataFrame(runs)).splitlines()[2:])
     assert base[:5] == ["| base", "", "", "50.0", "+0.10"]
     assert x[:6] == ["| `x`", "1", "2,560", "80.0", "+0.60", "70.0 [65.0, 75.0]"]
@@ -120,8 +141,10 @@ def test_docs_and_readme_say_what_the_tables_say() -> None:
         markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")) in rewards for name in ("rewards", "credit")
     )
     docs = (study.ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
-    tables = {name: markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines()
-              for name in ("study_tiny", "study_imdb")}  # fmt: skip
+    tables = {
+        name: markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines()
+        for name in ("study_tiny", "study_imdb")
+    }
     assert all(line in docs for lines in tables.values() for line in lines)
     readme = (study.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(readme) if line.startswith("| data | setting |"))
@@ -172,8 +195,15 @@ def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Monke
     def run(seeds: str, failing: str) -> None:
         drawn.clear()
         with pytest.raises(UserError, match=failing):
-            main([f"--seeds={seeds}", f"--frontier={frontier}", f"--folder={tmp_path / 'runs'}",
-                  f"--csv={tmp_path / 'a.csv'}", "--evaluate=--n_samples 30 --frontier 0"])  # fmt: skip
+            main(
+                [
+                    f"--seeds={seeds}",
+                    f"--frontier={frontier}",
+                    f"--folder={tmp_path / 'runs'}",
+                    f"--csv={tmp_path / 'a.csv'}",
+                    "--evaluate=--n_samples 30 --frontier 0",
+                ]
+            )
 
     run("1,0", "1 of 2 runs failed")
     assert drawn == []
@@ -205,9 +235,15 @@ def made_results(seed: int) -> pd.DataFrame:
     draws = base.uniform(-1, 1, (30, 4))
     table = {"prompt": [f"prompt {i}" for i in range(30)], "base_draws": [" ".join(map(str, row)) for row in draws]}
     for name, scores in (("base", base.uniform(-1, 1, 30)), ("policy", policy.uniform(-0.2, 1, 30))):
-        table |= {f"{name}_text": [f"some words of {name} {i}" for i in range(30)], f"{name}_score": scores,
-                  f"{name}_log_odds": scores, f"{name}_len": [5] * 30, f"{name}_eos": [1] * 30,
-                  f"{name}_nll_base": [9.0] * 30, f"{name}_nll_policy": [9.0] * 30}  # fmt: skip
+        table |= {
+            f"{name}_text": [f"some words of {name} {i}" for i in range(30)],
+            f"{name}_score": scores,
+            f"{name}_log_odds": scores,
+            f"{name}_len": [5] * 30,
+            f"{name}_eos": [1] * 30,
+            f"{name}_nll_base": [9.0] * 30,
+            f"{name}_nll_policy": [9.0] * 30,
+        }
     return pd.DataFrame(table).assign(kl_seq=0.5, kl_seq_exact=0.5)
 
 

@@ -98,9 +98,14 @@ def test_it_leaves_a_run_that_eval_and_interpolate_take(
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--out", "."], "out=. exists"), (["--kl", "3"], "log"), (["--answers", "1"], "answers=1 must"),
-     (["--train", "--top_k 5"], "top_k"), (["--train", "'"], "quotation mark")],
-)  # fmt: skip
+    [
+        (["--out", "."], "out=. exists"),
+        (["--kl", "3"], "log"),
+        (["--answers", "1"], "answers=1 must"),
+        (["--train", "--top_k 5"], "top_k"),
+        (["--train", "'"], "quotation mark"),
+    ],
+)
 def test_wrong_input_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         main([*(["--out", str(tmp_path / "x")] if "--out" not in words else []), *words])

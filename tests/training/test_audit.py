@@ -69,11 +69,15 @@ def break_critic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("damage", "fact"),
     [
-        (break_positions, "padding|cross-entropy"), (break_shift, "cross-entropy"), (break_dropout, "cross-entropy"),
-        (break_temperature, "the one scored"), (break_reward_place, "last real token"),
-        (break_expectation, "last real token"), (break_critic, "critic"),
+        (break_positions, "padding|cross-entropy"),
+        (break_shift, "cross-entropy"),
+        (break_dropout, "cross-entropy"),
+        (break_temperature, "the one scored"),
+        (break_reward_place, "last real token"),
+        (break_expectation, "last real token"),
+        (break_critic, "critic"),
     ],
-)  # fmt: skip
+)
 def test_check_refuses_to_train_when_a_fact_fails(
     damage: Any, fact: str, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,9 +105,12 @@ def damage_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("labels", [{0: "negative", 1: "positive"}, {0: "LABEL_0"}])
 def test_check_refuses_a_reward_that_hangs_on_the_rest_of_the_batch(
-    labels: dict[int, str], flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    labels: dict[int, str],
+    flags: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """With labels, and with a single output."""
     folder = save_classifier(tmp_path / "rm", labels)
     run({**flags, "rm_name": str(folder)}, "--check")

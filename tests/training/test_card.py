@@ -25,10 +25,16 @@ def with_settings(folder: Path, **changes: object) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "public", "on_hub"),
-    [("gpt2", "gpt2", True), ("lvwerra/gpt2-imdb", "lvwerra/gpt2-imdb", True), ("/home/ann/my/gpt2/", "gpt2", False),
-     ("/home/ann/rewards.py:brevity", "rewards.py:brevity", False), ("tiny:policy", "tiny:policy", False),
-     ("C:\\Users\\ann\\gpt2", "gpt2", False), ("/home/ann/reviews.csv", "reviews.csv", False)],
-)  # fmt: skip
+    [
+        ("gpt2", "gpt2", True),
+        ("lvwerra/gpt2-imdb", "lvwerra/gpt2-imdb", True),
+        ("/home/ann/my/gpt2/", "gpt2", False),
+        ("/home/ann/rewards.py:brevity", "rewards.py:brevity", False),
+        ("tiny:policy", "tiny:policy", False),
+        ("C:\\Users\\ann\\gpt2", "gpt2", False),
+        ("/home/ann/reviews.csv", "reviews.csv", False),
+    ],
+)
 def test_names_lose_the_folders_of_this_machine(name: str, public: str, on_hub: bool) -> None:
     assert public_name(name) == public
     assert (hub_name(name) == name) is on_hub
@@ -48,8 +54,16 @@ def test_an_exported_policy_has_a_card_and_still_loads(flags: dict[str, str], tm
         assert AutoModelForCausalLM.from_pretrained(policy)
         assert AutoTokenizer.from_pretrained(policy)
     page = (folder / "policy_lm" / "README.md").read_text()
-    for words in ("| lr | 0.001 | 5e-05 |", "3 steps of 8 responses, 24 in all", "`reviews.jsonl`", "Not evaluated yet",
-                  "| 0 |", "| 3 |", "(2·P(positive) − 1)", "max_new_tokens=8"):  # fmt: skip
+    for words in (
+        "| lr | 0.001 | 5e-05 |",
+        "3 steps of 8 responses, 24 in all",
+        "`reviews.jsonl`",
+        "Not evaluated yet",
+        "| 0 |",
+        "| 3 |",
+        "(2·P(positive) − 1)",
+        "max_new_tokens=8",
+    ):
         assert words in page, words
 
 

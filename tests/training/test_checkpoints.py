@@ -18,9 +18,11 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 MANY = settings(
-    max_examples=CASES, deadline=None, derandomize=True,
+    max_examples=CASES,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,10 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @MANY
 @given(
     file=st.sampled_from(["policy.safetensors", "optimizer.safetensors", "state.json"]),
-    where=st.floats(0, 1, exclude_max=True), how=st.sampled_from(["cut", "flip", "insert"]), bit=st.integers(0, 7),
-)  # fmt: skip
+    where=st.floats(0, 1, exclude_max=True),
+    how=st.sampled_from(["cut", "flip", "insert"]),
+    bit=st.integers(0, 7),
+)
 def test_any_damage_is_found(file: str, where: float, how: str, bit: int, two_checkpoints: Path) -> None:
     path = two_checkpoints / "step_000002" / file
     whole = path.read_bytes()

@@ -7,17 +7,30 @@ import pytest
 from training.diagnostics import Diagnostics
 
 HEALTHY = {
-    "kl_seq": 2.0, "kl_seq_exact": 2.0, "ratio_max": 1.5, "clip_frac": 0.02, "entropy": 4.0, "distinct_rate": 1.0,
-    "explained_var": 0.2, "positive_rate": 0.6, "skipped": 0, "updates": 8,
+    "kl_seq": 2.0,
+    "kl_seq_exact": 2.0,
+    "ratio_max": 1.5,
+    "clip_frac": 0.02,
+    "entropy": 4.0,
+    "distinct_rate": 1.0,
+    "explained_var": 0.2,
+    "positive_rate": 0.6,
+    "skipped": 0,
+    "updates": 8,
     "response_len": 40.0,
-}  # fmt: skip
+}
 
 
 SICK = {
-    "kl_seq": (-5.0, "--check"), "kl_seq_exact": (50.0, "--kl_coef"), "ratio_max": (40.0, "--lr"),
-    "clip_frac": (0.5, "--ppo_epochs"), "entropy": (0.5, "--ent_coef"), "distinct_rate": (0.1, "samples.csv"),
-    "explained_var": (-3.0, "--value_coef"), "skipped": (2, "--lr"),
-}  # fmt: skip
+    "kl_seq": (-5.0, "--check"),
+    "kl_seq_exact": (50.0, "--kl_coef"),
+    "ratio_max": (40.0, "--lr"),
+    "clip_frac": (0.5, "--ppo_epochs"),
+    "entropy": (0.5, "--ent_coef"),
+    "distinct_rate": (0.1, "samples.csv"),
+    "explained_var": (-3.0, "--value_coef"),
+    "skipped": (2, "--lr"),
+}
 
 
 def test_a_healthy_run_gets_no_warning() -> None:
@@ -30,10 +43,12 @@ def test_a_healthy_run_gets_no_warning() -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        TrainConfig(reward_every=0), TrainConfig(reward_every=0, gae_lambda=0.95), TrainConfig(reward_every=64),
+        TrainConfig(reward_every=0),
+        TrainConfig(reward_every=0, gae_lambda=0.95),
+        TrainConfig(reward_every=64),
         TrainConfig(batch_size=4, minibatch_size=4),
     ],
-)  # fmt: skip
+)
 def test_a_score_that_reaches_no_early_token_is_warned_of(asked: TrainConfig) -> None:
     diagnostics = Diagnostics(asked)
     given = [text for _ in range(3) for text in diagnostics.warnings(HEALTHY)]

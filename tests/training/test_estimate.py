@@ -30,9 +30,12 @@ from utils import uniforms
     ],
 )
 def test_work_says_how_long_it_will_take_once_a_unit_is_done(
-    seconds: list[float], measured: int, said: list[str], monkeypatch: pytest.MonkeyPatch,
+    seconds: list[float],
+    measured: int,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(estimate.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
     for one in timed(seconds, "observing", "batch", measured):
@@ -78,8 +81,9 @@ def test_flops_are_those_that_torch_counts(kl_in_loss: bool, classifier_dir: Pat
 
 
 def test_unfinished_responses_are_read_as_well(classifier_dir: Path) -> None:
-    models: Any = SimpleNamespace(policy=make_policy(), reference=make_policy(),
-                                  reward=SentimentReward(str(classifier_dir)))  # fmt: skip
+    models: Any = SimpleNamespace(
+        policy=make_policy(), reference=make_policy(), reward=SentimentReward(str(classifier_dir))
+    )
     judged, _ = counted(lambda: models.reward.model(input_ids=torch.ones(1, 1, dtype=torch.long)))
     cfg = TrainConfig(batch_size=8, minibatch_size=8, max_new_tokens=10, reward_every=4)
     whole = TrainConfig(batch_size=8, minibatch_size=8, max_new_tokens=10, reward_every=0)

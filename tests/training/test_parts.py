@@ -23,9 +23,16 @@ from training.parts import check_fit
 def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Path) -> None:
     labels = {0: "terrible", 1: "fine", 2: "great"}
     save_classifier(tmp_path / "bert", labels)  # for its tokenizer
-    config = BertConfig(vocab_size=280, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=32, num_labels=3, id2label=labels,
-                        label2id={v: k for k, v in labels.items()})  # fmt: skip
+    config = BertConfig(
+        vocab_size=280,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+    )
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     folder = run({**flags, "rm_name": str(tmp_path / "bert"), "target_label": "great", "total_steps": "1"})
     assert pd.read_csv(folder / "metrics.csv").score_mean.between(-1, 1).all()
@@ -99,9 +106,13 @@ def test_ids_without_text_are_counted(tokenizer: PreTrainedTokenizerFast, capsys
 
 @pytest.mark.parametrize("script", ["train", "eval", "sample"])
 def test_a_reference_with_other_tokens_of_the_same_number_is_refused(
-    script: str, flags: dict[str, str], tokenizer: PreTrainedTokenizerFast, gpt2_dir: Path, tmp_path: Path,
+    script: str,
+    flags: dict[str, str],
+    tokenizer: PreTrainedTokenizerFast,
+    gpt2_dir: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     folder = tmp_path / "other"
     make_lm(len(tokenizer), n_positions=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -130,8 +141,21 @@ def test_a_reference_with_other_tokens_of_the_same_number_is_refused(
 
 def run_script_with(script: str, flags: dict[str, str], policy: Path, reference: Path) -> None:
     """eval.py on a few of the run's reviews, against a reference."""
-    sys.argv = [script, "--policy_path", str(policy), "--ref_name", str(reference), "--judge", "none", "--n_samples",
-                "4", "--device", "cpu", "--out_csv", f"{reference.parent}/results.csv"]  # fmt: skip
+    sys.argv = [
+        script,
+        "--policy_path",
+        str(policy),
+        "--ref_name",
+        str(reference),
+        "--judge",
+        "none",
+        "--n_samples",
+        "4",
+        "--device",
+        "cpu",
+        "--out_csv",
+        f"{reference.parent}/results.csv",
+    ]
     names = ("rm_name", "dataset", "max_prompt_len", "min_prompt_len", "max_new_tokens")
     sys.argv += [word for name in names for word in (f"--{name}", flags[name])]
     run_script(EvalConfig, eval_script.main)
@@ -141,8 +165,11 @@ def run_script_with(script: str, flags: dict[str, str], policy: Path, reference:
 def test_a_target_label_that_changes_nothing_is_said(
     kind: str, flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rewards = {"one output": str(save_classifier(tmp_path / "rm", {0: "LABEL_0"})), "labels": flags["rm_name"],
-               "Python": f"{tmp_path}/r.py:size"}  # fmt: skip
+    rewards = {
+        "one output": str(save_classifier(tmp_path / "rm", {0: "LABEL_0"})),
+        "labels": flags["rm_name"],
+        "Python": f"{tmp_path}/r.py:size",
+    }
     (tmp_path / "r.py").write_text("def size(responses): return [float(len(x)) for x in responses]\n")
     for label, said in ((None, False), ("positive", False), ("Pos", False), ("negative", kind != "labels")):
         words = [] if label is None else ["--target_label", label]

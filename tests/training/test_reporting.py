@@ -96,8 +96,9 @@ def test_changed_settings_get_a_run_of_their_own_with_all_steps(server: FakeServ
     assert [list(history) for history in server.runs.values()] == [[1, 2, 3, 4], [1, 2, 3, 4, 5]]
 
 
-def test_the_picture_is_sent_with_its_step(server: FakeServer, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_the_picture_is_sent_with_its_step(
+    server: FakeServer, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("training.run_folder.plot_curves", lambda table, picture, label: picture.touch())
     folder = run(flags, "--report_to=wandb")
     (history,) = server.runs.values()
@@ -195,8 +196,11 @@ def test_the_real_tensorboard_drops_what_is_sent_again(tmp_path: Path) -> None:
         trackers.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("score_mean")] == [
-        (1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5)
-    ]  # fmt: skip
+        (1, 0.125),
+        (2, 0.25),
+        (3, 0.375),
+        (4, 0.5),
+    ]
     assert cfg.trackers == ["tensorboard", "wandb"]
 
 

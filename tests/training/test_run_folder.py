@@ -28,8 +28,17 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 def test_resume_of_a_finished_run_can_only_make_it_longer(
     flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = run({**flags, "ckpt_dir": str(tmp_path / "long")}, "--total_steps", "5", "--lr_schedule", "constant",
-               "--eval_every", "0", "--sample_every", "5")  # fmt: skip
+    long = run(
+        {**flags, "ckpt_dir": str(tmp_path / "long")},
+        "--total_steps",
+        "5",
+        "--lr_schedule",
+        "constant",
+        "--eval_every",
+        "0",
+        "--sample_every",
+        "5",
+    )
     short = run(flags, "--lr_schedule", "constant", "--eval_every", "0", "--sample_every", "5")
     before = exact(short)
     run({"ckpt_dir": flags["ckpt_dir"]}, "--resume")
@@ -54,9 +63,16 @@ def test_resume_can_name_a_run_or_a_checkpoint(flags: dict[str, str], tmp_path: 
 
 @pytest.mark.parametrize(
     ("change", "fine"),
-    [("--batch_size=4", False), ("--lr=0.5", False), ("--seed=3", False), ("--max_new_tokens=7", False),
-     ("--save_every=5", True), ("--keep_last=1", True), ("--total_steps=9", True)],
-)  # fmt: skip
+    [
+        ("--batch_size=4", False),
+        ("--lr=0.5", False),
+        ("--seed=3", False),
+        ("--max_new_tokens=7", False),
+        ("--save_every=5", True),
+        ("--keep_last=1", True),
+        ("--total_steps=9", True),
+    ],
+)
 def test_changed_settings_are_named_and_refused_where_they_change_the_result(
     change: str, fine: bool, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,9 +227,10 @@ def test_best_is_the_highest_sentiment_within_the_kl_budget(
     monkeypatch.setattr(RunFolder, "_save_policy", note)
     scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr(
-        train, "evaluate_held_out",
+        train,
+        "evaluate_held_out",
         lambda *args: {**evaluate(*args), "score_mean": next(scores), "kl_seq_exact": next(kls)},
-    )  # fmt: skip
+    )
     folder = run(flags, "--eval_every", "1", "--kl_budget", "2.5")
     best = load_file(folder / "best" / "policy_lm" / "model.safetensors")
     final = load_file(folder / "policy_lm" / "model.safetensors")
@@ -282,9 +299,12 @@ def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPat
 
 
 def test_a_hub_name_with_another_commit_is_refused_on_resume(
-    flags: dict[str, str], gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, str],
+    gpt2_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     cache = tmp_path / "hub" / "models--someone--gpt2"
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(gpt2_dir, cache / "snapshots" / commit)
@@ -358,9 +378,12 @@ def change_tokenizer(flags: dict[str, str]) -> None:
     ],
 )
 def test_what_has_changed_under_its_name_is_named_on_resume(
-    change: Callable[[dict[str, str]], None], named: str, flags: dict[str, str], tmp_path: Path,
+    change: Callable[[dict[str, str]], None],
+    named: str,
+    flags: dict[str, str],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     flags |= {"eval_every": "0"}
     for name in ("policy_name", "rm_name"):
         flags[name] = shutil.copytree(flags[name], tmp_path / name).__fspath__()

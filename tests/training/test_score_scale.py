@@ -251,9 +251,12 @@ def test_what_a_reward_needs_and_does_not_find_is_named_with_its_place(tmp_path:
 
 @pytest.mark.parametrize("where", ["file", "module"])
 def test_no_run_folder_can_run_code(
-    where: str, flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    where: str,
+    flags: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """A folder from elsewhere, whose config.json names code: neither eval.py nor --resume touch it."""
     ran = tmp_path / "it_ran"
     (tmp_path / "evil_module.py").write_text(
@@ -327,8 +330,13 @@ def test_the_check_calls_a_function_with_an_empty_response(
     Path(python["rm_name"].removesuffix(":brevity")).write_text("def brevity(r): return [1 / len(x) for x in r]")
     assert "ZeroDivisionError" in refused(capsys, lambda: run(python))
     with pytest.raises(UserError):
-        load_parts(resolve(TrainConfig(rm_name="nowhere.py:f", policy_name=python["policy_name"],
-                                       dataset=python["dataset"], device="cpu")))  # fmt: skip
+        load_parts(
+            resolve(
+                TrainConfig(
+                    rm_name="nowhere.py:f", policy_name=python["policy_name"], dataset=python["dataset"], device="cpu"
+                )
+            )
+        )
 
 
 def test_a_function_may_judge_prompt_and_response(python: dict[str, str]) -> None:

@@ -74,9 +74,13 @@ def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_n_steps_equal_k_steps_and_a_resume(
-    at: int, extra: str, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    extra: str,
+    flags: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Fact 18; killed before anything was saved, right where it was saved, and between two saves."""
     words = ["--total_steps", "7", "--eval_every", "3", *extra.split()]
     whole = run({**flags, "ckpt_dir": str(tmp_path / "whole")}, *words)
@@ -140,9 +144,11 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(
     """Every write of the run fails once, wherever it comes; afterwards the run goes on as if nothing had been."""
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}, "--total_steps", "4"))
     for owner, function in (
-        (run_folder, "append_row"), (run_folder, "save_checkpoint"), (run_folder.RunFolder, "_save_policy"),
+        (run_folder, "append_row"),
+        (run_folder, "save_checkpoint"),
+        (run_folder.RunFolder, "_save_policy"),
         (run_folder, "plot_curves"),
-    ):  # fmt: skip
+    ):
         right, calls = getattr(owner, function), []
 
         def fail(*args: Any, right: Any = right, calls: list[int] = calls) -> Any:
@@ -221,9 +227,15 @@ def test_a_signal_saves_and_prints_how_to_resume(number: signal.Signals, flags: 
     ],
 )
 def test_a_signal_discards_a_step_until_its_first_optimiser_step(
-    number: int, code: int, function: str, call: int, kept: list[int], flags: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    number: int,
+    code: int,
+    function: str,
+    call: int,
+    kept: list[int],
+    flags: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """In the second step: discarded while it samples, scores and computes gradients, finished once weights changed."""
     signal_at(monkeypatch, function, call, number)
     with pytest.raises(SystemExit) as stop:
@@ -259,6 +271,7 @@ def test_a_run_without_finite_steps_gives_up_and_saves_the_last_good_policy(
     printed = capsys.readouterr()
     assert "not finite" in printed.out
     assert "3 steps in a row" in printed.err
-    start, kept = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in
-                   (flags["policy_name"], folder / "policy_lm"))  # fmt: skip
+    start, kept = (
+        AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (flags["policy_name"], folder / "policy_lm")
+    )
     assert all(torch.equal(start[name], kept[name]) for name in start)

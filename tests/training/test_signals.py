@@ -36,9 +36,12 @@ def warnings_as_usual() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_closed_terminal_and_a_schedulers_warning_save(
-    number: signal.Signals, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    flags: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Sent twice, as a shell repeats it: the second step is finished, and resuming gives what was to be."""
     flags |= {"total_steps": "3", "save_every": "3", "eval_every": "0", "sample_every": "3"}
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
