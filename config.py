@@ -488,7 +488,8 @@ class OneLineParser(HfArgumentParser):
         self.first, self.heading, self.groups = first, "Settings", dict[str, Any]()
         self.paths: dict[str, PathUse] = {}
         script = Path(sys.argv[0])
-        name = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
+        room = script.parent.name
+        name = f"-m {room}.{script.stem}" if room in ("tools", "experiments") else script.name
         usage = f"python {name} {f'[{words} ...] ' if words else ''}[--setting value ...]"
         super().__init__(cls, allow_abbrev=False, description=about, usage=usage, formatter_class=HelpFormatter)
         self._negative_number_matcher = re.compile(r"-\d.*")  # --label_names -1=bad,1=good: a value and no flag

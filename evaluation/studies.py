@@ -1,4 +1,4 @@
-"""Many evaluations in one table and one picture: settings times seeds, as tools.study keeps them."""
+"""Many evaluations in one table and one picture: settings times seeds, as experiments.study keeps them."""
 
 import json
 from pathlib import Path

@@ -40,12 +40,12 @@ from transformers import (
 import eval as eval_script
 import train
 from data import Pair
+from experiments.torture import remains
 from model import GPT2WithValueHead, ReferenceStates, Sequences, evaluate_both, sample_responses
 from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
 from tools.make_models import main as make_models_main
-from tools.torture import remains
 from training.run_folder import describe
 from utils import uniforms
 

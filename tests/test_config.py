@@ -372,8 +372,9 @@ TEXTS = {  # settings that are no path
     "label_names",
 }
 TOOLS = [
-    getattr(importlib.import_module(f"tools.{path.stem}"), name)
-    for path in sorted((Path(__file__).parent.parent / "tools").glob("*.py"))
+    getattr(importlib.import_module(f"{path.parent.name}.{path.stem}"), name)
+    for room in ("tools", "experiments")
+    for path in sorted((Path(__file__).parent.parent / room).glob("*.py"))
     for name in re.findall(r"^class (\w+Config)", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 
@@ -455,7 +456,12 @@ def test_there_are_documented_commands() -> None:
 def written_by_default() -> list[str]:
     """Files and folders that the documented commands and the commands' defaults write, but for those in results/."""
     root = Path(__file__).parent.parent
-    pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "tools").glob("*.py"))]
+    pages = [
+        root / "README.md",
+        *sorted((root / "docs").glob("*.md")),
+        *sorted(root.glob("tools/*.py")),
+        *sorted(root.glob("experiments/*.py")),
+    ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     found = re.findall(r"python [^`\n]*?--(?:out|csv|out_csv|ckpt_dir) ([\w./-]+)", text)
     found += re.findall(r"\b(?:out|csv|folder): str(?: \| None)? = opt\(\"([^\"]+)\"", text)

@@ -16,7 +16,7 @@ FLOORS = [
     {"ppo"},
     {"training", "evaluation"},
     {"train", "eval"},
-    {"tools"},
+    {"tools", "experiments"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = {
@@ -80,7 +80,8 @@ def test_every_module_is_on_a_floor_and_every_floor_has_modules() -> None:
         ("training", "from evaluation.summary import x", {"evaluation"}),
         ("train", "from training.parts import x\nimport ppo", set()),
         ("eval", "from train import main", {"train"}),
-        ("train", "from tools.benchmark import x", {"tools"}),
+        ("train", "from experiments.benchmark import x", {"experiments"}),
+        ("train", "from tools.sample import x", {"tools"}),
         ("train", "import conftest", {"conftest"}),
     ],
 )

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 import pandas as pd
 from evaluation import comparison, report, studies
-from tools import pitfalls_page
+from experiments import pitfalls_page
 from training.plots import plot_curves
 
 plot_curves(Path("results/tiny_metrics.csv"), Path(sys.argv[1]), "positive")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
-from tools.torture import remains
+from experiments.torture import remains
 from training import run_folder
 from training.checkpoints import list_checkpoints
 from training.run_folder import RunFolder, inspect_run_folder, open_run_folder

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from evaluation.summary import summarise
-from tools import study
-from tools.study import StudyConfig, figures, main, markdown, settings
+from experiments import study
+from experiments.study import StudyConfig, figures, main, markdown, settings
 
 SUMMARY = {
     "n": 20,
@@ -302,7 +302,10 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             main(words)
     done = subprocess.run(
-        [sys.executable, "-m", "tools.study", "--draw", "nowhere.csv"], capture_output=True, text=True, cwd=study.ROOT
+        [sys.executable, "-m", "experiments.study", "--draw", "nowhere.csv"],
+        capture_output=True,
+        text=True,
+        cwd=study.ROOT,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments import gradients
+from experiments.gradients import REINFORCE, GradientsConfig, Observed, Products, advantages, main, policy_gradient
 from model import GPT2WithValueHead, Sequences
 from ppo import Batch, ppo_loss
-from tools import gradients
-from tools.gradients import REINFORCE, GradientsConfig, Observed, Products, advantages, main, policy_gradient
 from training import estimate
 
 WEIGHTS = 100_000

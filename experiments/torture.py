@@ -1,6 +1,6 @@
 """Kills training at random moments, resumes it, and compares what is left with an undisturbed run.
 
-    python -m tools.torture --kills 100
+    python -m experiments.torture --kills 100
 
 SIGKILL, which no program can catch, comes at any time: while loading, sampling, learning, saving or drawing. Every
 run must end with the same weights, optimiser and tables, bit for bit. So must the making of the tiny models.
@@ -21,10 +21,10 @@ from config import UserError, opt
 
 import pandas as pd
 
+from experiments.benchmark import Workload, make_random_models
 from runtime.cli import Stopped, parse_flags, run
 from runtime.hub import quiet_libraries
 from runtime.terminal import progress_bar
-from tools.benchmark import Workload, make_random_models
 from training.checkpoints import list_checkpoints, step_of
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_se
 
 @dataclass(frozen=True, kw_only=True)
 class TortureConfig:
-    """Settings of `python -m tools.torture`."""
+    """Settings of `python -m experiments.torture`."""
 
     kills: int = opt(20, "How often to kill, over as many runs as that takes.")
     making: int = opt(0, "How often to kill the first-time making of the tiny models (half a minute each).")

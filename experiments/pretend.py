@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,10 +33,9 @@ READS = {
 }
 
 
-def skip_if_impossible() -> None:
-    """Skip the test where this torch cannot pretend a device."""
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch has no backends written in Python")
+def is_possible() -> bool:
+    """Whether this torch can pretend a device."""
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
 def register() -> None:
@@ -51,6 +50,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
+        """Put a tensor on the device."""
         found = Tensor._make_wrapper_subclass(
             cls,
             held.shape,
@@ -66,13 +66,17 @@ class OnDevice(Tensor):
         return format(self.item(), form)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return execute(func, args, kwargs or {}, Watch.active)
 
     def data_ptr(self) -> int:
+        """Where its memory is."""
         return self.held.data_ptr()
 
-    def tolist(self) -> Any:  # which torch refuses for tensors of a class of one's own
+    def tolist(self) -> Any:
+        """Its numbers; torch refuses this for tensors of a class of one's own."""
         return self.cpu().tolist()
 
 
@@ -159,6 +163,7 @@ def crossing(packet: Any, args: Any, kwargs: dict[str, Any], creates: bool) -> s
 
 
 def held(x: Any) -> Any:
+    """The tensor on the CPU behind one on the device; anything else as it is."""
     if isinstance(x, OnDevice):
         return x.held
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
@@ -190,6 +195,5 @@ def attention_by_formula() -> Iterator[None]:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return scores.softmax(-1) @ v
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", formula)
+    with mock.patch.object(F, "scaled_dot_product_attention", formula):
         yield

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import make_policy, sample
 
-from tools.critics import CRITICS, Known, explained, gather, look, main
-from tools.gradients import Observed
+from experiments.critics import CRITICS, Known, explained, gather, look, main
+from experiments.gradients import Observed
 from training import estimate
 
 

@@ -1,26 +1,25 @@
-"""Prints what one step at the default shapes asks of a GPU: `python tests/count_waits.py`. Needs none.
+"""Prints what one step at the default shapes asks of a GPU: `python -m experiments.count_waits`. Needs none.
 
 Models have GPT-2's and DistilBERT's numbers of layers and heads but narrow ones, and logits come in as many chunks as
 with 50,257 tokens. Replaying the recorded step counts as one operation.
 """
 
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from typing import Any
 
 from config import TrainConfig
 
-import pretend
 import torch
-from pretend import Watch, moved
 
 import model
 import utils
+from experiments import pretend
+from experiments.benchmark import Workload, make_random_models
+from experiments.pretend import Watch, moved
 from ppo import build_optimizer, collect_rollout, ppo_update
+from reward import Classifier
 from runtime.hub import quiet_libraries
-from tools.benchmark import Workload, make_random_models
 from training.parts import load_parts
 from utils import uniforms
 
@@ -29,14 +28,17 @@ WORK = Workload((12, 48, 12), (6, 48, 12), batch=64, prompt=128, response=64, ep
 
 
 def main() -> None:
+    """Count operations and waits of two steps, and print them by phase."""
     quiet_libraries()
     pretend.register()
     utils.GPU_CHUNK_FLOATS = utils.GPU_CHUNK_FLOATS * VOCABULARY // 50257
     model._Sampler.next_token = next_token  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         names = make_random_models(WORK, Path(folder), VOCABULARY)
-        cfg = TrainConfig(**names, device="cpu", dtype="float32", max_prompt_len=WORK.prompt)
+        settings: dict[str, Any] = dict(names)
+        cfg = TrainConfig(**settings, device="cpu", dtype="float32", max_prompt_len=WORK.prompt)
         parts = load_parts(cfg)
+    assert isinstance(parts.models.reward, Classifier)
     for network in (parts.models.policy, parts.models.reference, parts.models.reward.model):
         moved(network)
     with pretend.attention_by_formula():
@@ -68,6 +70,7 @@ def next_token(self: "model._Sampler") -> None:
 
 
 def show(phase: str, watch: Watch) -> tuple[int, int]:
+    """Print what a phase asked of the device, and return operations and waits."""
     print(f"  {phase:20}{watch.operations:12,}{watch.count:7,}   {dict(watch.waits)}")
     return watch.operations, watch.count
 

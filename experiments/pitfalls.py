@@ -1,9 +1,9 @@
 """A museum of classic bugs of PPO on language models: plants one at a time, trains with it, and shows what it costs.
 
-    python -m tools.pitfalls --bug shift                  one bug: what the self-audit says of it
-    python -m tools.pitfalls --bug shift --audit false    trains with it all the same, and evaluates
-    python -m tools.pitfalls --seeds 0,1,2,3              all of them, without the audit, beside the right run
-    python -m tools.pitfalls --draw results/pitfalls.csv  only the table and the figure
+    python -m experiments.pitfalls --bug shift                  one bug: what the self-audit says of it
+    python -m experiments.pitfalls --bug shift --audit false    trains with it all the same, and evaluates
+    python -m experiments.pitfalls --seeds 0,1,2,3              all of them, without the audit, beside the right run
+    python -m experiments.pitfalls --draw results/pitfalls.csv  only the table and the figure
 
 The policy that a run leaves is evaluated without the bug. metrics.csv is what the run with the bug reported itself.
 Runs that are in the table already are skipped, so the same command again does what is left.
@@ -29,11 +29,11 @@ import train
 from data import load_examples
 from eval import Comparison, Judge, add_judge, compare, held_out_prompts, second_judge, settings_of_run
 from evaluation.summary import summarise
+from experiments.bugs import BUGS, Bug, planted, replaced
+from experiments.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
 from pretrain.tiny_world import resolve_name
 from runtime.cli import Stopped, numbers, parse_flags, run, words
 from runtime.files import check_table_path, read_table, remove, write_atomic
-from tools.bugs import BUGS, Bug, planted, replaced
-from tools.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
 from training.audit import audit
 from training.diagnostics import Diagnostics
 from training.parts import load_models, load_policy
@@ -47,7 +47,7 @@ EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=20
 
 @dataclass(frozen=True, kw_only=True)
 class PitfallsConfig:
-    """Settings of `python -m tools.pitfalls`."""
+    """Settings of `python -m experiments.pitfalls`."""
 
     bug: str | None = opt(None, "Show this bug alone, or right for the run without one (default: train all of them).")
     audit: bool = opt(True, "With --bug: only show what the self-audit says. false trains with the bug.")

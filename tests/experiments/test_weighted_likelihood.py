@@ -12,8 +12,8 @@ import torch
 from conftest import EOS, make_policy, sample
 from test_convergence import BETA, RESPONSES, divergence, log_distribution
 
+from experiments.weighted_likelihood import Draw, main, optimizer_step, weigh, weighted_loss
 from model import Sequences
-from tools.weighted_likelihood import Draw, main, optimizer_step, weigh, weighted_loss
 from training import estimate
 
 VOCAB, LONGEST, PROMPT = 5, 3, 2

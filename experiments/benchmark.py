@@ -1,10 +1,10 @@
 """Times one PPO step by phase, against what this machine can do and against any other program.
 
-    python -m tools.benchmark                                    random-weight models of size `mini`
-    python -m tools.benchmark --size 124m --steps 3 --csv results/benchmark.csv
-    python -m tools.benchmark --policy_name DIR --rm_name DIR --dataset DATA
-    python -m tools.benchmark --sweep response=16,32,64          how cost grows
-    python -m tools.benchmark --peer 'python other_ppo.py'       alternates with a peer that prints "total SECONDS s"
+    python -m experiments.benchmark                                    random-weight models of size `mini`
+    python -m experiments.benchmark --size 124m --steps 3 --csv results/benchmark.csv
+    python -m experiments.benchmark --policy_name DIR --rm_name DIR --dataset DATA
+    python -m experiments.benchmark --sweep response=16,32,64          how cost grows
+    python -m experiments.benchmark --peer 'python other_ppo.py'       alternates with a peer that prints "total 12.3 s"
 
 The floor is the time that the step's matrix products would take at the rate measured for one large product, plus the
 time to read the weights once per decoded token at the rate measured for copying.
@@ -68,7 +68,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Settings of `python -m tools.benchmark`."""
+    """Settings of `python -m experiments.benchmark`."""
 
     size: Literal["mini", "124m", "gpu"] = opt("mini", "Shapes of the step, and of the models where none are named.")
     policy_name: str | None = opt(None, "A GPT-2 to time instead of one with random weights.", path="read")
@@ -281,7 +281,7 @@ def peer_memory_mb(pid: int) -> float:
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, with the command that made them; columns that one lacks stay empty."""
-    table = pd.DataFrame(rows).assign(command="python -m tools.benchmark " + shlex.join(sys.argv[1:]))
+    table = pd.DataFrame(rows).assign(command="python -m experiments.benchmark " + shlex.join(sys.argv[1:]))
     check_table_path(path)
     if path.exists():
         table = pd.concat([read_table(path), table])

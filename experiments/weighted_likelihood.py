@@ -1,6 +1,6 @@
 """What plain imitation finds: trains the network, without PPO, on the optimal policy's own responses.
 
-    python -m tools.weighted_likelihood --kl 1 --out runs/limit --train "--policy_name gpt2 --lr 1e-4"
+    python -m experiments.weighted_likelihood --kl 1 --out runs/limit --train "--policy_name gpt2 --lr 1e-4"
     python -m tools.interpolate ckpts runs/limit --curve --each          beside PPO, on one picture
 
 The optimal policy is pi_ref(y) exp(score(y) / beta) / Z. Base's own responses, each weighted by exp(score / beta), are
@@ -39,7 +39,7 @@ from utils import output_embedding, uniforms
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodConfig:
-    """Settings of `python -m tools.weighted_likelihood`."""
+    """Settings of `python -m experiments.weighted_likelihood`."""
 
     kl: float = opt(1.0, "KL of the optimal policy to learn from, in nats per response.")
     answers: int = opt(16, "Base's responses per prompt.")

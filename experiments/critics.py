@@ -1,6 +1,6 @@
 """How well can a critic foresee the score? Linear critics on what is known before each token, compared.
 
-    python -m tools.critics --csv critics.csv --train "--policy_name gpt2"
+    python -m experiments.critics --csv critics.csv --train "--policy_name gpt2"
 
 Each critic is a ridge regression of the final score on its features and the position, fitted in closed form to some
 batches of the policy's responses and measured on others. So a number is what such a critic has at best after fit * 64
@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from experiments.gradients import Observed, observe
 from model import GPT2WithValueHead
 from runtime.cli import numbers, parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, write_atomic
 from runtime.hub import quiet_libraries
-from tools.gradients import Observed, observe
 from training.estimate import timed
 from training.parts import load_parts, resolve
 from utils import position_ids
@@ -41,7 +41,7 @@ CRITICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CriticsConfig:
-    """Settings of `python -m tools.critics`."""
+    """Settings of `python -m experiments.critics`."""
 
     train: str = opt("", "Flags of train.py: models, data, lengths, batch_size.")
     fit: int = opt(16, "Batches to fit the critics to.")

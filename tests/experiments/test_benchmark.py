@@ -1,4 +1,4 @@
-"""tools/benchmark.py: the work it times is the work it says."""
+"""experiments/benchmark.py: the work it times is the work it says."""
 
 import sys
 from dataclasses import replace
@@ -9,9 +9,7 @@ from config import TrainConfig, UserError
 import pandas as pd
 import pytest
 
-from reward import SentimentReward
-from runtime.cli import parse_flags
-from tools.benchmark import (
+from experiments.benchmark import (
     BenchConfig,
     Workload,
     append,
@@ -22,6 +20,8 @@ from tools.benchmark import (
     measure_peer,
     sweep,
 )
+from reward import SentimentReward
+from runtime.cli import parse_flags
 from training.parts import load_parts
 
 SMALL = Workload((2, 32, 2), (1, 32, 2), batch=4, prompt=6, response=5, epochs=1, minibatch=2)

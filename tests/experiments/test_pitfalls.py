@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from conftest import run
 
-from tools import pitfalls
-from tools.bugs import BUGS, Bug, planted, replaced
-from tools.pitfalls_page import markdown
+from experiments import pitfalls
+from experiments.bugs import BUGS, Bug, planted, replaced
+from experiments.pitfalls_page import markdown
 from training.plots import plot_curves
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,8 +1,8 @@
 """How much of the policy gradient is signal, for every way of assigning the score to tokens.
 
-    python -m tools.gradients                                             of gpt2, as train.py would begin
-    python -m tools.gradients --train "--policy_name ckpts/policy_lm"     of a policy that was trained
-    python -m tools.gradients --draw results/gradients.csv                only the table
+    python -m experiments.gradients                                             of gpt2, as train.py would begin
+    python -m experiments.gradients --train "--policy_name ckpts/policy_lm"     of a policy that was trained
+    python -m experiments.gradients --draw results/gradients.csv                only the table
 
 The policy answers `batches` batches of prompts. Each batch gives one estimate g of the gradient of the mean score for
 each reward_every and gae_lambda, from the same responses and without critic, discount, whitening and KL penalty. The
@@ -43,7 +43,7 @@ REINFORCE: Way = (0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientsConfig:
-    """Settings of `python -m tools.gradients`."""
+    """Settings of `python -m experiments.gradients`."""
 
     train: str = opt("", "Flags of train.py: models, prompts, lengths, batch_size.")
     batches: int = opt(24, "Batches to compare with each other.")

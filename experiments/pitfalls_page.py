@@ -1,4 +1,4 @@
-"""The table and the figure of tools/pitfalls.py, from its two CSV files."""
+"""The table and the figure of experiments/pitfalls.py, from its two CSV files."""
 
 from pathlib import Path
 from typing import Any

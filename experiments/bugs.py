@@ -1,7 +1,7 @@
 """Classic bugs of PPO on language models, each planted from outside by replacing one function.
 
 Nothing in the product knows of them: `with planted(bug):` puts a wrong function wherever the right one was imported,
-and takes it out again. tools/pitfalls.py trains with them.
+and takes it out again. experiments/pitfalls.py trains with them.
 """
 
 import copy

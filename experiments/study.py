@@ -1,8 +1,8 @@
 """Settings times seeds: trains each combination, evaluates all alike, and keeps one table of the figures.
 
-    python -m tools.study --grid 'lr=1e-5,2e-5 kl_coef=0.1' --seeds 0,1,2 --csv results/study.csv
-    python -m tools.study --peer 'python other.py --seed {seed} --out {folder}/policy_lm' --seeds 0,1 --csv …
-    python -m tools.study --draw results/study.csv          only the table and the picture
+    python -m experiments.study --grid 'lr=1e-5,2e-5 kl_coef=0.1' --seeds 0,1,2 --csv results/study.csv
+    python -m experiments.study --peer 'python other.py --seed {seed} --out {folder}/policy_lm' --seeds 0,1 --csv …
+    python -m experiments.study --draw results/study.csv          only the table and the picture
 
 Further flags of train.py and eval.py go into --train and --evaluate. Finished runs are kept and interrupted ones are
 resumed, so the same command again does what is left. --jobs runs at a time share the cores.
@@ -43,7 +43,7 @@ STEP_COLUMNS = ("step", "episodes", "score_mean", "positive_rate", "kl_seq", "kl
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Settings of `python -m tools.study`."""
+    """Settings of `python -m experiments.study`."""
 
     grid: str = opt("", "Settings to cross: name=a,b name=c,d. Empty: train.py's defaults.")
     seeds: str = opt("0", "Seeds for each setting.")
