@@ -429,7 +429,7 @@ def human_continuations(
     if not any(written):
         return None
     backwards, real = (x.flip(1).to(device) for x in pad_left([row[::-1] for row in written]))
-    return Sequences(
+    return Sequences.of(
         torch.cat([ids, backwards], 1), torch.cat([mask, real], 1), real, torch.zeros(real.shape, device=device)
     )
 

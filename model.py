@@ -6,12 +6,11 @@ Hugging Face model owns the weights; dropout is always off.
 
 import copy
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ import utils
 from runtime.attention import attend
 from runtime.device import widest_float
 from runtime.hub import load_gpt2, loading
+from runtime.recording import Recorded
 from utils import (
     compare_policies,
     map_tensors,
@@ -53,13 +53,25 @@ class Sequences:
     attention_mask: Tensor
     response_mask: Tensor
     logprobs: Tensor
+    lengths: Tensor
     temperature: float = 1.0
     support: Tensor | None = None
-    lengths: Tensor = None  # type: ignore[assignment]  # None: read from the mask
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        logprobs: Tensor,
+        temperature: float = 1.0,
+        support: Tensor | None = None,
+    ) -> "Sequences":
+        """Sequences whose lengths are read from the response mask."""
+        lengths = response_mask.sum(1).cpu()
+        return cls(tokens, attention_mask, response_mask, logprobs, lengths, temperature, support)
 
     def __post_init__(self) -> None:
-        if self.lengths is None:
-            object.__setattr__(self, "lengths", self.response_mask.sum(1).cpu())
         assert self.tokens.shape == self.attention_mask.shape
         assert self.response_mask.shape == self.logprobs.shape
         assert self.response_mask.device.type != "cpu" or torch.equal(self.lengths, self.response_mask.sum(1))
@@ -80,13 +92,24 @@ class Sequences:
         real = (torch.arange(self.response_mask.shape[1]) < self.lengths[:, None]).flatten()
         return real.nonzero().squeeze(1).to(self.tokens.device, non_blocking=True)
 
+    def real_support(self, real: Tensor) -> Tensor | None:
+        """The rows (N, V) of the support at the real tokens, None where every token can be chosen."""
+        return None if self.support is None else take_tokens(self.support, real)
+
     @cached_property
     def token_lists(self) -> tuple[list[list[int]], list[list[int]]]:
         """The real tokens of every prompt and of every response, in a single copy from the device."""
         tokens, mask = torch.stack([self.tokens, self.attention_mask.to(self.tokens.dtype)]).cpu()
-        start = self.prompt_len
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(tokens[:, :start], mask[:, :start], strict=True)]
-        return prompts, [row[:n].tolist() for row, n in zip(tokens[:, start:], self.lengths.tolist(), strict=True)]
+        prompts = []
+        responses = []
+        for row, real, length in zip(tokens, mask.bool(), self.lengths.tolist(), strict=True):
+            prompts.append(row[: self.prompt_len][real[: self.prompt_len]].tolist())
+            responses.append(row[self.prompt_len :][:length].tolist())
+        return prompts, responses
+
+    def copy_to_host(self) -> None:
+        """Copy the tokens from the device now, so that a GPU goes on with other work while the host reads them."""
+        _ = self.token_lists
 
     def prompt_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The prompts as text."""
@@ -95,7 +118,9 @@ class Sequences:
     def texts(self, tokenizer: PreTrainedTokenizerBase, with_prompt: bool = False) -> list[str]:
         """The responses as text without EOS, after their prompts if wanted."""
         prompts, responses = self.token_lists
-        return decode(tokenizer, [p + r for p, r in zip(prompts, responses, strict=True)] if with_prompt else responses)
+        if with_prompt:
+            responses = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return decode(tokenizer, responses)
 
     def select(self, rows: Tensor | slice) -> "Sequences":
         """Some of the rows."""
@@ -113,8 +138,8 @@ class GPT2WithValueHead(nn.Module):
     def __init__(self, lm: GPT2LMHeadModel, dtype: torch.dtype = torch.float32) -> None:
         """Weights stay float32; dtype is that of matrix products."""
         super().__init__()
-        self.lm, self.dtype = lm, dtype
-        self.sampler: _Sampler | None = None  # on a GPU, of the last rollout
+        self.lm = lm
+        self.dtype = dtype
         self.value_head = nn.Linear(lm.config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -126,8 +151,9 @@ class GPT2WithValueHead(nn.Module):
 
     def autocast(self) -> AbstractContextManager[object]:
         """A context in which matrix products run in self.dtype; softmax, losses and the optimiser stay in float32."""
-        half = self.dtype != torch.float32
-        return torch.autocast(self.lm.device.type, self.dtype) if half else nullcontext()
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.lm.device.type, self.dtype)
 
     def response_hidden(self, seqs: Sequences) -> Tensor:
         """The hidden states (B, R, H) in which the response tokens were chosen, one column before them."""
@@ -150,35 +176,42 @@ class GPT2WithValueHead(nn.Module):
     def evaluate_responses(self, seqs: Sequences, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
         hidden = self.response_hidden(seqs)
-        parts = [self.evaluate_hidden(hidden[rows], seqs.select(rows), with_entropy) for rows in self.chunk(seqs)]
-        logprobs, values, entropy, _ = (torch.cat(x) for x in zip(*parts, strict=True))
+        chunks = [self.evaluate_hidden(hidden[rows], seqs.select(rows), with_entropy) for rows in self.chunk(seqs)]
+        logprobs = torch.cat([chunk.logprobs for chunk in chunks])
+        values = torch.cat([chunk.values for chunk in chunks])
+        entropy = torch.cat([chunk.entropy for chunk in chunks])
         return logprobs, values, entropy
 
     def evaluate_hidden(
         self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True, ref_states: "ReferenceStates | None" = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> "Evaluation":
         """The same from the hidden states (B, R, H), and the exact KL to the reference.
 
         KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
         """
-        real, shape = seqs.real_tokens(), seqs.response_mask.shape
-        ref = (
-            ()
-            if ref_states is None
-            else (take_tokens(ref_states.hidden, real).to(ref_states.model.dtype), ref_states.model.embedding)
-        )
+        real = seqs.real_tokens()
+        shape = seqs.response_mask.shape
+        ref_hidden = None
+        ref_embedding = None
+        if ref_states is not None:
+            ref_hidden = take_tokens(ref_states.hidden, real).to(ref_states.model.dtype)
+            ref_embedding = ref_states.model.embedding
         logprobs, entropy, kl = token_logprobs(
             take_tokens(hidden, real).to(self.dtype),
             self.lm.lm_head.weight,
             take_tokens(seqs.responses, real),
             seqs.temperature,
-            None if seqs.support is None else take_tokens(seqs.support, real),
+            seqs.real_support(real),
             with_entropy,
-            *ref,
+            ref_hidden,
+            ref_embedding,
         )
-        logprobs, entropy = put_tokens(logprobs, real, shape), put_tokens(entropy, real, shape)
-        kl = torch.zeros_like(logprobs) if ref_states is None else put_tokens(kl, real, shape)
-        return logprobs, self.values(hidden), entropy, kl
+        return Evaluation(
+            logprobs=put_tokens(logprobs, real, shape),
+            values=self.values(hidden),
+            entropy=put_tokens(entropy, real, shape),
+            kl=put_tokens(kl, real, shape),
+        )
 
     def chunk(self, seqs: Sequences) -> list[slice]:
         """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time.
@@ -186,7 +219,8 @@ class GPT2WithValueHead(nn.Module):
         Beside them may be as many of the reference.
         """
         rows, width = seqs.response_mask.shape
-        numbers = utils.CHUNK_FLOATS if seqs.tokens.device.type == "cpu" else utils.GPU_CHUNK_FLOATS
+        on_cpu = seqs.tokens.device.type == "cpu"
+        numbers = utils.CHUNK_FLOATS if on_cpu else utils.GPU_CHUNK_FLOATS
         size = max(1, numbers // self.lm.config.vocab_size // width)
         return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
@@ -209,6 +243,25 @@ class GPT2WithValueHead(nn.Module):
         """Write folder/policy_lm, a plain Hugging Face model, and folder/value_head.safetensors."""
         self.lm.save_pretrained(folder / "policy_lm")
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+
+
+class Evaluation(NamedTuple):
+    """What a policy says of response tokens: all (B, R), float32, in nats; kl is the exact KL to the reference."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    kl: Tensor
+
+
+class PairedEvaluation(NamedTuple):
+    """What policy and reference say of the same response tokens: all (B, R), float32, in nats."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    exact_kl: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +309,9 @@ def transformer_forward(
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if layer == len(gpt2.h) - 1 and first:
-            x, q, visible = x[:, first:], q[:, :, first:], visible[..., first:, :]
+            x = x[:, first:]
+            q = q[:, :, first:]
+            visible = visible[..., first:, :]
         attended = attend(q, k, v, visible, _attention_scale(lm, layer))
         x = x + block.attn.c_proj(attended.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.ln_2(x))
@@ -273,41 +328,66 @@ def visible_keys(mask: Tensor) -> Tensor:
 
 
 def _attention_scale(lm: GPT2LMHeadModel, layer: int) -> float:
-    scale = 1 / math.sqrt(lm.config.n_embd // lm.config.n_head) if lm.config.scale_attn_weights else 1.0
-    return scale / (layer + 1) if lm.config.scale_attn_by_inverse_layer_idx else scale
+    scale = 1.0
+    if lm.config.scale_attn_weights:
+        scale /= math.sqrt(lm.config.n_embd // lm.config.n_head)
+    if lm.config.scale_attn_by_inverse_layer_idx:
+        scale /= layer + 1
+    return scale
 
 
 @torch.no_grad()
 def evaluate_both(
     policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, ref_hidden: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate the responses under both models: logprobs, ref_logprobs, values, entropy and exact_kl, all (B, R).
+) -> PairedEvaluation:
+    """Evaluate the responses under both models; everything is 0 outside the mask.
 
-    They are 0 outside the mask; exact_kl is KL(policy || reference) over the whole vocabulary, in nats. The reference's
-    hidden states (B, R, H) are computed unless they are given.
+    exact_kl is KL(policy || reference) over the whole vocabulary. The reference's hidden states (B, R, H) are computed
+    unless they are given.
     """
     hidden = policy.response_hidden(seqs)
-    ref_hidden = reference.response_hidden(seqs) if ref_hidden is None else ref_hidden
-    embedding, ref_embedding = (output_embedding(x.lm.lm_head.weight, x.dtype) for x in (policy, reference))
-    chunks: list[list[Tensor]] = []
+    if ref_hidden is None:
+        ref_hidden = reference.response_hidden(seqs)
+    embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
+    ref_embedding = output_embedding(reference.lm.lm_head.weight, reference.dtype)
+    chunks = []
     for rows in policy.chunk(seqs):
-        part = seqs.select(rows)
-        real = part.real_tokens()
-        found = compare_policies(
+        chunk = seqs.select(rows)
+        real = chunk.real_tokens()
+        compared = compare_policies(
             take_tokens(hidden[rows], real).to(policy.dtype),
             embedding,
             take_tokens(ref_hidden[rows], real).to(reference.dtype),
             ref_embedding,
-            take_tokens(part.responses, real),
-            part.temperature,
-            None if part.support is None else take_tokens(part.support, real),
+            take_tokens(chunk.responses, real),
+            chunk.temperature,
+            chunk.real_support(real),
         )
-        chunks.append([put_tokens(x, real, part.response_mask.shape) for x in found])
-    logprobs, ref_logprobs, entropy, exact_kl = (torch.cat(x) for x in zip(*chunks, strict=True))
-    return logprobs, ref_logprobs, torch.where(seqs.response_mask, policy.values(hidden), 0), entropy, exact_kl
+        chunks.append([put_tokens(x, real, chunk.response_mask.shape) for x in compared])
+    logprobs, ref_logprobs, entropy, exact_kl = map(torch.cat, zip(*chunks, strict=True))
+    values = torch.where(seqs.response_mask, policy.values(hidden), 0)
+    return PairedEvaluation(logprobs, ref_logprobs, values, entropy, exact_kl)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
+
+CHECK_EVERY = 8  # tokens between checks whether every response has ended: on a GPU a check waits for it
+PROMPT_COLUMNS = 16  # on a GPU prompts are padded to a multiple of this, so that nearly all batches have the same shape
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Which token ends a response, and the distribution that tokens are drawn from."""
+
+    eos_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @torch.no_grad()
@@ -321,50 +401,192 @@ def sample_responses(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    sampler: "Sampler | None" = None,
 ) -> Sequences:
     """Sample one response per prompt, up to and including EOS, or of as many tokens as there are uniforms.
 
-    prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness.
+    prompt_ids and prompt_mask (B, P), left-padded; uniforms (B, max_new_tokens) in [0, 1) are all the randomness. A
+    sampler keeps a GPU's memory for the next call.
     """
-    cpu = policy.lm.device.type == "cpu"
-    if not cpu:
-        prompt_ids, prompt_mask = (F.pad(x, (-x.shape[1] % PROMPT_COLUMNS, 0)) for x in (prompt_ids, prompt_mask))
-    sampler = _sampler_for(policy, *prompt_ids.shape, uniforms.shape[1], eos_id, (temperature, top_k, top_p))
-    sampler.begin(prompt_ids, prompt_mask, uniforms)
+    on_cpu = policy.lm.device.type == "cpu"
+    if not on_cpu:
+        missing_columns = -prompt_ids.shape[1] % PROMPT_COLUMNS
+        prompt_ids = F.pad(prompt_ids, (missing_columns, 0))
+        prompt_mask = F.pad(prompt_mask, (missing_columns, 0))
+
+    decoding = Decoding(eos_id, temperature, top_k, top_p)
+    sampler = sampler or Sampler()
+    responses = sampler.empty_responses(policy, prompt_ids.shape[1], uniforms.shape, decoding)
+
+    # 1. read the prompts and draw the first tokens
+    responses.begin(prompt_ids, prompt_mask, uniforms)
+    # 2. draw a token for each at a time, until all have ended
     for t in range(1, uniforms.shape[1]):
-        if cpu or t % CHECK_EVERY == 0:
-            if not sampler.alive.any():
+        if on_cpu or t % CHECK_EVERY == 0:
+            if not responses.alive.any():
                 break
-            if cpu:
-                sampler.drop_finished()
-        sampler.next_token()
-    return sampler.sequences()
+            if on_cpu:
+                responses.drop_finished()
+        responses.next_token()
+    return responses.sequences()
 
 
-CHECK_EVERY = 8  # tokens between checks whether every row has ended: on a GPU a check waits for it
-PROMPT_COLUMNS = 16  # on a GPU prompts are padded to a multiple of this, so that nearly all batches have the same shape
+class Sampler:
+    """The memory that sampling needs. A GPU's serves the next rollout, too, with the step that was recorded in it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[GPT2WithValueHead, UnfinishedResponses] = {}
+
+    def empty_responses(
+        self, policy: GPT2WithValueHead, prompt_len: int, shape: torch.Size, decoding: Decoding
+    ) -> "UnfinishedResponses":
+        """Room for responses of a shape (B, R) to prompts of one width: the last room again, where it fits."""
+        kept = self.kept.pop(policy, None)
+        if kept is not None and kept.fits(prompt_len, shape, decoding):
+            kept.clear()
+            responses = kept
+        else:
+            del kept  # before other memory is taken
+            responses = UnfinishedResponses(policy, prompt_len, shape, decoding)
+        if policy.lm.device.type != "cpu":
+            self.kept[policy] = responses
+        return responses
 
 
-def _sampler_for(policy: GPT2WithValueHead, *shape: Any) -> "_Sampler":
-    """A sampler for new responses; on a GPU the policy's own, with the step that it has recorded, where it fits."""
-    weight = policy.lm.lm_head.weight
-    key = (*shape, policy.dtype, weight.data_ptr())  # weights that were moved need another recording
-    if policy.sampler is not None and policy.sampler.key == key:
-        policy.sampler.renew()
-        return policy.sampler
-    sampler = _Sampler(policy, *shape)
-    sampler.key, policy.sampler = key, None if weight.device.type == "cpu" else sampler
-    return sampler
+class UnfinishedResponses:
+    """Unfinished responses. `step` adds a token to each; its tensors keep shape and place, and nothing in it waits.
+
+    So CUDA can record one step and replay it, in this rollout and in the next.
+    """
+
+    def __init__(self, policy: GPT2WithValueHead, prompt_len: int, shape: torch.Size, decoding: Decoding) -> None:
+        """Set aside memory for responses of a shape (B, R)."""
+        self.policy = policy
+        self.prompt_len = prompt_len
+        self.shape = shape
+        self.decoding = decoding
+        self.weights = SamplingWeights(policy)
+        device = policy.lm.device
+        self.next_token = Recorded(self.step, device)
+
+        # the result, one row per prompt
+        batch, width = shape
+        self.tokens = torch.zeros(batch, prompt_len + width, dtype=torch.long, device=device)
+        self.attention_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.support: Tensor | None = None
+        if decoding.truncates:
+            self.support = torch.ones(*shape, policy.lm.config.vocab_size, dtype=torch.bool, device=device)
+
+        # what the next step needs, one row per unfinished response
+        self.rows = torch.arange(batch, device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.uniforms = torch.zeros(shape, dtype=widest_float(device), device=device)
+        self.visible = torch.zeros_like(self.attention_mask)
+        self.newest = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.newest)  # of the newest token
+        self.cache = _Cache(policy, batch, prompt_len + width)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # response tokens so far
+
+    def fits(self, prompt_len: int, shape: torch.Size, decoding: Decoding) -> bool:
+        """Whether this memory and the step recorded in it can be used again."""
+        own = (self.prompt_len, self.shape, self.decoding)
+        return own == (prompt_len, shape, decoding) and self.weights.are_in_place()
+
+    def clear(self) -> None:
+        """Forget the responses, and take the policy's weights as they are now; nothing moves to another place."""
+        for x in (self.tokens, self.attention_mask, self.logprobs, self.t, self.cache.kept):
+            x.zero_()
+        self.alive.fill_(True)
+        if self.support is not None:
+            self.support.fill_(True)
+        self.weights.update()
+
+    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> None:
+        """Read the prompts (B, P) and draw the first tokens; uniforms (B, R) are all the randomness."""
+        tokens = self.tokens[:, : self.prompt_len]
+        mask = self.attention_mask[:, : self.prompt_len]
+        tokens.copy_(prompt_ids.to(tokens.dtype), non_blocking=True)
+        mask.copy_(prompt_mask.to(mask.dtype), non_blocking=True)
+        self.uniforms.copy_(uniforms.to(self.uniforms.dtype), non_blocking=True)
+        self.visible.copy_(self.attention_mask)
+        self.positions.copy_(mask.sum(-1, keepdim=True) - 1)
+        self.cache.columns = torch.arange(self.prompt_len, device=mask.device)
+        visible = F.pad(visible_keys(mask), (0, self.shape[1]))
+        hidden = self.read(tokens, position_ids(mask), visible)
+        self.draw(hidden)
+
+    def step(self) -> None:
+        """Read the newest tokens and draw the next."""
+        self.cache.columns = self.t + (self.prompt_len - 1)
+        self.visible.index_fill_(1, self.cache.columns, True)
+        hidden = self.read(self.newest, self.positions, self.visible[:, None, None, :])
+        self.draw(hidden)
+
+    def read(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """The last hidden states (B, H) of some tokens (B, n), whose keys and values are cached."""
+        last = tokens.shape[1] - 1
+        with self.policy.autocast():
+            return transformer_forward(self.weights.lm, tokens, positions, visible, last, self.cache)[:, 0]
+
+    def draw(self, hidden: Tensor) -> None:
+        """Draw a token for each hidden state (B, H) and append it, unless the response has ended."""
+        logits = padded_logits(hidden.to(self.policy.dtype), self.weights.embedding)
+        logits = warp_logits(logits, self.decoding.temperature, self.decoding.top_k, self.decoding.top_p)
+        token, logprob = sample_tokens(logits, self.uniforms.index_select(1, self.t).squeeze(1))
+        # NaN logits must give a token that exists: the update rejects them when its loss is not finite
+        vocabulary = len(self.weights.embedding)
+        token = token.clamp(max=vocabulary - 1)
+
+        column = self.t + self.prompt_len
+        self.tokens[self.rows, column] = torch.where(self.alive, token, 0)
+        self.attention_mask[self.rows, column] = self.alive
+        self.logprobs[self.rows, self.t] = torch.where(self.alive, logprob, 0)
+        if self.support is not None:
+            possible = logits[:, :vocabulary].isfinite()
+            self.support[self.rows, self.t] = possible | ~self.alive[:, None]
+        self.alive.logical_and_(token != self.decoding.eos_id)
+        self.newest.copy_(token[:, None])
+        self.positions += 1
+        self.t += 1
+
+    def drop_finished(self) -> None:
+        """Drop the responses that have ended, once fewer than three in four are left."""
+        if 4 * int(self.alive.sum()) >= 3 * len(self.alive):
+            return
+        unfinished = self.alive.nonzero().squeeze(1)
+        self.rows = self.rows[unfinished]
+        self.alive = self.alive[unfinished]
+        self.uniforms = self.uniforms[unfinished]
+        self.visible = self.visible[unfinished]
+        self.newest = self.newest[unfinished]
+        self.positions = self.positions[unfinished]
+        self.cache.kept = self.cache.kept[:, :, unfinished]
+
+    def sequences(self) -> Sequences:
+        """The sampled sequences, cut to the longest response; copies, because the next rollout writes here again."""
+        lengths = self.attention_mask[:, self.prompt_len :].sum(1).cpu()
+        width = int(lengths.max()) if len(lengths) else 1  # a rank may have no rows
+        mask = self.attention_mask[:, : self.prompt_len + width].clone()
+        return Sequences(
+            tokens=self.tokens[:, : self.prompt_len + width].clone(),
+            attention_mask=mask,
+            response_mask=mask[:, self.prompt_len :],
+            logprobs=self.logprobs[:, :width].clone(),
+            temperature=self.decoding.temperature,
+            support=None if self.support is None else self.support[:, :width].clone(),
+            lengths=lengths,
+        )
 
 
 class _Cache:
     """Keys and values of every layer; new ones go to the columns named by self.columns."""
 
     def __init__(self, policy: GPT2WithValueHead, batch: int, width: int) -> None:
-        config, device = policy.lm.config, policy.lm.device
+        config = policy.lm.config
         shape = (config.n_layer, 2, batch, config.n_head, width, config.n_embd // config.n_head)
-        self.kept = torch.zeros(shape, dtype=policy.dtype, device=device)
-        self.columns = torch.arange(width, device=device)
+        self.kept = torch.zeros(shape, dtype=policy.dtype, device=policy.lm.device)
+        self.columns = torch.arange(width, device=policy.lm.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, heads, n, d) and return all of this layer (B, heads, width, d)."""
@@ -374,140 +596,41 @@ class _Cache:
         return keys, values
 
 
-class _Sampler:
-    """Unfinished responses. `step` adds a token to each; its tensors keep shape and place, and nothing in it waits.
+class SamplingWeights:
+    """A policy's weights as sampling reads them: projections and output embedding in the precision of its products.
 
-    So CUDA can record one step and replay it, in this rollout and in the next.
+    Autocast would cast them again at every token. In float32 they are the policy's own.
     """
 
-    def __init__(
-        self,
-        policy: GPT2WithValueHead,
-        batch: int,
-        prompt_len: int,
-        width: int,
-        eos_id: int,
-        warp: tuple[float, int, float],
-    ) -> None:
-        """Set aside memory for `width` tokens after `batch` prompts of `prompt_len` tokens."""
-        device = policy.lm.device
-        self.policy, self.prompt_len, self.eos_id, self.warp = policy, prompt_len, eos_id, warp
-        self.lm = policy.lm if policy.dtype == torch.float32 else _with_projections_in(policy.dtype, policy.lm)
+    def __init__(self, policy: GPT2WithValueHead) -> None:
+        self.policy = policy
+        self.lm = policy.lm
+        if policy.dtype != torch.float32:
+            self.lm = projections_in(policy.dtype, policy.lm)
         self.embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
-        self.key: tuple[Any, ...] = ()  # what a rollout must have in common with the last one
-        self.replay: Callable[[], None] | None = None
-        # the result, one row per prompt
-        self.tokens = torch.zeros(batch, prompt_len + width, dtype=torch.long, device=device)
-        self.attention_mask = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self.logprobs = torch.zeros(batch, width, device=device)
-        shape, truncated = (batch, width, len(self.embedding)), warp[1] > 0 or warp[2] < 1
-        self.support = torch.ones(shape, dtype=torch.bool, device=device) if truncated else None
-        # what the next step needs, one row per unfinished response
-        self.uniforms = torch.zeros(batch, width, dtype=widest_float(device), device=device)
-        self.rows = torch.arange(batch, device=device)
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
-        self.visible = torch.zeros_like(self.attention_mask)
-        self.newest = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.newest)  # of the newest token
-        self.t = torch.zeros(1, dtype=torch.long, device=device)  # response tokens so far
-        self.cache = _Cache(policy, batch, prompt_len + width)
+        self.place = policy.lm.lm_head.weight.data_ptr()
 
-    def renew(self) -> None:
-        """Forget the responses, and take the policy's weights as they are now; nothing moves to another place."""
-        for x in (self.tokens, self.attention_mask, self.logprobs, self.t, self.cache.kept):
-            x.zero_()
-        self.alive.fill_(True)
-        if self.support is not None:
-            self.support.fill_(True)
-        if self.lm is not self.policy.lm:
-            for own, current in zip(self.lm.parameters(), self.policy.lm.parameters(), strict=True):
-                if own is not current:
-                    own.data.copy_(current.data)
-            self.embedding.copy_(output_embedding(self.policy.lm.lm_head.weight, self.policy.dtype))
+    def are_in_place(self) -> bool:
+        """Whether weights and precision are those of a step that was recorded."""
+        in_place = self.policy.lm.lm_head.weight.data_ptr() == self.place
+        return in_place and self.policy.dtype == self.embedding.dtype
 
-    def begin(self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor) -> None:
-        """Read the prompts and draw the first tokens."""
-        n = self.prompt_len
-        tokens, mask = self.tokens[:, :n], self.attention_mask[:, :n]
-        for place, given in ((tokens, prompt_ids), (mask, prompt_mask), (self.uniforms, uniforms)):
-            place.copy_(given.to(place.dtype), non_blocking=True)
-        self.visible.copy_(self.attention_mask)
-        self.positions.copy_(mask.sum(-1, keepdim=True) - 1)
-        self.cache.columns = torch.arange(n, device=mask.device)
-        self._draw(self._read(tokens, position_ids(mask), F.pad(visible_keys(mask), (0, uniforms.shape[1]))))
-
-    def next_token(self) -> None:
-        """A step; on CUDA the first one warms up, and all others replay a recording."""
-        if self.replay is not None:
-            self.replay()
+    def update(self) -> None:
+        """Take the policy's weights as they are now."""
+        if self.lm is self.policy.lm:
             return
-        self.step()
-        if self.tokens.is_cuda:
-            self.replay = self.recorded()
-
-    def step(self) -> None:
-        """Read the newest tokens and draw the next."""
-        self.cache.columns = self.t + (self.prompt_len - 1)
-        self.visible.index_fill_(1, self.cache.columns, True)
-        self._draw(self._read(self.newest, self.positions, self.visible[:, None, None, :]))
-
-    def _read(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        with self.policy.autocast():
-            return transformer_forward(self.lm, tokens, positions, visible, tokens.shape[1] - 1, self.cache)[:, 0]
-
-    def _draw(self, hidden: Tensor) -> None:
-        logits = warp_logits(padded_logits(hidden.to(self.policy.dtype), self.embedding), *self.warp)
-        token, logprob = sample_tokens(logits, self.uniforms.index_select(1, self.t).squeeze(1))
-        # NaN logits must give a token that exists: the update rejects them when its loss is not finite
-        token = token.clamp(max=len(self.embedding) - 1)
-        column = self.t + self.prompt_len
-        self.tokens[self.rows, column] = torch.where(self.alive, token, 0)
-        self.attention_mask[self.rows, column] = self.alive
-        self.logprobs[self.rows, self.t] = torch.where(self.alive, logprob, 0)
-        if self.support is not None:
-            possible = logits[:, : len(self.embedding)].isfinite()
-            self.support[self.rows, self.t] = possible | ~self.alive[:, None]
-        self.alive.logical_and_(token != self.eos_id)
-        self.newest.copy_(token[:, None])
-        self.positions += 1
-        self.t += 1
-
-    def drop_finished(self) -> None:
-        """Drop the responses that have ended, once fewer than three in four are left."""
-        if 4 * int(self.alive.sum()) < 3 * len(self.alive):
-            unfinished = self.alive.nonzero().squeeze(1)
-            for name in ("rows", "alive", "visible", "positions", "newest", "uniforms"):
-                setattr(self, name, getattr(self, name)[unfinished])
-            self.cache.kept = self.cache.kept[:, :, unfinished]
-
-    def recorded(self) -> Callable[[], None]:
-        """A function that replays one step as a single CUDA graph; recording it draws nothing."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
-
-    def sequences(self) -> Sequences:
-        """The sampled sequences, cut to the longest response; copies, because the next rollout writes here again."""
-        lengths = self.attention_mask[:, self.prompt_len :].sum(1).cpu()
-        width = int(lengths.max()) if len(lengths) else 1  # a rank may have no rows
-        mask = self.attention_mask[:, : self.prompt_len + width].clone()
-        return Sequences(
-            self.tokens[:, : mask.shape[1]].clone(),
-            mask,
-            mask[:, self.prompt_len :],
-            self.logprobs[:, :width].clone(),
-            self.warp[0],
-            None if self.support is None else self.support[:, :width].clone(),
-            lengths,
-        )
+        for own, current in zip(self.lm.parameters(), self.policy.lm.parameters(), strict=True):
+            if own is not current:
+                own.data.copy_(current.data)
+        self.embedding.copy_(output_embedding(self.policy.lm.lm_head.weight, self.policy.dtype))
 
 
-def _with_projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """The same model with its projections stored in `dtype`; autocast would cast them again at every token."""
+def projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The same model with its projections stored in another precision; it shares all other weights."""
     projections = [module for module in lm.modules() if isinstance(module, Conv1D)]
     own = {id(weight) for module in projections for weight in module.parameters()}
-    copied = copy.deepcopy(lm, {id(weight): weight for weight in lm.parameters() if id(weight) not in own})
+    shared = {id(weight): weight for weight in lm.parameters() if id(weight) not in own}
+    copied = copy.deepcopy(lm, shared)
     for module in copied.modules():
         if isinstance(module, Conv1D):
             module.to(dtype)

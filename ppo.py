@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from model import GPT2WithValueHead, ReferenceStates, Sequences, decode, evaluate_both, sample_responses
+from model import GPT2WithValueHead, ReferenceStates, Sampler, Sequences, decode, evaluate_both, sample_responses
 from reward import UNSCALED, Reward, ScoreScale, score_responses
 from runtime.device import Stopwatch
 from runtime.distributed import (
@@ -50,7 +50,7 @@ from utils import (
 class Models:
     """The models behind a rollout: the policy, its frozen reference and the reward, with the policy's tokenizer.
 
-    score_scale says in which units scores are paid.
+    score_scale says in which units scores are paid; sampler keeps a GPU's memory from rollout to rollout.
     """
 
     policy: GPT2WithValueHead
@@ -58,6 +58,7 @@ class Models:
     reward: Reward
     tokenizer: PreTrainedTokenizerBase
     score_scale: ScoreScale = UNSCALED
+    sampler: Sampler = field(default_factory=Sampler)
 
     def respond(
         self, model: GPT2WithValueHead, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig
@@ -71,6 +72,7 @@ class Models:
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
+            sampler=self.sampler,
         )
 
     def score(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
@@ -84,25 +86,28 @@ class Models:
         With reward_every 0 nothing is scored.
         """
         device = seqs.tokens.device
-        found = torch.full(seqs.response_mask.shape, math.nan, device=device)
+        partial_scores = torch.full(seqs.response_mask.shape, math.nan, device=device)
+        if cfg.reward_every == 0:
+            return partial_scores
+        # 1. what is scored: the first tokens of each response that goes on after them
         prompts, responses = seqs.token_lists
-        every, longest = cfg.reward_every, found.shape[1]
-        places = (
-            [(row, n) for n in range(every, longest, every) for row, ids in enumerate(responses) if len(ids) > n]
-            if every
-            else []
-        )
-        if places:
-            starts = [responses[row][:n] for row, n in places]
-            if cfg.reward_on_prompt:
-                starts = [prompts[row] + start for (row, _), start in zip(places, starts, strict=True)]
-            prompt_texts = seqs.prompt_texts(self.tokenizer)
-            scores = score_responses(
-                self.reward, decode(self.tokenizer, starts), [prompt_texts[row] for row, _ in places], cfg.rm_name
-            )
-            rows, lengths = torch.tensor(places).T.to(device, non_blocking=True)
-            found[rows, lengths - 1] = scores.to(found)
-        return found
+        places = []
+        starts = []
+        for length in range(cfg.reward_every, partial_scores.shape[1], cfg.reward_every):
+            for row, response in enumerate(responses):
+                if len(response) > length:
+                    before = prompts[row] if cfg.reward_on_prompt else []
+                    places.append((row, length - 1))
+                    starts.append(before + response[:length])
+        if not places:
+            return partial_scores
+        # 2. their scores, each at the last token that it has seen
+        texts = decode(self.tokenizer, starts)
+        prompt_texts = seqs.prompt_texts(self.tokenizer)
+        scores = score_responses(self.reward, texts, [prompt_texts[row] for row, _ in places], cfg.rm_name)
+        rows, columns = torch.tensor(places).T.to(device, non_blocking=True)
+        partial_scores[rows, columns] = scores.to(partial_scores)
+        return partial_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,17 +154,20 @@ class Rollout:
     @staticmethod
     def cat(rollouts: Sequence["Rollout"]) -> "Rollout":
         """Several rollouts of prompts of one width as one."""
+        assert len({(rollout.kl_coef, rollout.score_scale) for rollout in rollouts}) == 1
         width = max(rollout.mask.shape[1] for rollout in rollouts)
         return map_tensors(lambda *xs: torch.cat(xs), *(rollout.widened(width) for rollout in rollouts))
 
     def rewards(self) -> Tensor:
         """The rewards per token (B, R): the price of KL, unless the loss has it, and the score."""
-        scores, kl_coef = self.score_scale.standardize(self.scores), self.kl_coef if self.ref_states is None else 0.0
-        return shape_rewards(scores, self.logprobs, self.ref_logprobs, self.mask, kl_coef)[0]
+        scores = self.score_scale.standardize(self.scores)
+        kl_in_loss = self.ref_states is not None
+        return shape_rewards(scores, self.kl, self.mask, 0.0 if kl_in_loss else self.kl_coef)
 
     def expected_scores(self) -> Tensor:
         """The score to expect before each token (B, R), as partial scores tell it; 0 where there are none."""
-        scores, partial_scores = (self.score_scale.standardize(x) for x in (self.scores, self.partial_scores))
+        scores = self.score_scale.standardize(self.scores)
+        partial_scores = self.score_scale.standardize(self.partial_scores)
         return expected_scores(scores, partial_scores, self.mask)
 
     @property
@@ -174,9 +182,10 @@ class Rollout:
 
     def metrics(self) -> dict[str, float]:
         """Averages over responses or, for kl_token and entropy, real tokens; and the share of different responses."""
-        means = {
-            "score_mean": self.scores.mean(),
-            **({"positive_rate": (self.scores > 0).float().mean()} if self.has_label else {}),
+        means = {"score_mean": self.scores.mean()}
+        if self.has_label:
+            means["positive_rate"] = (self.scores > 0).float().mean()
+        means |= {
             "kl_seq": self.kl.sum(1).mean(),
             "kl_seq_exact": self.exact_kl.sum(1).mean(),
             "kl_token": masked_mean(self.kl, self.mask),
@@ -184,8 +193,10 @@ class Rollout:
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
-        distinct = len(set(map(tuple, self.sequences.token_lists[1]))) / len(self.scores)
-        return {**dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)), "distinct_rate": distinct}
+        _, responses = self.sequences.token_lists
+        distinct = {tuple(response) for response in responses}
+        numbers = torch.stack(list(means.values())).tolist()  # one copy from the device
+        return {**dict(zip(means, numbers, strict=True)), "distinct_rate": len(distinct) / len(self.scores)}
 
 
 def collect_rollout(
@@ -200,29 +211,26 @@ def collect_rollout(
     ids, mask = prompts
     watch = Stopwatch(models.policy.lm.device)
     with raise_on_all_ranks():
+        # 1. sample
         seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
         seconds_generate = watch.lap()
-        _ = seqs.token_lists  # read now, so that a GPU evaluates them while the host prepares their texts
+        seqs.copy_to_host()
+        # 2. evaluate under policy and reference
         ref_states = ReferenceStates.of(models.reference, seqs)
-        logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(
-            models.policy, models.reference, seqs, ref_states.hidden
-        )
-        scores, partial_scores = models.score(seqs, cfg), models.partial_scores(seqs, cfg)
-    own_rollout = Rollout(
-        seqs,
-        logprobs,
-        ref_logprobs,
-        values,
-        exact_kl,
-        entropy,
-        partial_scores,
-        scores,
-        kl_coef,
-        models.score_scale,
+        evaluation = evaluate_both(models.policy, models.reference, seqs, ref_states.hidden)
+        # 3. score
+        scores = models.score(seqs, cfg)
+        partial_scores = models.partial_scores(seqs, cfg)
+    rollout = Rollout(
+        sequences=seqs,
+        **evaluation._asdict(),
+        partial_scores=partial_scores,
+        scores=scores,
+        kl_coef=kl_coef,
+        score_scale=models.score_scale,
         has_label=models.reward.label is not None,
         ref_states=ref_states if cfg.kl_in_loss else None,
-    )
-    rollout = own_rollout.gathered()
+    ).gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
 
 
@@ -235,8 +243,8 @@ LARGEST_LOG_RATIO = 20.0
 class Batch:
     """What the loss compares the new policy with: everything (B, R), but for hidden states (B, R, H).
 
-    kl_price is beta / std(advantages), the cost of one nat on the scale of the whitened advantages; it and ref_states
-    are None where the rewards have KL.
+    kl_price (scalar) is beta / std(advantages), the cost of one nat on the scale of the whitened advantages. ref_states
+    is None where the rewards have KL.
     """
 
     sequences: Sequences
@@ -244,8 +252,8 @@ class Batch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    kl_price: Tensor | float = 0.0
     ref_states: ReferenceStates | None = None
-    kl_price: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -273,6 +281,10 @@ def ppo_loss(
     token beyond that gets no policy gradient, and counts in approx_kl and ratio_max with that ratio.
     """
     mask = batch.sequences.response_mask
+
+    def total(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0).sum()
+
     log_ratio = torch.where(mask, new_logprobs - batch.logprobs, 0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range)
@@ -280,9 +292,6 @@ def ppo_loss(
 
     clipped_values = batch.values + (new_values - batch.values).clamp(-cfg.value_clip_range, cfg.value_clip_range)
     value_loss = 0.5 * torch.maximum((new_values - batch.returns) ** 2, (clipped_values - batch.returns) ** 2)
-
-    def total(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0).sum()
 
     loss = total(policy_loss) + cfg.value_coef * total(value_loss) - cfg.ent_coef * total(entropy)
     with torch.no_grad():
@@ -300,16 +309,9 @@ def ppo_loss(
 def kl_loss(kl: Tensor, batch: Batch, token_count: Tensor | int) -> Tensor:
     """The price of the exact KL to the reference at the tokens of a batch, summed / token_count (scalar).
 
-    kl (B, R) is KL(policy || reference) over the whole vocabulary, differentiable. In the units of whitened advantages
-    a nat costs beta / sigma, where sigma is the advantages' standard deviation:
-    (beta / sigma) sum_t KL(policy(. | s_t) || reference(. | s_t)) / token_count.
-
-    It takes the states s_t as they are, where KL in the rewards also teaches the policy to avoid states in which KL has
-    to be paid: to stop early, above all. So its optimum is not pi_ref(y) exp(score(y) / beta) / Z. Each token has
-    pi_ref(a) exp(Q / beta) / Z, where Q is the mean score that it leads to (tests/test_convergence.py). Where all
-    advantages are alike, sigma is 1e-4, and KL is all that counts.
+    kl (B, R) is KL(policy || reference) over the whole vocabulary, differentiable; a nat costs batch.kl_price. Its
+    optimum is not quite that of KL in the rewards: see docs/facts.md.
     """
-    assert batch.kl_price is not None
     return torch.where(batch.sequences.response_mask, batch.kl_price * kl, 0).sum() / token_count
 
 
@@ -335,6 +337,7 @@ def ppo_update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
 
+    # advantages
     batch, explained_var = estimate_advantages(rollout, cfg)
     stats = UpdateStats(rollout.mask.device)
     for epoch in range(cfg.ppo_epochs):
@@ -369,14 +372,21 @@ def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, floa
 
     Also returns how much of the rewards still to come critic and partial scores explain: 1 all, 0 nothing.
     """
-    rewards, mask, expected = rollout.rewards(), rollout.mask, rollout.expected_scores()
+    mask = rollout.mask
+    rewards = rollout.rewards()
+    expected = rollout.expected_scores()
     baseline = expected + rollout.values  # the value head predicts the residual of the partial-score baseline
     advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
-    batch = Batch(rollout.sequences, rollout.logprobs, rollout.values, whiten(advantages, mask), returns - expected)
-    if rollout.ref_states is not None:
-        kl_price = rollout.kl_coef * inverse_std(advantages, mask)
-        batch = replace(batch, ref_states=rollout.ref_states, kl_price=kl_price.expand_as(advantages))
-    reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, 1.0)[1]
+    _, reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, gae_lambda=1.0)
+    batch = Batch(
+        sequences=rollout.sequences,
+        logprobs=rollout.logprobs,
+        values=rollout.values,
+        advantages=whiten(advantages, mask),
+        returns=returns - expected,
+        kl_price=rollout.kl_coef * inverse_std(advantages, mask),
+        ref_states=rollout.ref_states,
+    )
     return batch, explained_variance(reward_to_go, baseline, mask)
 
 
@@ -406,10 +416,10 @@ def total_loss(
     policy: GPT2WithValueHead, hidden: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss of some rows from their hidden states (B, R, H), plus the price of KL where the rewards lack it."""
-    logprobs, values, entropy, kl = policy.evaluate_hidden(hidden, batch.sequences, cfg.ent_coef > 0, batch.ref_states)
-    loss, sums = ppo_loss(logprobs, values, entropy, batch, cfg, token_count)
+    new = policy.evaluate_hidden(hidden, batch.sequences, cfg.ent_coef > 0, batch.ref_states)
+    loss, sums = ppo_loss(new.logprobs, new.values, new.entropy, batch, cfg, token_count)
     if batch.ref_states is not None:
-        loss = loss + kl_loss(kl, batch, token_count)
+        loss = loss + kl_loss(new.kl, batch, token_count)
     return loss, sums
 
 
@@ -441,8 +451,11 @@ class UpdateStats:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.NAMES}
-        self.ratio_max, self.grad_norms = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.steps, self.skipped, self.overflows = 0, 0, 0
+        self.ratio_max = torch.zeros((), device=device)
+        self.grad_norms = torch.zeros((), device=device)
+        self.steps = 0
+        self.skipped = 0
+        self.overflows = 0
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
         """Add sums over real tokens, as ppo_loss returns them."""
@@ -460,7 +473,8 @@ class UpdateStats:
     def all_reduce(self) -> None:
         """Add the sums of all ranks."""
         if world_size() > 1:
-            self.sums = dict(zip(self.sums, all_reduce_sum(torch.stack(list(self.sums.values()))), strict=True))
+            totals = all_reduce_sum(torch.stack(list(self.sums.values())))
+            self.sums = dict(zip(self.sums, totals, strict=True))
             self.ratio_max = torch.full_like(self.ratio_max, all_reduce_max(float(self.ratio_max)))
 
     def is_finite(self) -> bool:

@@ -9,6 +9,7 @@
 This is the loop. The algorithm is in ppo.py; what a run leaves behind and how it stops is in training/.
 """
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -91,27 +92,29 @@ def evaluate_held_out(parts: Parts, cfg: TrainConfig, kl_coef: float) -> dict[st
     """Averages over the held-out prompts, always sampled with the same random numbers; kl_coef is that of this step."""
     ids, mask = parts.held_out.batch(1)
     noise = uniforms(cfg.seed, 0, len(ids), cfg.max_new_tokens)
-    whole = replace(cfg, reward_every=0, kl_in_loss=False)  # whole responses only, no gradient: averages need no more
-    batches = torch.arange(len(ids)).tensor_split(-(-len(ids) // cfg.batch_size))
-    return Rollout.cat(
-        [collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef) for rows in batches]
-    ).metrics()
+    whole = replace(cfg, reward_every=0, kl_in_loss=False)  # averages need no partial scores and no gradient
+    rollouts = []
+    for rows in torch.arange(len(ids)).tensor_split(math.ceil(len(ids) / cfg.batch_size)):
+        rollouts.append(collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef))
+    return Rollout.cat(rollouts).metrics()
 
 
 def sample_rows(parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> list[dict[str, Any]]:
     """A few prompts of a step with the responses of policy and base, sampled with the same random numbers."""
     models = parts.models
-    ids, mask = (x[:SAMPLES] for x in parts.prompts.batch(step))
-    noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)[:SAMPLES]
-    base = models.respond(models.reference, (ids, mask), noise, cfg)
-    columns = {
-        "prompt": base.prompt_texts(models.tokenizer),
-        "base": base.texts(models.tokenizer),
-        "policy": rollout.sequences.texts(models.tokenizer),
+    tokenizer = models.tokenizer
+    ids, mask = parts.prompts.batch(step)
+    noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
+    base = models.respond(models.reference, (ids[:SAMPLES], mask[:SAMPLES]), noise[:SAMPLES], cfg)
+    table = {
+        "prompt": base.prompt_texts(tokenizer),
+        "base": base.texts(tokenizer),
+        "policy": rollout.sequences.texts(tokenizer)[:SAMPLES],
         "base_score": models.score(base, cfg).tolist(),
-        "policy_score": rollout.scores.tolist(),
+        "policy_score": rollout.scores[:SAMPLES].tolist(),
     }
-    return [{"step": step, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=False)]
+    rows = zip(*table.values(), strict=True)
+    return [{"step": step, **dict(zip(table, row, strict=True))} for row in rows]
 
 
 if __name__ == "__main__":

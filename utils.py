@@ -40,9 +40,9 @@ def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
 
 
 def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
-    """The first of some dataclasses of one type, each tensor in it replaced by function(that tensor of every one).
+    """Apply a function field by field to the tensors of dataclasses of one type; other fields come from the first.
 
-    Dataclasses inside dataclasses are mapped too; all other fields stay those of the first.
+    Dataclasses inside dataclasses are mapped too.
     """
     changes: dict[str, Any] = {}
     for field in fields(batches[0]):  # type: ignore[arg-type]
@@ -56,12 +56,22 @@ def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
 
 def pad_right(x: Tensor, extra: int) -> Tensor:
     """Add `extra` columns of zeros to x (B, n, ...) on the right; a vector (B,) stays as it is."""
-    return x if x.dim() == 1 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, extra))
+    if x.dim() == 1:
+        return x
+    later_dimensions = (0, 0) * (x.dim() - 2)
+    return F.pad(x, (*later_dimensions, 0, extra))
 
 
 def take_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
-    """Some rows of a tensor on any device; their numbers are sent there without waiting for it."""
-    return x[rows] if isinstance(rows, slice) else x[rows.to(x.device, non_blocking=True)]
+    """Some rows of a tensor (B, ...) on any device; a scalar stays as it is.
+
+    The numbers of the rows are sent to the device without waiting for it.
+    """
+    if x.dim() == 0:
+        return x
+    if isinstance(rows, slice):
+        return x[rows]
+    return x[rows.to(x.device, non_blocking=True)]
 
 
 def take_tokens(x: Tensor, places: Tensor) -> Tensor:
@@ -89,20 +99,26 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Shift and scale x to mean 0 and standard deviation 1 over the True places of mask; 0 elsewhere."""
-    return torch.where(mask, (x - masked_mean(x, mask)) * inverse_std(x, mask, eps), 0)
+    centred = x - masked_mean(x, mask)
+    return torch.where(mask, centred * inverse_std(x, mask, eps), 0)
 
 
 def inverse_std(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """What `whiten` multiplies by: 1 / the standard deviation of x over the True places of mask (scalar)."""
-    return torch.rsqrt(masked_mean((x - masked_mean(x, mask)) ** 2, mask) + eps)
+    centred = x - masked_mean(x, mask)
+    variance = masked_mean(centred**2, mask)
+    return torch.rsqrt(variance + eps)
 
 
 @on_cpu
 def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 a perfect critic, 0 a useless one, NaN undefined."""
-    target, error = returns[mask].double(), (returns - values)[mask].double()
-    spread = target.var(unbiased=False).item()
-    return 1 - error.var(unbiased=False).item() / spread if spread > 0 else math.nan
+    target = returns[mask].double()
+    error = (returns - values)[mask].double()
+    total_variance = target.var(unbiased=False).item()
+    if not total_variance > 0:  # NaN, too
+        return math.nan
+    return 1 - error.var(unbiased=False).item() / total_variance
 
 
 # --- the sampling distribution --------------------------------------------------------------------------------------
@@ -110,13 +126,17 @@ def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
 
 def warp_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Float32 logits (..., V) of the distribution sampled from; tokens outside top-k or top-p get -inf."""
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+        smallest_kept = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True, dim=-1)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # what comes before already holds top_p; never true of the first
+        before = probs.cumsum(-1) - probs
+        beyond = before >= top_p  # never true of the first
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return logits
 
@@ -129,20 +149,26 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     vocabulary.
     """
     wide = widest_float(logits.device)
+    vocabulary = logits.shape[-1]
     probs = logits.softmax(-1)
-    if logits.shape[-1] % BLOCK:
-        probs = F.pad(probs, (0, -logits.shape[-1] % BLOCK))
+    if vocabulary % BLOCK:
+        probs = F.pad(probs, (0, -vocabulary % BLOCK))
+
+    # 1. the block; a uniform that was rounded up to 1 must not fall behind the last block with non-zero probability
     blocks = probs.unflatten(-1, (-1, BLOCK))
     block_ends = blocks.sum(-1).to(wide).cumsum(-1)
-    # a uniform that was rounded up to 1 must not fall behind the last block of any probability
-    target = uniform[:, None].to(wide).clamp(max=1 - torch.finfo(wide).eps) * block_ends[:, -1:]
+    below_1 = uniform[:, None].to(wide).clamp(max=1 - torch.finfo(wide).eps)
+    target = below_1 * block_ends[:, -1:]
     block = torch.searchsorted(block_ends, target, right=True).clamp(max=block_ends.shape[-1] - 1)
+
+    # 2. the token in it; rounding may put the target beyond the block's last token with non-zero probability
     within = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).to(wide)
-    target = target - (block_ends.gather(1, block) - within.sum(-1, keepdim=True))
-    # a target that rounding put at or beyond the block's end falls on the block's last token of any probability
+    block_start = block_ends.gather(1, block) - within.sum(-1, keepdim=True)
+    target = (target - block_start).clamp(min=0)
+    place = torch.searchsorted(within.cumsum(-1), target, right=True)
     last = BLOCK - 1 - (within > 0).flip(-1).int().argmax(-1, keepdim=True)
-    place = torch.minimum(torch.searchsorted(within.cumsum(-1), target.clamp(min=0), right=True), last)
-    token = (block * BLOCK + place).clamp(max=logits.shape[-1] - 1)
+    token = block * BLOCK + torch.minimum(place, last)
+    token = token.clamp(max=vocabulary - 1)
     return token.squeeze(-1), probs.gather(1, token).log().squeeze(-1)
 
 
@@ -180,22 +206,31 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, hidden, weight, tokens, temperature, support, with_entropy, ref_hidden, ref_embedding
     ):
-        embedding, vocabulary = output_embedding(weight, hidden.dtype), len(weight)
+        vocabulary = len(weight)
+        embedding = output_embedding(weight, hidden.dtype)
         all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
         logprobs = all_logprobs.gather(1, tokens[:, None]).squeeze(1)
-        entropy, kl, log_ratio = torch.zeros_like(logprobs), torch.zeros_like(logprobs), None
-        # the first argument of an expectation is overwritten, and the backward pass needs the logs
+
+        entropy = torch.zeros_like(logprobs)
         if with_entropy:
-            entropy = -_expectation(all_logprobs.exp(), all_logprobs, support, vocabulary)
+            probs = all_logprobs.exp()  # overwritten, because the backward pass needs the logs
+            entropy = -_sum_of_products(probs, all_logprobs, support, vocabulary)
+        else:
+            ctx.mark_non_differentiable(entropy)
+
+        kl = torch.zeros_like(logprobs)
+        log_ratio = None
         if ref_hidden is not None:
             all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
             log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
             log_ratio[:, vocabulary:] = 0  # infinity less infinity: here, and outside the support, p is 0
             if support is not None:
                 log_ratio[:, :vocabulary].masked_fill_(~support, 0)
-            kl = _expectation(all_logprobs.exp(), log_ratio, None, vocabulary)
-        unwanted = [x for x, wanted in ((entropy, with_entropy), (kl, log_ratio is not None)) if not wanted]
-        ctx.mark_non_differentiable(*unwanted)
+            probs = all_logprobs.exp()
+            kl = _sum_of_products(probs, log_ratio, None, vocabulary)
+        else:
+            ctx.mark_non_differentiable(kl)
+
         ctx.save_for_backward(hidden, weight, embedding, tokens, all_logprobs, entropy, log_ratio, kl)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -204,19 +239,26 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logprobs, grad_entropy, grad_kl):  # type: ignore[no-untyped-def]
         hidden, weight, embedding, tokens, all_logprobs, entropy, log_ratio, kl = ctx.saved_tensors
-        grad_logprobs = torch.zeros_like(entropy) if grad_logprobs is None else grad_logprobs
-        grad, factor = all_logprobs.exp(), -grad_logprobs[:, None]
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(entropy)
+        # what p_j is multiplied by
+        factor = -grad_logprobs[:, None]
         if grad_entropy is not None:
-            factor = factor - grad_entropy[:, None] * (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
+            log_p_and_entropy = (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
+            factor = factor - grad_entropy[:, None] * log_p_and_entropy
         if grad_kl is not None:
             factor = torch.addcmul(factor - (grad_kl * kl)[:, None], grad_kl[:, None], log_ratio)
+        grad = all_logprobs.exp()
         grad *= factor
         del factor  # as large as the logits
         grad.scatter_add_(1, tokens[:, None], grad_logprobs[:, None])
         if ctx.temperature != 1:
             grad /= ctx.temperature
         grad = grad[:, : len(weight)].to(hidden.dtype)
-        return grad @ embedding, (grad.T @ hidden).float(), *[None] * 6
+
+        grad_hidden = grad @ embedding
+        grad_weight = (grad.T @ hidden).float()
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -236,11 +278,14 @@ def compare_policies(
     """
     all_logprobs = vocabulary_logprobs(hidden, embedding, temperature, support)
     all_ref_logprobs = vocabulary_logprobs(ref_hidden, ref_embedding, temperature, support)
+    logprobs = all_logprobs.gather(1, tokens[:, None]).squeeze(1)
+    ref_logprobs = all_ref_logprobs.gather(1, tokens[:, None]).squeeze(1)
+
     probs = all_logprobs.exp()
-    logprobs, ref_logprobs = (x.gather(1, tokens[:, None]).squeeze(1) for x in (all_logprobs, all_ref_logprobs))
     log_ratio = torch.sub(all_logprobs, all_ref_logprobs, out=all_ref_logprobs)
-    entropy = -_expectation(all_logprobs, probs, support, len(embedding))
-    return logprobs, ref_logprobs, entropy, _expectation(log_ratio, probs, support, len(embedding))
+    entropy = -_sum_of_products(all_logprobs, probs, support, len(embedding))
+    kl = _sum_of_products(log_ratio, probs, support, len(embedding))
+    return logprobs, ref_logprobs, entropy, kl
 
 
 def vocabulary_logprobs(hidden: Tensor, embedding: Tensor, temperature: float, support: Tensor | None) -> Tensor:
@@ -259,7 +304,9 @@ def output_embedding(weight: Tensor, dtype: torch.dtype) -> Tensor:
     In half precision its mean row is subtracted. That shifts all logits of a token alike, so no probability changes,
     and removes GPT-2's large common offset, next to which bfloat16 could not tell tokens apart.
     """
-    return weight if dtype == torch.float32 else (weight - weight.mean(0)).to(dtype)
+    if dtype == torch.float32:
+        return weight
+    return (weight - weight.mean(0)).to(dtype)
 
 
 def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
@@ -269,18 +316,19 @@ def padded_logits(hidden: Tensor, embedding: Tensor) -> Tensor:
     up to twice as long.
     """
     vocabulary = len(embedding)
+    extra = -vocabulary % BLOCK
     if hidden.is_cuda and hidden.dtype != torch.float32:  # sums that are not rounded to bfloat16 first
         wide = torch.mm(hidden, embedding.T, out_dtype=torch.float32)
-        return F.pad(wide, (0, -vocabulary % BLOCK), value=-math.inf)
-    logits = hidden.new_empty(len(hidden), -(-vocabulary // BLOCK) * BLOCK)
+        return F.pad(wide, (0, extra), value=-math.inf)
+    logits = hidden.new_empty(len(hidden), vocabulary + extra)
     torch.mm(hidden, embedding.T, out=logits[:, :vocabulary])
     logits[:, vocabulary:] = -math.inf
     return logits.float()
 
 
-def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, vocabulary: int) -> Tensor:
-    """Sum of probs * x over the tokens that can be chosen; x is overwritten, which saves a pass over memory."""
-    product = x.mul_(probs)[:, :vocabulary]
+def _sum_of_products(overwritten: Tensor, other: Tensor, support: Tensor | None, vocabulary: int) -> Tensor:
+    """Sum of the products (N, V') over the tokens that can be chosen, in the memory of the first: an expectation."""
+    product = overwritten.mul_(other)[:, :vocabulary]
     if support is not None:  # outside it both are undefined: 0 times infinity
         product.masked_fill_(~support, 0)
     return product.sum(-1)
@@ -289,16 +337,13 @@ def _expectation(x: Tensor, probs: Tensor, support: Tensor | None, vocabulary: i
 # --- rewards and advantages -----------------------------------------------------------------------------------------
 
 
-def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
-) -> tuple[Tensor, Tensor]:
-    """Per-token rewards -kl_coef * kl, plus the score on the last real token, and kl = logprobs - ref_logprobs.
+def shape_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token rewards (B, R): -kl_coef * kl, plus the score on the last real token (Ziegler et al. 2019, eq. 2).
 
-    scores (B,), everything else (B, R); kl is in nats and 0 outside the mask (Ziegler et al. 2019, eq. 2).
+    scores (B,); kl (B, R) is logprobs - ref_logprobs in nats, 0 outside the mask.
     """
-    kl = torch.where(response_mask, logprobs - ref_logprobs, 0)
     last = response_mask.sum(1, keepdim=True) - 1  # every response has a token: its EOS at least
-    return (-kl_coef * kl).scatter_add(1, last, scores[:, None]), kl
+    return (-kl_coef * kl).scatter_add(1, last, scores[:, None])
 
 
 @on_cpu
@@ -307,34 +352,46 @@ def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tenso
 
     scores (B,); partial_scores (B, R) hold the score of the unfinished response up to a token, NaN where it was not
     scored. A regression over the other responses, one per column, turns them into expected final scores. Before the
-    first of them the mean of the other scores is expected. This is a critic: nothing in it depends on the tokens to
-    come. With lambda 1 it changes the noise of the advantages and nothing else. Below 1 its errors bias them, as any
-    critic's do: what it foresees k tokens late counts lambda^k.
+    first of them the mean of the other scores is expected.
+
+    This is a critic: nothing in it depends on the tokens to come. With lambda 1 it changes the noise of the advantages
+    and nothing else. Below 1 its errors bias them, as any critic's do: what it foresees k tokens late counts lambda^k.
     """
-    ends = response_mask.sum(1, keepdim=True) - 1
-    known = ~partial_scores.isnan() & (torch.arange(partial_scores.shape[1], device=ends.device) < ends)
-    columns = (known.sum(0) >= MIN_ROWS_TO_PREDICT).nonzero().squeeze(1).tolist()
     expected = torch.zeros(response_mask.shape, device=scores.device)
+    # 1. the columns in which enough responses were scored before they ended
+    ends = response_mask.sum(1, keepdim=True) - 1
+    before_end = torch.arange(partial_scores.shape[1], device=ends.device) < ends
+    scored = before_end & ~partial_scores.isnan()
+    columns = (scored.sum(0) >= MIN_ROWS_TO_PREDICT).nonzero().squeeze(1).tolist()
+    # 2. from each of them on, what it predicts
     if columns:
-        expected += ((scores.sum() - scores) / (len(scores) - 1))[:, None]
+        mean_of_others = (scores.sum() - scores) / (len(scores) - 1)
+        expected += mean_of_others[:, None]
     for t in columns:
-        rows = known[:, t]
-        expected[rows, t + 1 :] = leave_one_out_predict(partial_scores[rows, t], scores[rows])[:, None]
+        rows = scored[:, t]
+        predicted = leave_one_out_predict(partial_scores[rows, t], scores[rows])
+        expected[rows, t + 1 :] = predicted[:, None]
     return torch.where(response_mask, expected, 0)
 
 
 def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
-    """Predict each y (n,) from its x (n,) by ridge regression on all other pairs; slopes are limited to [0, 1].
+    """Predict each y (n,) from its x (n,) by ridge regression on all other pairs.
 
-    A penalty of 1 means little once the squares of x add up to more. A better start of a response does not foretell a
-    worse end, nor an even better one: beyond the limits a slope is noise. No prediction depends on its own y.
+    The penalty is 1. Slopes are clamped to [0, 1]; anything else is noise. No prediction depends on its own y.
     """
-    n, centred = len(x), x - x.mean()
+    n = len(x)
+    centred = x - x.mean()
+    deviation = y - y.mean()
+    # 1. the slope of all pairs
     total = centred.square().sum() + 1
-    slope = (centred * (y - y.mean())).sum() / total
-    error = y - y.mean() - slope * centred
-    slopes = slope - centred * error / (total * (1 - 1 / n - centred.square() / total))  # without the own pair
-    return (y.sum() - y) / (n - 1) + slopes.clamp(0, 1) * centred * n / (n - 1)
+    slope = (centred * deviation).sum() / total
+    # 2. each slope without the pair itself
+    error = deviation - slope * centred
+    leverage_left = 1 - 1 / n - centred.square() / total
+    slopes = slope - centred * error / (total * leverage_left)
+    # 3. what the line through the other pairs says
+    mean_of_others = (y.sum() - y) / (n - 1)
+    return mean_of_others + slopes.clamp(0, 1) * centred * n / (n - 1)
 
 
 @on_cpu
@@ -346,11 +403,13 @@ def compute_gae(
     All (B, R); returns advantages, not yet whitened, and returns = advantages + values; both 0 outside the mask.
     """
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         real = response_mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(real, delta + gamma * gae_lambda * next_advantage, 0)
         next_value = torch.where(real, values[:, t], 0)
         advantages[:, t] = next_advantage
-    return advantages, torch.where(response_mask, advantages + values, 0)
+    returns = torch.where(response_mask, advantages + values, 0)
+    return advantages, returns

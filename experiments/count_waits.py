@@ -12,7 +12,6 @@ from config import TrainConfig
 
 import torch
 
-import model
 import utils
 from experiments import pretend
 from experiments.benchmark import Workload, make_random_models
@@ -20,6 +19,7 @@ from experiments.pretend import Watch, moved
 from ppo import build_optimizer, collect_rollout, ppo_update
 from reward import Classifier
 from runtime.hub import quiet_libraries
+from runtime.recording import Recorded
 from training.parts import load_parts
 from utils import uniforms
 
@@ -32,7 +32,7 @@ def main() -> None:
     quiet_libraries()
     pretend.register()
     utils.GPU_CHUNK_FLOATS = utils.GPU_CHUNK_FLOATS * VOCABULARY // 50257
-    model._Sampler.next_token = next_token  # type: ignore[method-assign]
+    Recorded.__call__ = replay_as_one_operation  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         names = make_random_models(WORK, Path(folder), VOCABULARY)
         settings: dict[str, Any] = dict(names)
@@ -58,15 +58,15 @@ def main() -> None:
             show("update", watch)
 
 
-def next_token(self: "model._Sampler") -> None:
-    """The first step counts in full, a replay as one operation."""
+def replay_as_one_operation(self: Recorded) -> None:
+    """Run what is recorded; the first call counts in full."""
     watch = Watch.active
     assert watch is not None
     before = watch.operations
-    self.step()
+    self.function()
     if self.replay is not None:
         watch.operations = before + 1
-    self.replay = self.step
+    self.replay = self.function
 
 
 def show(phase: str, watch: Watch) -> tuple[int, int]:

@@ -130,7 +130,7 @@ def advantages(observed: Observed, way: Way) -> Tensor:
     else:  # against the mean of the others, so that no response weighs on its own baseline
         scores = (scores - scores.mean()) * len(scores) / max(1, len(scores) - 1)
     unmoved = torch.zeros_like(expected)
-    return compute_gae(shape_rewards(scores, unmoved, unmoved, mask, 0.0)[0], expected, mask, 1.0, lam)[0]
+    return compute_gae(shape_rewards(scores, unmoved, mask, 0.0), expected, mask, 1.0, lam)[0]
 
 
 def policy_gradient(policy: GPT2WithValueHead, observed: Observed, way: Way, run_cfg: TrainConfig) -> Tensor:

@@ -51,7 +51,7 @@ def run(main: Callable[[], object]) -> int:
 
         if not lacks_memory(error):
             raise
-        return _report(2, "error: memory does not suffice: take a smaller model, batch or text")
+        return _report(2, "error: out of memory: take a smaller model, batch or text")
     except BrokenPipeError:  # the reader has gone: `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

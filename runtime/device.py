@@ -32,12 +32,12 @@ def resolve_device(device: str) -> Device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    found = next((name for name, there in present.items() if there and device in (name, "auto")), None)
-    if found is None:
+    usable = [name for name, there in present.items() if there and device in (name, "auto")]
+    if not usable:
         raise UserError(f"device={device}, but this machine or torch has no {device.upper()}: use --device cpu or auto")
-    if found == "cuda":
+    if usable[0] == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return found
+    return usable[0]
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16", "float16"], device: str) -> Dtype:
@@ -78,12 +78,14 @@ def on_cpu(function: Function) -> Function:
     """
 
     @wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **settings: Any) -> Any:
         device = next(x.device for x in args if isinstance(x, Tensor))
-        found = function(*(x.cpu() if isinstance(x, Tensor) else x for x in args))
-        if isinstance(found, tuple):
-            return tuple(x.to(device, non_blocking=True) for x in found)
-        return found.to(device, non_blocking=True) if isinstance(found, Tensor) else found
+        result = function(*(x.cpu() if isinstance(x, Tensor) else x for x in args), **settings)
+        if isinstance(result, tuple):
+            return tuple(x.to(device, non_blocking=True) for x in result)
+        if isinstance(result, Tensor):
+            return result.to(device, non_blocking=True)
+        return result
 
     return cast(Function, call)
 
@@ -103,7 +105,7 @@ def keep_freed_memory() -> None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU's or the machine's memory does not suffice.
+    """Whether an error says that a GPU or the machine is out of memory.
 
     On the CPU torch raises a RuntimeError like any other, and numpy and Python a MemoryError.
     """
@@ -121,7 +123,7 @@ def enough_memory(to_lower: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        raise UserError(f"memory does not suffice: lower {to_lower}") from None
+        raise UserError(f"out of memory: lower {to_lower}") from None
 
 
 def reset_peak_memory(device: str) -> None:
@@ -183,11 +185,11 @@ class Stopwatch:
 def best_seconds(call: Callable[[], object], device: str, times: int = 5) -> float:
     """Shortest seconds of a call over a few, after one to warm up."""
     watch = Stopwatch(device)
-    found = []
+    laps = []
     for _ in range(times + 1):
         call()
-        found.append(watch.lap())
-    return min(found[1:])
+        laps.append(watch.lap())
+    return min(laps[1:])
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:

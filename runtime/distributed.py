@@ -193,6 +193,11 @@ def all_reduce_max(x: float) -> float:
     return sent.item()
 
 
+def all_reduce_min(x: float) -> float:
+    """The smallest of all ranks' numbers."""
+    return -all_reduce_max(-x)
+
+
 def all_gather(what: T) -> list[T]:
     """The objects of all ranks, in order of rank."""
     if world_size() == 1:

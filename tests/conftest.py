@@ -163,7 +163,7 @@ def make_rollout(
 def pad_more(seqs: Sequences, pads: int) -> Sequences:
     """The same rows with `pads` more columns of padding on the left."""
     rows = len(seqs.tokens)
-    return Sequences(
+    return Sequences.of(
         tokens=torch.cat([torch.full((rows, pads), EOS), seqs.tokens], 1),
         attention_mask=torch.cat([torch.zeros(rows, pads, dtype=torch.bool), seqs.attention_mask], 1),
         response_mask=seqs.response_mask,

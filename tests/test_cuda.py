@@ -26,11 +26,11 @@ from conftest import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import model
 import utils
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from model import Decoding, GPT2WithValueHead, Sampler, Sequences, UnfinishedResponses, evaluate_both, sample_responses
 from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
 from reward import SentimentReward
+from runtime.recording import Recorded
 from training.memory import fit_micro_batches
 from utils import map_tensors, uniforms
 
@@ -54,7 +54,7 @@ def on_cpu(seqs: Sequences) -> Sequences:
 
 
 def on_gpu(seqs: Sequences) -> Sequences:
-    return Sequences(*(x.cuda() for x in (seqs.tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs)))
+    return Sequences.of(*(x.cuda() for x in (seqs.tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs)))
 
 
 @contextmanager
@@ -97,10 +97,11 @@ def test_cuda_samples_the_tokens_of_the_cpu_in_every_rollout() -> None:
     """Also after an update, when the recorded step reads new weights at the old place."""
     policy = make_policy(60)
     there = copy.deepcopy(policy).cuda()
+    sampler = Sampler()
     for seed in range(3):
         prompts, noise = ragged_prompts(8, 6, 60, seed), uniforms(seed, 1, 8, 24)
         expected = sample_responses(policy, *prompts, noise, eos_id=0)
-        found = on_cpu(sample_responses(there, *prompts, noise, eos_id=0))
+        found = on_cpu(sample_responses(there, *prompts, noise, eos_id=0, sampler=sampler))
         assert torch.equal(found.responses, expected.responses)
         assert torch.equal(found.response_mask, expected.response_mask)
         assert torch.equal(found.lengths, expected.lengths)
@@ -109,7 +110,7 @@ def test_cuda_samples_the_tokens_of_the_cpu_in_every_rollout() -> None:
             for weight, same in zip(policy.parameters(), there.parameters(), strict=True):
                 weight += 0.02 * torch.randn_like(weight)
                 same.copy_(weight)
-    assert there.sampler is not None
+    assert there in sampler.kept
 
 
 @EVERY_DTYPE
@@ -120,14 +121,16 @@ def test_cuda_replayed_steps_equal_steps_taken_one_by_one(
     policy = make_policy(60).cuda()
     policy.dtype = dtype
 
-    def draw(seed: int) -> Sequences:
-        return sample_responses(policy, *ragged_prompts(8, 6, 60), uniforms(seed, 1, 8, 40), eos_id=0, **sampling)
+    def draw(seed: int, sampler: Sampler) -> Sequences:
+        prompts = ragged_prompts(8, 6, 60)
+        return sample_responses(policy, *prompts, uniforms(seed, 1, 8, 40), eos_id=0, sampler=sampler, **sampling)
 
-    replayed = [draw(0), draw(1)]
-    monkeypatch.setattr(model._Sampler, "recorded", lambda self: self.step)
-    policy.sampler = None
+    sampler = Sampler()
+    replayed = [draw(0, sampler), draw(1, sampler)]
+    monkeypatch.setattr(Recorded, "record", lambda self: self.function)
+    sampler = Sampler()
     for seed in (0, 1):
-        one_by_one = draw(seed)
+        one_by_one = draw(seed, sampler)
         for name in ("tokens", "response_mask", "logprobs"):
             assert torch.equal(getattr(replayed[seed], name), getattr(one_by_one, name)), name
 
@@ -243,14 +246,14 @@ def test_cuda_training_and_resuming(flags: dict[str, str], tmp_path: Path, no_pi
 @torch.no_grad()
 def test_cuda_sampling_steps_wait_for_nothing() -> None:
     policy = make_policy(60).cuda()
-    sampler = model._Sampler(policy, 8, 16, 10, 0, (0.8, 9, 0.9))
-    sampler.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
+    responses = UnfinishedResponses(policy, 16, torch.Size((8, 10)), Decoding(0, 0.8, 9, 0.9))
+    responses.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
-            sampler.step()
-        sampler.renew()
-        sampler.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
+            responses.step()
+        responses.clear()
+        responses.begin(*ragged_prompts(8, 16, 60), uniforms(0, 1, 8, 10))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -102,7 +102,7 @@ def test_too_little_memory_names_what_to_lower(
         run_eval(finished_run, tmp_path / "out", "--frontier", "2")
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: memory does not suffice: lower batch_size or max_new_tokens"
+    assert last == "error: out of memory: lower batch_size or max_new_tokens"
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -134,7 +134,7 @@ def test_micro_batches_are_as_large_as_memory_suffices_for(
     assert same_weights(policy, before)
     assert all(weight.grad is None for weight in policy.parameters())
     fits = 0
-    with pytest.raises(UserError, match="memory does not suffice for one response: lower max_prompt_len"):
+    with pytest.raises(UserError, match="out of memory with a single response: lower max_prompt_len"):
         largest_micro_batch(models, cfg, 8)
 
 

@@ -43,7 +43,16 @@ from transformers import (
 
 import model
 import utils
-from model import GPT2WithValueHead, ReferenceStates, Sequences, evaluate_both, load_reference, sample_responses
+from model import (
+    Decoding,
+    GPT2WithValueHead,
+    ReferenceStates,
+    Sequences,
+    UnfinishedResponses,
+    evaluate_both,
+    load_reference,
+    sample_responses,
+)
 from runtime.hub import load_gpt2
 from utils import uniforms
 
@@ -145,7 +154,7 @@ def test_evaluate_responses_does_not_see_what_is_masked() -> None:
     seqs = sample(policy)
     tokens = torch.where(seqs.attention_mask, seqs.tokens, 13)
     assert not torch.equal(tokens, seqs.tokens)
-    other = Sequences(tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs, seqs.temperature)
+    other = Sequences.of(tokens, seqs.attention_mask, seqs.response_mask, seqs.logprobs, seqs.temperature)
     for a, b in zip(policy.evaluate_responses(seqs), policy.evaluate_responses(other), strict=True):
         assert torch.allclose(a[seqs.response_mask], b[seqs.response_mask], atol=1e-6)
 
@@ -153,7 +162,7 @@ def test_evaluate_responses_does_not_see_what_is_masked() -> None:
 def test_values_do_not_see_the_token_they_judge() -> None:
     policy = make_policy(critic=True)
     seqs = sample(policy, rows=2, width=4, new=8, seed=2)
-    full = Sequences(
+    full = Sequences.of(
         seqs.tokens,
         torch.cat([seqs.attention_mask[:, : seqs.prompt_len], torch.ones(2, 8).bool()], 1),
         torch.ones(2, 8).bool(),
@@ -163,7 +172,7 @@ def test_values_do_not_see_the_token_they_judge() -> None:
     for t in range(8):
         tokens = full.tokens.clone()
         tokens[:, full.prompt_len + t :] = (tokens[:, full.prompt_len + t :] + 7) % 20
-        other = Sequences(tokens, full.attention_mask, full.response_mask, full.logprobs)
+        other = Sequences.of(tokens, full.attention_mask, full.response_mask, full.logprobs)
         new_logprobs, new_values, new_entropy = policy.evaluate_responses(other)
         assert torch.equal(new_values[:, : t + 1], values[:, : t + 1])
         assert torch.equal(new_entropy[:, : t + 1], entropy[:, : t + 1])
@@ -503,12 +512,12 @@ def test_generate_is_unmoved_by_dropping_rows_that_ended(
     sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, widths = make_policy(), []
-    read = model._Sampler._read
-    monkeypatch.setattr(model._Sampler, "_read", lambda self, *a: widths.append(len(a[0])) or read(self, *a))
+    read = UnfinishedResponses.read
+    monkeypatch.setattr(UnfinishedResponses, "read", lambda self, *a: widths.append(len(a[0])) or read(self, *a))
     found = sample(policy, rows=16, new=20, **sampling)
     assert widths[0] == 16
     assert widths[-1] <= 8, "rows were dropped, more than once"
-    monkeypatch.setattr(model._Sampler, "drop_finished", lambda self: None)
+    monkeypatch.setattr(UnfinishedResponses, "drop_finished", lambda self: None)
     expected = sample(policy, rows=16, new=20, **sampling)
     assert widths[-1] == 16
     for name in ("tokens", "attention_mask", "response_mask"):
@@ -520,11 +529,16 @@ def test_generate_is_unmoved_by_dropping_rows_that_ended(
 
 
 class Journal(TorchDispatchMode):
-    """Writes down each operation with its arguments: those kept by a sampler by name, all other tensors by shape."""
+    """Writes down each operation with its arguments: tensors of the responses by name, all others by shape."""
 
-    def __init__(self, sampler: Any) -> None:
+    def __init__(self, responses: Any) -> None:
         super().__init__()
-        kept = {**vars(sampler), "cache": sampler.cache.kept, **dict(sampler.lm.named_parameters())}
+        kept = {
+            **vars(responses),
+            "cache": responses.cache.kept,
+            "embedding": responses.weights.embedding,
+            **dict(responses.weights.lm.named_parameters()),
+        }
         self.names = {x.untyped_storage().data_ptr(): name for name, x in kept.items() if isinstance(x, Tensor)}
         self.lines: list[str] = []
 
@@ -546,31 +560,31 @@ def test_all_sampling_steps_are_the_same_operations_on_the_same_storages(dtype: 
     """What CUDA needs to record a step and replay it, also in the next rollout, after an update of the weights."""
     policy = make_policy()
     policy.dtype = dtype
-    sampler = model._Sampler(policy, 8, 6, 10, EOS, (0.8, 9, 0.9))
-    journal, steps = Journal(sampler), []
+    responses = UnfinishedResponses(policy, 6, torch.Size((8, 10)), Decoding(EOS, 0.8, 9, 0.9))
+    journal, steps = Journal(responses), []
     for seed in (0, 1):
-        sampler.begin(*ragged_prompts(8, 6, policy.lm.config.vocab_size, seed), uniforms(seed, 1, 8, 10))
+        responses.begin(*ragged_prompts(8, 6, policy.lm.config.vocab_size, seed), uniforms(seed, 1, 8, 10))
         for _ in range(9):
             journal.lines = []
             with journal:
-                sampler.step()
+                responses.step()
             steps.append(journal.lines)
         assert len(steps[0]) > 100
         assert any("cache(" in line for line in steps[0])
-        found = sampler.sequences()
+        found = responses.sequences()
         expected = sample(policy, seed=seed, temperature=0.8, top_k=9, top_p=0.9)
         for name in ("tokens", "attention_mask", "response_mask", "logprobs", "support"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         for weight in policy.parameters():
             weight += 0.02 * torch.randn_like(weight)
-        sampler.renew()
+        responses.clear()
         assert found.logprobs.any(), "what was returned stays"
     assert all(step == steps[0] for step in steps)
 
 
 def test_the_copy_with_half_projections_shares_everything_else() -> None:
     lm = make_lm()
-    copied = model._with_projections_in(torch.bfloat16, lm)
+    copied = model.projections_in(torch.bfloat16, lm)
     shared = {name for (name, a), b in zip(lm.named_parameters(), copied.parameters(), strict=True) if a is b}
     projections = {name for name, _ in lm.named_parameters() if any(c in name for c in ("c_attn", "c_proj", "c_fc"))}
     assert shared == {name for name, _ in lm.named_parameters()} - projections
@@ -693,7 +707,7 @@ def ragged_mask(lengths: list[int], width: int) -> Tensor:
 def only_responses(tokens: Tensor, mask: Tensor) -> Sequences:
     """Sequences of these responses to prompts of one token."""
     one = torch.ones(len(tokens), 1)
-    return Sequences(
+    return Sequences.of(
         torch.cat([one.long(), tokens], 1), torch.cat([one.bool(), mask], 1), mask, torch.zeros(mask.shape)
     )
 
@@ -717,7 +731,7 @@ def test_prompt_texts_leave_out_padding_on_the_left(tokenizer: PreTrainedTokeniz
     tokens = torch.tensor([[5, 5, *film, 7], [5, 5, 5, *film[1:], 7]])
     mask = torch.ones_like(tokens).bool()
     mask[0, :2] = mask[1, :3] = False
-    seqs = Sequences(tokens, mask, mask[:, -1:], torch.zeros(2, 1))
+    seqs = Sequences.of(tokens, mask, mask[:, -1:], torch.zeros(2, 1))
     assert seqs.prompt_texts(tokenizer)[0] == "It 's a film . "
 
 

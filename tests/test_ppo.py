@@ -50,7 +50,7 @@ def hand_sequences(mask: Tensor) -> Sequences:
     rows, width = mask.shape
     tokens = torch.ones(rows, 1 + width, dtype=torch.int64)
     attention = torch.cat([torch.ones(rows, 1).bool(), mask], 1)
-    return Sequences(tokens, attention, mask, torch.zeros(mask.shape))
+    return Sequences.of(tokens, attention, mask, torch.zeros(mask.shape))
 
 
 def rollout_of(
@@ -918,7 +918,7 @@ def test_partial_scores_are_part_of_the_baseline() -> None:
     cfg = settings(lr=0.0, ppo_epochs=1, minibatch_size=12, batch_size=12)
     with pytest.MonkeyPatch.context() as patch:
         gae, loss = ppo.compute_gae, ppo.ppo_loss
-        patch.setattr(ppo, "compute_gae", lambda *xs: seen.append(xs[:2]) or gae(*xs))
+        patch.setattr(ppo, "compute_gae", lambda *xs, **named: seen.append(xs[:2]) or gae(*xs, **named))
         patch.setattr(ppo, "ppo_loss", lambda *xs: targets.append(xs[3].returns) or loss(*xs))
         row = ppo_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, cfg, 1)
     baseline = expected + rollout.values

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig
+from config import TrainConfig, parse_config
 
 import pandas as pd
 import pytest
@@ -18,7 +18,9 @@ import train
 from model import GPT2WithValueHead
 from ppo import Rollout
 from reward import SentimentReward
-from training.parts import Parts
+from training.parts import load_parts, resolve
+from training.run_folder import inspect_run_folder
+from training.session import open_session
 
 CONTRACT = """step episodes score_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len
 policy_loss value_loss approx_kl clip_frac ratio_max explained_var grad_norm lr seconds_generate seconds_score
@@ -54,21 +56,25 @@ def test_train_leaves_the_run_folder_of_the_contract(flags: dict[str, str]) -> N
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def settings_of(flags: dict[str, str], *words: str) -> TrainConfig:
+    """The settings of a run with these flags."""
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    return resolve(parse_config(TrainConfig, [*given, *words]))
+
+
 def test_train_evaluates_on_prompts_that_it_never_trains_on(
-    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held: list[Parts] = []
-    load_parts = train.load_parts
-    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[-1])
+    parts = load_parts(settings_of(flags, "--eval_prompts", "3"))
     folder = run(flags, "--eval_every", "2", "--eval_prompts", "3")
     table = pd.read_csv(folder / "eval.csv")
     assert table.step.tolist() == [0, 2, 3]
     assert table.kl_seq_exact[0] == pytest.approx(0, abs=1e-5)
     assert table.kl_seq_exact[1] > 0
-    kept_back = {tuple(prompt) for prompt in held[0].held_out.prompts}
-    assert len(kept_back) == 3
-    assert not kept_back & {tuple(prompt) for prompt in held[0].prompts.prompts}
-    assert len(held[0].prompts.prompts) + 3 == 40
+    held_out = {tuple(prompt) for prompt in parts.held_out.prompts}
+    assert len(held_out) == 3
+    assert not held_out & {tuple(prompt) for prompt in parts.prompts.prompts}
+    assert len(parts.prompts.prompts) + 3 == 40
     printed = capsys.readouterr().out
     assert re.search(r"sentiment mean +-?\d\.\d\d +-?\d\.\d\d", printed), "a table before and after"
     without = run({**flags, "ckpt_dir": str(folder) + "2"}, "--eval_every", "0")
@@ -98,17 +104,17 @@ def test_train_is_a_function_of_the_seed(flags: dict[str, str], tmp_path: Path) 
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
 
 
-def test_train_moves_the_policy_and_neither_reference_nor_reward(
-    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held: list[Parts] = []
-    load_parts = train.load_parts
-    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
-    folder = run(flags)
+def test_train_moves_the_policy_and_neither_reference_nor_reward(flags: dict[str, str]) -> None:
+    cfg = settings_of(flags)
+    parts = load_parts(cfg)
+    with open_session(cfg, parts, inspect_run_folder(cfg)) as session:
+        train.train(cfg, parts, session)
+    folder = Path(cfg.ckpt_dir)
     start = AutoModelForCausalLM.from_pretrained(flags["policy_name"]).state_dict()
-    reference, judge = held[0].models.reference.lm.state_dict(), SentimentReward(flags["rm_name"]).model.state_dict()
+    reference = parts.models.reference.lm.state_dict()
+    judge = SentimentReward(flags["rm_name"]).model.state_dict()
     assert all(torch.equal(start[name], reference[name]) for name in start)
-    assert all(torch.equal(judge[name], x) for name, x in held[0].models.reward.model.state_dict().items())
+    assert all(torch.equal(judge[name], x) for name, x in parts.models.reward.model.state_dict().items())
     tuned = AutoModelForCausalLM.from_pretrained(folder / "policy_lm").state_dict()
     assert any(not torch.equal(start[name], tuned[name]) for name in start)
 
@@ -117,9 +123,8 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every step of a run, not only the first, the ratio starts at 1, and the prompt is no part of the response."""
-    held: list[Parts] = []
-    load_parts, ppo_update = train.load_parts, train.ppo_update
-    monkeypatch.setattr(train, "load_parts", lambda cfg: held.append(load_parts(cfg)) or held[0])
+    ppo_update = train.ppo_update
+    parts = load_parts(settings_of(flags))
     steps: list[int] = []
 
     def spy(
@@ -129,7 +134,7 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
         with torch.no_grad():
             logprobs, _, _ = policy.evaluate_responses(seqs)
         assert (logprobs - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
-        ids, mask = held[0].prompts.batch(step)
+        ids, mask = parts.prompts.batch(step)
         assert torch.equal(seqs.tokens[:, : seqs.prompt_len], ids)
         assert torch.equal(seqs.attention_mask[:, : seqs.prompt_len], mask)
         steps.append(step)

@@ -14,10 +14,9 @@ from conftest import EOS, forked, make_policy, ragged_prompts, sample, weights_o
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import model
 from experiments import pretend
 from experiments.pretend import OnDevice, Watch, moved
-from model import GPT2WithValueHead, sample_responses
+from model import Decoding, GPT2WithValueHead, Sampler, UnfinishedResponses, sample_responses
 from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
 from reward import SentimentReward
 from utils import uniforms
@@ -60,15 +59,14 @@ def collect(
 @torch.no_grad()
 def a_sampling_step_waits_for_nothing(_: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     policy = on_device(make_policy())
-    sampler = None
     with Watch():
-        sampler = model._Sampler(policy, 8, 6, 10, EOS, (0.8, 9, 0.9))
+        responses = UnfinishedResponses(policy, 6, torch.Size((8, 10)), Decoding(EOS, 0.8, 9, 0.9))
     for seed in (0, 1):
         with Watch() as watch:
-            sampler.begin(*ragged_prompts(8, 6, 20, seed), uniforms(seed, 1, 8, 10))
+            responses.begin(*ragged_prompts(8, 6, 20, seed), uniforms(seed, 1, 8, 10))
             for _ in range(9):
-                sampler.step()
-            sampler.renew()
+                responses.step()
+            responses.clear()
         assert watch.operations > 500
         assert watch.count == 0, watch.waits
 
@@ -78,24 +76,25 @@ def sampling_reads_lengths_once_and_whether_rows_are_alive_every_few_tokens(
 ) -> None:
     policy = make_policy(critic=True)
     there = on_device(policy)
-    prompts, samplers = ragged_prompts(8, 16), []
+    prompts = ragged_prompts(8, 16)
+    sampler = Sampler()
+    kept = []
     for seed in (0, 1):  # the second rollout uses the first one's sampler
-        expected = sample_responses(policy, *prompts, uniforms(seed, 1, 8, 20), eos_id=EOS)
+        expected = sample_responses(policy, *prompts, uniforms(seed, 1, 8, 20), eos_id=EOS, sampler=sampler)
         with Watch() as watch:
-            found = sample_responses(there, *prompts, uniforms(seed, 1, 8, 20), eos_id=EOS)
+            found = sample_responses(there, *prompts, uniforms(seed, 1, 8, 20), eos_id=EOS, sampler=sampler)
         assert watch.waits == {"_local_scalar_dense": 2, "copy to the host": 1}
         assert torch.equal(held(found.tokens), expected.tokens)
         assert torch.equal(held(found.response_mask), expected.response_mask)
         assert torch.equal(found.lengths, expected.lengths)
-        samplers.append(there.sampler)
-        assert policy.sampler is None
+        kept.append(sampler.kept[there])
+        assert policy not in sampler.kept
         with torch.no_grad():
             for name, weight in there.named_parameters():
                 noise = 0.02 * torch.randn(weight.shape)
                 weight.held.add_(noise)
                 policy.get_parameter(name).add_(noise)
-    assert samplers[0] is samplers[1]
-    assert samplers[0] is not None
+    assert kept[0] is kept[1]
 
 
 def scoring_copies_to_the_host_once(classifier_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:

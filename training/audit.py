@@ -71,7 +71,9 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     mask, rounding = seqs.response_mask, TOLERANCE[policy.dtype]
     colder = max(1.0, 1 / cfg.temperature)  # logits are divided by it, and so are their errors
     tolerance, same = rounding * colder, SAME * colder
-    logprobs, _, values, _, _ = evaluate_both(policy, reference, seqs)
+    evaluation = evaluate_both(policy, reference, seqs)
+    logprobs = evaluation.logprobs
+    values = evaluation.values
 
     def gap(a: Tensor, b: Tensor, allowed: float = tolerance) -> Finding:
         difference = float(torch.where(mask, (a - b).abs(), 0).max())
@@ -85,7 +87,7 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     yield "padding changes nothing", lambda: gap(logprobs, policy.evaluate_responses(_unpadded(seqs))[0])
     yield "the ratio is 1 before the first update", lambda: gap(logprobs, policy.evaluate_responses(seqs)[0], same)
     again = partial(evaluate_both, policy, reference, seqs)
-    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, again()[0], same)
+    yield "two forward passes agree (no dropout)", lambda: gap(logprobs, again().logprobs, same)
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
@@ -128,13 +130,15 @@ def _eos(seqs: Sequences, eos_id: int) -> Finding:
 def _reward_place() -> Finding:
     """By hand: responses of 1, 2 and 3 tokens with scores 1, 2 and 3; and what is expected of 12 others beforehand."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
-    rewards, _ = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 3), torch.zeros(3, 3), mask, 1.0)
-    placed = torch.equal(rewards, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-    scores, partial = torch.linspace(-1, 1, 12), torch.full((12, 3), torch.nan)
-    partial[:, 0] = scores / 2
-    expected = expected_scores(scores, partial, torch.ones(12, 3, dtype=torch.bool))
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    rewards = shape_rewards(scores, torch.zeros(3, 3), mask, kl_coef=1.0)
+    placed = torch.equal(rewards, torch.diag(scores))
+    scores = torch.linspace(-1, 1, 12)
+    partial_scores = torch.full((12, 3), torch.nan)
+    partial_scores[:, 0] = scores / 2
+    expected = expected_scores(scores, partial_scores, torch.ones(12, 3, dtype=torch.bool))
     placed &= torch.allclose(expected[:, 0], (scores.sum() - scores) / 11, atol=1e-5)
-    return placed and bool((expected[:, 1].diff() > 0).all()), "and partial scores foretell it"
+    return placed and bool((expected[:, 1].diff() > 0).all()), "and partial scores predict it"
 
 
 def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:

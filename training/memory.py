@@ -9,7 +9,7 @@ import torch
 from model import ReferenceStates, Sequences
 from ppo import Batch, Models, accumulate_gradients
 from runtime.device import lacks_memory
-from runtime.distributed import all_reduce_max, raise_on_all_ranks, world_size
+from runtime.distributed import all_reduce_min, raise_on_all_ranks, world_size
 
 
 def fit_micro_batches(models: Models, cfg: TrainConfig) -> TrainConfig:
@@ -22,10 +22,10 @@ def fit_micro_batches(models: Models, cfg: TrainConfig) -> TrainConfig:
     own_rows = -(-cfg.minibatch_size // world_size())
     with raise_on_all_ranks():
         own_size = largest_micro_batch(models, cfg, own_rows)
-    size = -int(all_reduce_max(-own_size))
+    size = int(all_reduce_min(own_size))
     if size == own_rows:
         return cfg
-    print(f"memory suffices for {size} responses at a time, which changes no result (micro_batch_size)")
+    print(f"{size} responses fit into memory at a time, which changes no result (micro_batch_size)")
     return replace(cfg, micro_batch_size=size)
 
 
@@ -34,7 +34,7 @@ def largest_micro_batch(models: Models, cfg: TrainConfig, rows: int) -> int:
     moments = [torch.empty_like(p) for p in models.policy.parameters() for _ in range(2)]  # AdamW's, from step 1 on
     while not _fits(models, cfg, rows):
         if rows == 1:
-            raise UserError("memory does not suffice for one response: lower max_prompt_len or max_new_tokens")
+            raise UserError("out of memory with a single response: lower max_prompt_len or max_new_tokens")
         rows = -(-rows // 2)
         torch.cuda.empty_cache()  # what the failed attempt held is in pieces
     del moments
@@ -63,8 +63,14 @@ def longest_batch(models: Models, cfg: TrainConfig, rows: int) -> Batch:
     support = None
     if cfg.top_k or cfg.top_p < 1:
         support = torch.ones(*shape, models.policy.lm.config.vocab_size, dtype=torch.bool, device=device)
-    sequences = Sequences(tokens, torch.ones_like(tokens).bool(), real, zeros, cfg.temperature, support)
-    batch = Batch(sequences, zeros, zeros, zeros, zeros)
-    if not cfg.kl_in_loss:
-        return batch
-    return replace(batch, ref_states=ReferenceStates.of(models.reference, sequences), kl_price=zeros)
+    sequences = Sequences.of(tokens, torch.ones_like(tokens).bool(), real, zeros, cfg.temperature, support)
+    ref_states = ReferenceStates.of(models.reference, sequences) if cfg.kl_in_loss else None
+    return Batch(
+        sequences=sequences,
+        logprobs=zeros,
+        values=zeros,
+        advantages=zeros,
+        returns=zeros,
+        kl_price=torch.zeros((), device=device),
+        ref_states=ref_states,
+    )

@@ -79,7 +79,9 @@ def observed() -> Observed:
     tokens = torch.randint(0, 250, (9, 11), generator=generator)
     partial = torch.where(mask & mask.roll(-1, 1), torch.rand(9, 6, generator=generator), math.nan)
     partial[:, -1] = math.nan
-    return Observed(Sequences(tokens, attention, mask, torch.zeros(9, 6)), torch.rand(9, generator=generator), partial)
+    return Observed(
+        Sequences.of(tokens, attention, mask, torch.zeros(9, 6)), torch.rand(9, generator=generator), partial
+    )
 
 
 def test_reinforce_pays_all_tokens_what_the_response_scored_above_the_others() -> None:

@@ -24,7 +24,9 @@ def every_response() -> Sequences:
     tokens = torch.tensor([[PROMPT, *y, *[EOS] * (LONGEST - len(y))] for y in RESPONSES])
     lengths = torch.tensor([len(y) for y in RESPONSES])
     mask = torch.arange(LONGEST) < lengths[:, None]
-    return Sequences(tokens, torch.cat([torch.ones(85, 1, dtype=torch.bool), mask], 1), mask, torch.zeros(85, LONGEST))
+    return Sequences.of(
+        tokens, torch.cat([torch.ones(85, 1, dtype=torch.bool), mask], 1), mask, torch.zeros(85, LONGEST)
+    )
 
 
 def test_the_loss_is_the_weighted_likelihood_on_average() -> None:

@@ -36,10 +36,10 @@ def test_too_little_memory_on_the_cpu_is_one_line(
     allocate: Callable[[], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What torch, numpy and Python really raise."""
-    with pytest.raises(UserError, match="memory does not suffice: lower batch_size"), enough_memory("batch_size"):
+    with pytest.raises(UserError, match="out of memory: lower batch_size"), enough_memory("batch_size"):
         allocate()
     assert cli.run(allocate) == 2
-    assert capsys.readouterr().err == "error: memory does not suffice: take a smaller model, batch or text\n"
+    assert capsys.readouterr().err == "error: out of memory: take a smaller model, batch or text\n"
 
 
 def test_other_errors_are_not_taken_for_too_little_memory() -> None:

@@ -49,9 +49,9 @@ def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_the_last_column(scores: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        rewards, kl = shape_rewards(scores, *others)
-        return torch.zeros_like(rewards).index_fill(1, torch.tensor([-1]), 1) * scores[:, None], kl
+    def in_the_last_column(scores: Tensor, *others: Any, **named: Any) -> Tensor:
+        rewards = shape_rewards(scores, *others, **named)
+        return torch.zeros_like(rewards).index_fill(1, torch.tensor([-1]), 1) * scores[:, None]
 
     monkeypatch.setattr("training.audit.shape_rewards", in_the_last_column)
 
