@@ -1,4 +1,4 @@
-"""The whole method reaches the right answer on a language small enough to write down (fact 17).
+"""The whole method reaches the right answer on a language small enough to write down (fact 17 of docs/facts.md).
 
 PPO with the reward r and the penalty beta maximises E[r(y)] - beta KL(policy || reference). Over
 all responses y the maximum is known: policy(y) = reference(y) exp(r(y) / beta) / Z, and its value
