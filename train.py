@@ -22,18 +22,12 @@ import torch
 
 from ppo import Rollout, collect_rollout, ppo_update
 from runtime.cli import run
-from runtime.distributed import (
-    call_on_main,
-    check_same_on_all_ranks,
-    main_process_first,
-    process_group,
-    raise_on_all_ranks,
-    torchrun_job,
-)
+from runtime.distributed import call_on_main, main_process_first, process_group, raise_on_all_ranks, torchrun_job
 from runtime.hub import quiet_libraries
 from training.audit import audit
 from training.memory import fit_micro_batches
 from training.parts import Parts, load_parts, resolve
+from training.ranks import check_same_on_all_ranks
 from training.run_folder import inspect_run_folder, was_begun_by
 from training.score_scale import with_score_scale
 from training.session import Session, open_session

@@ -5,28 +5,22 @@ trivial. Errors that one rank meets alone would leave the others waiting for eve
 """
 
 import contextlib
-import hashlib
 import os
 import socket
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any, TypeVar
 
-from config import TrainConfig, UserError
+from config import UserError
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim import Optimizer
 
 from runtime.cli import Stopped, was_launched
 from runtime.device import enough_memory, lacks_memory, resolve_device
-from runtime.fingerprints import weights_sha256
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # for a slow rank; a dead one is noticed at once
@@ -45,11 +39,11 @@ def process_group(device: str) -> Iterator[None]:
     if not was_launched():
         yield
         return
-    found = resolve_device(device)
-    check_launcher(with_gpus=found == "cuda")
-    if found == "mps":
+    device = resolve_device(device)
+    check_launcher(with_gpus=device == "cuda")
+    if device == "mps":
         raise UserError("device=mps works in one process only: start it without torchrun, or with --device cpu")
-    gpu = torch.device("cuda", own_gpu()) if found == "cuda" else None
+    gpu = torch.device("cuda", own_gpu()) if device == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
     try:
@@ -202,34 +196,18 @@ def all_gather(what: T) -> list[T]:
     """The objects of all ranks, in order of rank."""
     if world_size() == 1:
         return [what]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, what)
-    return found
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, what)
+    return gathered
 
 
 def gather_to_main(what: list[T]) -> list[T]:
     """The lists of all ranks as one, in the main process; nothing on the others."""
     if world_size() == 1:
         return what
-    found: list[Any] | None = [None] * world_size() if is_main_process() else None
-    dist.gather_object(what, found)
-    return [x for part in found or [] for x in part]
-
-
-def broadcast_state(policy: nn.Module, optimizer: Optimizer, counters: dict[str, Any]) -> dict[str, Any]:
-    """Give every rank the weights, optimiser state and counters of the main process; returns the counters."""
-    if world_size() == 1:
-        return counters
-    keys = sorted({key for state in optimizer.state.values() for key in state})
-    (counters, keys), *_ = all_gather((counters, keys))
-    for weight in policy.parameters():
-        dist.broadcast(weight.data, 0)
-        for key in keys:
-            state = optimizer.state[weight]
-            if key not in state:
-                state[key] = torch.zeros_like(weight) if key != "step" else torch.zeros((), device=weight.device)
-            dist.broadcast(state[key], 0)
-    return counters
+    gathered: list[Any] | None = [None] * world_size() if is_main_process() else None
+    dist.gather_object(what, gathered)
+    return [x for items in gathered or [] for x in items]
 
 
 # --- failing and starting together ----------------------------------------------------------------------------------
@@ -273,28 +251,6 @@ def main_process_first(work: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return done[0]
-
-
-def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse ranks that differ in settings, versions, weights or prompts (raises UserError)."""
-    if world_size() == 1:
-        return
-    own = {
-        **asdict(cfg),
-        "resume": None,
-        "weights of policy_name": weights_sha256(policy)[:12],
-        "python": sys.version.split()[0],
-        "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-    }
-    main, *others = all_gather(own)
-    for number, theirs in enumerate(others, start=1):
-        for name, value in theirs.items():
-            if value != main[name]:
-                raise UserError(
-                    f"process {number} has {name}={value} where process 0 has {main[name]}: make them "
-                    "alike on all machines"
-                )
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ from ppo import KLController, Rollout, build_optimizer, build_scaler
 from reward import UNSCALED, score_title, show_score
 from runtime.cli import Interrupted, Stopped
 from runtime.device import enough_memory, keep_freed_memory, peak_memory_mb
-from runtime.distributed import all_reduce_max, broadcast_state, is_main_process, raise_on_all_ranks
+from runtime.distributed import all_reduce_max, is_main_process, raise_on_all_ranks
 from runtime.files import WINDOWS
 from runtime.terminal import progress_bar
 from training.checkpoints import Snapshot
 from training.commands import eval_command, resume_command
 from training.estimate import note_slow_run
 from training.parts import Parts
+from training.ranks import broadcast_state
 from training.run_folder import Found, RunFolder, open_run_folder
 from training.signals import StopRequest, stop_signals
 
