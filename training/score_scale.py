@@ -18,15 +18,17 @@ from utils import uniforms
 PROMPTS = 256  # enough to know a deviation to within 5 %
 
 
-def with_score_scale(parts: Parts, cfg: TrainConfig, known: ScoreScale | None) -> Parts:
-    """The parts with the scale in which scores are paid: as known from a checkpoint, else measured (raises UserError).
+def with_score_scale(parts: Parts, cfg: TrainConfig, saved: ScoreScale | None) -> Parts:
+    """The parts with the scale in which scores are paid: that of a checkpoint, else measured (raises UserError).
 
     Scores that are a label's probability stay as they are, unless standardize_scores says otherwise.
     """
-    wanted = cfg.standardize_scores
-    if not (parts.models.reward.label is None if wanted is None else wanted):
+    standardize = cfg.standardize_scores
+    if standardize is None:
+        standardize = parts.models.reward.label is None
+    if not standardize:
         return parts
-    scale = known or measure(parts, cfg)
+    scale = saved or measure(parts, cfg)
     return replace(parts, models=replace(parts.models, score_scale=scale))
 
 
@@ -36,7 +38,8 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
 
     Every rank answers its share, and all get the same scale (raises UserError on all where the reward fails on one).
     """
-    models, found = parts.models, []
+    models = parts.models
+    batches = []
     steps = range(1, 1 + -(-PROMPTS // cfg.batch_size))
     noise = uniforms(cfg.seed, 0, len(steps) * cfg.batch_size, cfg.max_new_tokens).split(cfg.batch_size)
     bar = progress_bar(steps, "measuring the scores of the base", "batch", leave=False)
@@ -46,9 +49,10 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
         with raise_on_all_ranks():
             seqs = models.respond(models.reference, (ids[own], mask[own]), batch_noise[own], cfg)
             scores = models.score(seqs, cfg)
-        found.append(gather_rows(scores, len(ids)).cpu().double())
-    scores = torch.cat(found)
-    mean, std = scores.mean().item(), scores.std(unbiased=False).item()
+        batches.append(gather_rows(scores, len(ids)).cpu().double())
+    scores = torch.cat(batches)
+    mean = scores.mean().item()
+    std = scores.std(unbiased=False).item()
     if std <= 1e-6 * max(1.0, abs(mean)):
         print(
             f"note: all {len(scores)} responses of the base score {mean:.4g}; PPO learns from differences, so it may "
