@@ -8,35 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError
+from config import TRACKERS, TrainConfig, UserError
 
 from reward import ScoreScale
 from runtime.saved_run import SavedRun
 from training.checkpoints import counters_of, find_corruption, list_checkpoints, newest_intact, step_of
-from training.reporting import require_trackers
+from training.reporting import tracker_module
 
-OWN_FILES = (
-    "config.json",
-    "metrics.csv",
-    "eval.csv",
-    "samples.csv",
-    "curves.png",
-    "policy_lm",
-    "value_head.safetensors",
-    "best",
-    "state",
-    "tensorboard",
-    "wandb",
-)
+TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # they grow, and are cut back on resume
+EXPORTS = ("policy_lm", "value_head.safetensors")  # replaced whenever a checkpoint is saved
+OWN_FILES = ("config.json", *TABLES, "curves.png", *EXPORTS, "best", "state", *TRACKERS)
 EXPORTED = "exported"  # a file in the checkpoint whose policy is the one in policy_lm
 SILENT = {"preset", "ckpt_dir", "resume", "allow_changes", "overwrite", "check"}  # may change without a note
 HARMLESS = {"total_steps", "save_every", "keep_last", "report_to", "kl_budget"}  # may change, with a note
-CHANGED_INPUTS = {  # of a fingerprint: the setting that names what was taken, and what of it has changed
-    "dataset": ("dataset", ""),
-    "tokenizer": ("policy_name", " (its tokenizer)"),
-    "ref_name": ("ref_name", " (its weights or its config)"),
-    "rm_name": ("rm_name", ""),
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +35,8 @@ class EarlierRun:
 
 def inspect_run_folder(cfg: TrainConfig) -> EarlierRun:
     """Refuse a folder that cannot be written or already holds a run; find the checkpoint to resume from."""
-    require_trackers(cfg.trackers)
+    for tracker in cfg.trackers:
+        tracker_module(tracker)
     if cfg.check:
         return EarlierRun()
     path = Path(cfg.ckpt_dir)
@@ -78,10 +63,9 @@ def inspect_run_folder(cfg: TrainConfig) -> EarlierRun:
     check_same_settings(cfg)
     if checkpoint is None:
         return EarlierRun(present)
-    score_scale = counters_of(checkpoint).get("score_scale")
-    return EarlierRun(
-        present, checkpoint, None if score_scale is None else ScoreScale(**score_scale), is_finished(cfg, checkpoint)
-    )
+    counters = counters_of(checkpoint)
+    score_scale = ScoreScale(**counters["score_scale"]) if "score_scale" in counters else None
+    return EarlierRun(present, checkpoint, score_scale, is_finished(cfg, checkpoint))
 
 
 def contents(path: Path) -> list[str]:
@@ -113,19 +97,16 @@ def find_checkpoint(cfg: TrainConfig) -> Path | None:
 def check_same_settings(cfg: TrainConfig) -> None:
     """Refuse changed settings that would change the result, unless they are allowed; note the others."""
     saved = SavedRun(Path(cfg.ckpt_dir)).settings
-    changed = {name for name, value in asdict(cfg).items() if saved and saved.get(name) != value}
-    notes = [
-        f"{name} from {saved.get(name)} to {value}"
-        for name, value in asdict(cfg).items()
-        if name in changed and name not in SILENT
-    ]
-    if changed - HARMLESS - SILENT and not cfg.allow_changes:
+    settings = asdict(cfg)
+    changed = [name for name in settings if saved and name not in SILENT and saved.get(name) != settings[name]]
+    changes = ", ".join(f"{name} from {saved.get(name)} to {settings[name]}" for name in changed)
+    if not HARMLESS.issuperset(changed) and not cfg.allow_changes:
         raise UserError(
-            f"--resume with changed settings would give another result ({', '.join(notes)}): leave them out, or "
-            "say --allow_changes"
+            f"--resume with changed settings would give another result ({changes}): leave them out, or say "
+            "--allow_changes"
         )
-    if notes:
-        print(f"note: resuming with changed settings: {', '.join(notes)}")
+    if changed:
+        print(f"note: resuming with changed settings: {changes}")
     if "total_steps" in changed and cfg.lr_schedule == "linear":
         print("note: the step size falls to 0 at the new last step, so it jumps where the run resumes")
 
@@ -151,12 +132,13 @@ def check_same_inputs(saved: SavedRun, record: dict[str, Any]) -> None:
                 f"{name}={record[name]} has changed on the hub since the run began (commit {commit}): name that "
                 "commit as its revision, or say --allow_changes"
             )
+    details = {"tokenizer": " (its tokenizer)", "ref_name": " (its weights or its config)"}
     for name, fingerprint in record["fingerprints"].items():
         if saved.fingerprints.get(name) not in (None, "", fingerprint):
-            setting, what = CHANGED_INPUTS[name]
+            setting = "policy_name" if name == "tokenizer" else name
             raise UserError(
-                f"{setting}={record[setting]} has changed since the run began{what}, which would give another result: "
-                "restore it, or say --allow_changes"
+                f"{setting}={record[setting]} has changed since the run began{details.get(name, '')}, which would give "
+                "another result: restore it, or say --allow_changes"
             )
 
 

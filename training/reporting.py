@@ -24,13 +24,8 @@ Row = dict[str, Any]
 Rows = Sequence[Row]
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Import the package of each tracker (raises UserError where one is missing)."""
-    for name in names:
-        _package(name)
-
-
-def _package(name: str) -> Any:
+def tracker_module(name: str) -> Any:
+    """Import what a tracker needs (raises UserError where its package is missing)."""
     try:
         return importlib.import_module(MODULES[name])
     except ImportError:
@@ -42,7 +37,7 @@ class TensorBoard:
 
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Begin at step 1, whatever an earlier start has written: its rows are sent again."""
-        self.writer = _package("tensorboard").SummaryWriter(folder / "tensorboard", purge_step=1)
+        self.writer = tracker_module("tensorboard").SummaryWriter(folder / "tensorboard", purge_step=1)
 
     def add(self, step: int, metrics: Row, samples: Rows, picture: Path | None) -> None:
         """Add a scalar for each column of the metrics."""
@@ -63,7 +58,7 @@ class WeightsAndBiases:
 
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Start or resume the run (raises UserError where W&B refuses, such as without a login)."""
-        self.wandb = _package("wandb")
+        self.wandb = tracker_module("wandb")
         run_id = folder / "wandb" / "run_id"
         if not run_id.exists() or cfg.allow_changes:
             run_id.parent.mkdir(exist_ok=True)
@@ -104,10 +99,7 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 class Trackers:
@@ -116,12 +108,9 @@ class Trackers:
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Open them with what the tables of the run folder hold (raises UserError where one cannot be opened)."""
         self.open = {name: TRACKERS[name](cfg, folder) for name in cfg.trackers}
-        if not self.open:
-            return
-        samples = _rows(folder / "samples.csv")
-        for row in _rows(folder / "metrics.csv"):
-            step = row["step"]
-            self.add(step, row, [sample for sample in samples if sample["step"] == step])
+        samples = _rows(folder / "samples.csv", keep_default_na=False)
+        for row in _rows(folder / "metrics.csv") if self.open else []:
+            self.add(row["step"], row, [sample for sample in samples if sample["step"] == row["step"]])
 
     def add(self, step: int, metrics: Row | None = None, samples: Rows = (), picture: Path | None = None) -> None:
         """Send what there is of a step: its row of metrics.csv, its rows of samples.csv, the curves up to it."""
@@ -142,9 +131,6 @@ class Trackers:
                 del self.open[name]
 
 
-def _rows(table: Path) -> list[Row]:
+def _rows(table: Path, **options: bool) -> list[Row]:
     """The rows of a table of the run folder as they were added; none if there is no table yet."""
-    if not table.exists():
-        return []
-    texts = {"keep_default_na": False} if table.name == "samples.csv" else {}
-    return pd.read_csv(table, **texts).to_dict("records")
+    return pd.read_csv(table, **options).to_dict("records") if table.exists() else []

@@ -22,7 +22,7 @@ from runtime.saved_run import SavedRun
 from training.card import write_card
 from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from training.diagnostics import Diagnostics
-from training.earlier_run import EXPORTED, OWN_FILES, EarlierRun, check_same_inputs, contents
+from training.earlier_run import EXPORTED, EXPORTS, OWN_FILES, TABLES, EarlierRun, check_same_inputs, contents
 from training.parts import Parts
 from training.plots import plot_curves
 from training.reporting import Trackers
@@ -31,8 +31,7 @@ from training.run_record import run_record
 EVALUATIONS = [  # what eval.py writes into a run folder, of its policy_lm and of its best/
     f"{policy}eval_{ending}" for policy in ("", "best_") for ending in ("results.csv", "summary.json", "report.html")
 ]
-LEFTOVERS = (".partial", ".best.old", ".policy_lm.old", ".value_head.safetensors.old")  # of a process that was killed
-TABLES = ("metrics.csv", "eval.csv", "samples.csv")  # they grow, and are cut back on resume
+LEFTOVERS = (".partial", *(f".{name}.old" for name in ("best", *EXPORTS)))  # of a process that was killed
 
 
 @contextmanager
@@ -156,7 +155,7 @@ class RunFolder:
             self.cfg.keep_last,
         )
         fresh = self.export_policy()
-        for name in ("policy_lm", "value_head.safetensors"):
+        for name in EXPORTS:
             move_into_place(fresh / name, self.path / name)
         remove(fresh)
         (checkpoint / EXPORTED).touch()

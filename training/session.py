@@ -49,7 +49,8 @@ def open_session(cfg: TrainConfig, parts: Parts, earlier: EarlierRun) -> Iterato
     optimizer = build_optimizer(parts.models.policy, cfg)
     with ExitStack() as resources:
         folder: RunFolder | None = None
-        with raise_on_all_ranks(), _disk_errors_stop(cfg):
+        resources.enter_context(_disk_errors_stop(cfg))
+        with raise_on_all_ranks():
             if is_main_process():
                 folder = resources.enter_context(open_run_folder(cfg, parts, optimizer, earlier))
         own_counters = {} if folder is None else folder.counters
@@ -58,7 +59,7 @@ def open_session(cfg: TrainConfig, parts: Parts, earlier: EarlierRun) -> Iterato
         session = Session(cfg, parts, folder, optimizer, counters)
         resources.enter_context(stop_signals(session.stop))
         resources.enter_context(session.bar)
-        with _disk_errors_stop(cfg), enough_memory("batch_size or max_new_tokens"):
+        with enough_memory("batch_size or max_new_tokens"):  # outside: an update cut short by it is not saved
             try:
                 yield session
             except UserError:  # such as a reward that failed: what was learnt is saved
