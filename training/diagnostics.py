@@ -16,7 +16,6 @@ class Diagnostics:
     """Warnings about a run, from the rows of metrics.csv as they are written."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        """Keep the settings to compare the rows with."""
         self.cfg = cfg
         self.paid_at_end = cfg.batch_size < MIN_ROWS_TO_PREDICT or cfg.reward_every not in range(1, cfg.max_new_tokens)
         self.given: set[str] = set()

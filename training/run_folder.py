@@ -39,6 +39,7 @@ def open_run_folder(cfg: TrainConfig, parts: Parts, optimizer: Optimizer, earlie
     """Lock the folder, clear it or resume the run in it, and hand it out."""
     path = Path(cfg.ckpt_dir)
     with ExitStack() as resources:
+        # 1. own the folder, as it was when it was inspected
         try:
             path.mkdir(parents=True, exist_ok=True)
             resources.enter_context(lock(path))
@@ -46,6 +47,7 @@ def open_run_folder(cfg: TrainConfig, parts: Parts, optimizer: Optimizer, earlie
             raise UserError(f"ckpt_dir={path} cannot be written ({error.strerror}): choose another folder") from None
         if contents(path) != earlier.contents:
             raise UserError(f"ckpt_dir={path} was used by another run meanwhile: choose another folder")
+        # 2. make it that of this run
         record = run_record(cfg, parts)
         for name in LEFTOVERS:
             remove(path / name)
@@ -55,6 +57,7 @@ def open_run_folder(cfg: TrainConfig, parts: Parts, optimizer: Optimizer, earlie
         else:
             counters = restore(cfg, parts.models, optimizer, earlier.checkpoint, record)
         write_atomic(path / "config.json", json.dumps(record, indent=2) + "\n")
+        # 3. use it
         folder = RunFolder(cfg, parts.models, optimizer, counters)
         try:
             yield folder
