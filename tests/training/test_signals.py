@@ -14,7 +14,7 @@ from config import TrainConfig, parse_config
 
 import pandas as pd
 import pytest
-from conftest import exact, forked, run, run_script
+from conftest import as_processes, exact, forked, run, run_script
 
 import ppo
 import train
@@ -136,6 +136,31 @@ def test_only_ctrl_c_or_sigterm_after_another_of_them_stops_at_once(capsys: pyte
         else:
             stop.receive(second, None)
             assert stop.on_any_rank()
+
+
+def run_that_is_stopped_on_rank_1(flags: dict[str, str]) -> None:
+    """The last rank alone gets SIGTERM in the second step, twice, as torchrun repeats it."""
+    right, calls = ppo.permutation, []
+
+    def sending(*args: int) -> object:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(*args)
+
+    ppo.permutation = sending
+    run(flags)
+
+
+def test_all_ranks_stop_after_the_same_step(flags: dict[str, str], tmp_path: Path) -> None:
+    flags |= {"total_steps": "9", "save_every": "9", "eval_every": "0", "sample_every": "9"}
+    said = tmp_path / "said.txt"
+    assert as_processes(2, partial(run_that_is_stopped_on_rank_1, flags), said) == [143, 143], said.read_text()
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2]
+    assert [checkpoint.name for checkpoint in list_checkpoints(folder / "state")] == ["step_000002"]
+    assert said.read_text().count("stopped after step 2 by SIGTERM; saved") == 1
 
 
 def test_the_handlers_of_the_program_come_back() -> None:
