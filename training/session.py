@@ -90,7 +90,6 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, parts: Parts, folder: RunFolder | None, optimizer: Optimizer, counters: dict[str, Any]
     ) -> None:
-        """Start after the step that counters name."""
         self.cfg = cfg
         self.parts = parts
         self.folder = folder
