@@ -174,7 +174,8 @@ def _table(path: Path) -> pd.DataFrame:
 
 def _course(metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
     """A few rows of the run as a table, of held-out prompts where it had evaluations; nothing before the first step."""
-    on, table = ("held-out prompts", evaluations) if len(evaluations) else ("the batches it was trained on", metrics)
+    table = metrics if evaluations.empty else evaluations
+    on = "the batches it was trained on" if evaluations.empty else "held-out prompts"
     if table.empty:
         return ""
     columns = [name for name in COURSE if name in table]
@@ -202,7 +203,9 @@ def _results(summary: dict[str, Any], rows: Iterable[Sequence[str]]) -> str:
 
 def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
     """The main figures for the hub's metadata, each with its 95 % interval."""
-    settings, ours, label = summary["settings"], summary["policy"], summary["label"]
+    settings = summary["settings"]
+    ours = summary["policy"]
+    label = summary["label"]
     dataset = public_name(settings["dataset"]).replace(":", "-")
     split = settings["split"] if has_splits(settings["dataset"]) else None
     figures = [

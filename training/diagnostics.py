@@ -41,7 +41,8 @@ class Diagnostics:
         """All that looks wrong now, by name."""
         value_fit = sum(self.value_fits) / WINDOW if len(self.value_fits) == WINDOW else 0.0
         length = sum(self.lengths) / len(self.lengths)
-        first_length, first_entropy = self.first_row["response_len"], self.first_row["entropy"]
+        first_length = self.first_row["response_len"]
+        first_entropy = self.first_row["entropy"]
         price_in_loss = "" if self.cfg.kl_in_loss else "set --kl_in_loss true, "
         is_wrong = {
             "skipped": row["skipped"] > 0,

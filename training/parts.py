@@ -39,7 +39,10 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         "rm_name": cfg.rm_name,
         "dataset": cfg.dataset,
     }
-    absolute: dict[str, Any] = {name: str(Path(x).resolve()) if Path(x).exists() else x for name, x in names.items()}
+    absolute: dict[str, Any] = dict(names)
+    for setting, name in names.items():
+        if Path(name).exists():
+            absolute[setting] = str(Path(name).resolve())
     if python := python_reward(names.pop("rm_name")):
         place, function = python
         absolute["rm_name"] = f"{Path(place).resolve() if place.endswith('.py') else place}:{function}"
@@ -64,7 +67,8 @@ def load_parts(cfg: TrainConfig) -> Parts:
         print(f"note: {cfg.dataset} has no splits: it is used whole, and split={cfg.split} says nothing")
     texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision, config=cfg.dataset_config)
     prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
-    train, held_out = split_held_out(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
+    eval_prompts = cfg.eval_prompts if cfg.eval_every else 0
+    train, held_out = split_held_out(prompts, eval_prompts, cfg.seed)
     return Parts(
         models,
         prompts=PromptStream(train, cfg.batch_size, cfg.seed),
@@ -119,7 +123,8 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
 
 def check_same_tokens(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy_path: str | None = None) -> None:
     """Refuse a reference in which the ids of the policy's tokenizer stand for other tokens."""
-    name, revision = cfg.ref_name or cfg.policy_name, cfg.ref_revision
+    name = cfg.ref_name or cfg.policy_name
+    revision = cfg.ref_revision
     if policy_path is None and (name, revision) == (cfg.policy_name, cfg.policy_revision):
         return
     try:

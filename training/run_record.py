@@ -58,12 +58,12 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
 
 def describe_reward(models: Models) -> dict[str, Any]:
     """What the scores are, in which scale they are paid, and a user's code."""
-    reward, scale = models.reward, models.score_scale
+    reward = models.reward
     return {
         "scores": score_title(reward.label),
         "label": reward.label,
-        "mean": scale.mean,
-        "std": scale.std,
+        "mean": models.score_scale.mean,
+        "std": models.score_scale.std,
         "file": getattr(reward, "file", ""),
         "sha256": getattr(reward, "sha256", ""),
     }

@@ -81,4 +81,4 @@ def stop_signals(stop: StopRequest) -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers_before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
