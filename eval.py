@@ -61,11 +61,12 @@ from runtime.distributed import (
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.fingerprints import model_sha256, saved_weights_sha256, texts_sha256
 from runtime.hub import quiet_libraries
+from runtime.saved_run import SavedRun
 from runtime.tables import has_splits, split_names
 from runtime.terminal import progress_bar
 from training.card import add_results
 from training.parts import load_models
-from training.run_folder import reward_sha256, saved_fingerprints
+from training.run_record import reward_sha256
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
@@ -252,7 +253,7 @@ def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> 
     if home is None:
         return
     saved = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    before = saved_fingerprints(saved)
+    before = SavedRun(home).fingerprints
     now = {"rm_name": reward_sha256(models.reward), "ref_name": model_sha256(models.reference.lm)}
     for name, what in (("rm_name", "reward"), ("ref_name", "base")):
         changed = before[name] != now[name] if before.get(name) else saved[name] not in (None, getattr(run, name))
@@ -315,7 +316,7 @@ def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
 def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: Path | None) -> None:
     """Say so where the texts of the run's data set are not those that the policy was trained on."""
     saved = json.loads((home / "config.json").read_text(encoding="utf-8")) if home else {}
-    before = saved_fingerprints(saved).get("dataset")
+    before = SavedRun(home).fingerprints.get("dataset") if home else None
     same_setting = before and (saved["dataset"], saved["text_column"]) == (run.dataset, run.text_column)
     if same_setting and before != texts_sha256(texts):
         print(

@@ -25,10 +25,10 @@ from runtime.cli import run
 from runtime.distributed import call_on_main, main_process_first, process_group, raise_on_all_ranks, torchrun_job
 from runtime.hub import quiet_libraries
 from training.audit import audit
+from training.earlier_run import inspect_run_folder, was_started_by
 from training.memory import fit_micro_batches
 from training.parts import Parts, load_parts, resolve
 from training.ranks import check_same_on_all_ranks
-from training.run_folder import inspect_run_folder, was_begun_by
 from training.score_scale import with_score_scale
 from training.session import Session, open_session
 from utils import uniforms
@@ -40,21 +40,21 @@ def main(cfg: TrainConfig) -> Path:
     """Train, and return the run folder (raises UserError on wrong input, before anything is written)."""
     quiet_libraries()
     with process_group(cfg.device):
-        if was_begun_by(torchrun_job(), Path(cfg.ckpt_dir)):  # torchrun has replaced a process that died
+        if was_started_by(torchrun_job(), Path(cfg.ckpt_dir)):  # torchrun has replaced a process that died
             cfg = replace(cfg, resume=NEWEST)
         with raise_on_all_ranks():
             cfg = resolve(cfg)
-        found = call_on_main(lambda: inspect_run_folder(cfg))
-        if found.finished:
+        earlier = call_on_main(lambda: inspect_run_folder(cfg))
+        if earlier.finished:
             return Path(cfg.ckpt_dir)
         with raise_on_all_ranks():
             parts = main_process_first(lambda: load_parts(cfg))
             audit(parts.models, parts.prompts.batch(1), cfg)
         check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
         if not cfg.check:
-            parts = with_score_scale(parts, cfg, found.score_scale)
+            parts = with_score_scale(parts, cfg, earlier.score_scale)
             cfg = fit_micro_batches(parts.models, cfg)
-            with open_session(cfg, parts, found) as session:
+            with open_session(cfg, parts, earlier) as session:
                 train(cfg, parts, session)
     return Path(cfg.ckpt_dir)
 

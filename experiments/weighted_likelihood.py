@@ -33,7 +33,7 @@ from runtime.hub import quiet_libraries
 from training.commands import eval_command
 from training.estimate import timed
 from training.parts import Parts, load_parts, resolve
-from training.run_folder import describe, describe_reward
+from training.run_record import describe, describe_reward
 from utils import output_embedding, uniforms
 
 

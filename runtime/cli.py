@@ -25,10 +25,6 @@ class Stopped(BaseException):
         self.code, self.at_once = code, at_once
 
 
-class Interrupted(BaseException):
-    """Raised in the middle of work that can be discarded: the run was asked to stop."""
-
-
 def run(main: Callable[[], object]) -> int:
     """Run a script's main function and return the exit code: 0 done, 2 wrong input, otherwise that of Stopped.
 

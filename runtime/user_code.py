@@ -29,7 +29,7 @@ from config import UserError
 import numpy as np
 import torch
 
-from runtime.cli import Interrupted, Stopped
+from runtime.cli import Stopped
 from runtime.device import lacks_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +195,7 @@ def is_of_the_program(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt):
         in_main_thread = threading.current_thread() is threading.main_thread()  # Ctrl-C comes nowhere else
         return in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return isinstance(error, Stopped | Interrupted) or lacks_memory(error)
+    return isinstance(error, Stopped) or lacks_memory(error)
 
 
 # --- modules --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
 from tools.make_models import main as make_models_main
-from training.run_folder import describe
+from training.run_record import describe
 from utils import uniforms
 
 TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]

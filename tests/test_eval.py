@@ -23,7 +23,7 @@ from evaluation.summary import summarise
 from runtime.fingerprints import model_sha256
 from tools.compare import find_evaluations
 from training.parts import load_models
-from training.run_folder import reward_sha256
+from training.run_record import reward_sha256
 
 
 def test_eval_takes_everything_from_the_run_and_every_number_follows_from_the_csv(

@@ -21,7 +21,7 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from reward import PythonReward, SentimentReward, load_reward
-from runtime.cli import Interrupted, Stopped
+from runtime.cli import Stopped
 
 TEXTS = [
     "A film this good is rare.",
@@ -737,9 +737,7 @@ def test_whatever_it_raises_is_one_line_that_says_where(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt(), Interrupted(), Stopped(1, "")]
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), KeyboardInterrupt(), Stopped(1, "")])
 def test_too_little_memory_and_an_interruption_pass_through(
     error: BaseException, any_result: PythonReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,8 +18,8 @@ import train
 from model import GPT2WithValueHead
 from ppo import Rollout
 from reward import SentimentReward
+from training.earlier_run import inspect_run_folder
 from training.parts import load_parts, resolve
-from training.run_folder import inspect_run_folder
 from training.session import open_session
 
 CONTRACT = """step episodes score_mean positive_rate kl_seq kl_token reward_mean kl_coef entropy response_len

@@ -23,8 +23,9 @@ from evaluation.report import PATH, read_columns
 from runtime.cli import parse_flags, run
 from runtime.files import read_table
 from runtime.fingerprints import saved_weights_sha256
+from runtime.saved_run import SavedRun
 from training.commands import eval_command
-from training.run_folder import SILENT, saved_label
+from training.earlier_run import SILENT
 
 SUMMARY = ("label", "policy", "kl_seq_exact", "kl_seq_exact_ci", "win_rate", "win_rate_ci", "n", "settings")
 
@@ -83,7 +84,7 @@ def read_run(folder: Path, evaluations: list[dict[str, Any]], name: str) -> Comp
     settings = {name: about.get(name) for name in [*names, "device_name"]}
     settings["git_commit"] = str(about.get("git_commit") or "unknown")[:10]
     path = read_columns(folder, "eval.csv", PATH)
-    return ComparedRun(name, settings, saved_label(folder / "config.json"), metrics, path, evaluations)
+    return ComparedRun(name, settings, SavedRun(folder).label, metrics, path, evaluations)
 
 
 def what_to_mind(runs: Sequence[ComparedRun]) -> list[str]:

@@ -30,21 +30,24 @@ def save_checkpoint(
     place = folder / f"step_{counters['step']:06d}"
     if place.is_dir() and find_corruption(place) is None:  # of the same step, so the same
         return place
+    # 1. everything under a temporary name
     fresh = folder / ".partial"
     remove(fresh)
     fresh.mkdir(parents=True)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in policy.named_parameters()}
-    for name, tensors in zip(FILES, (weights, _moments(policy, optimizer)), strict=True):
-        save_file(tensors, fresh / name)
-        fsync(fresh / name)
-    sums = {name: sha256(fresh / name) for name in FILES}
-    record = {**counters, "sha256": {**sums, "counters": _digest(counters)}}
+    save_file(weights, fresh / "policy.safetensors")
+    save_file(_moments(policy, optimizer), fresh / "optimizer.safetensors")
+    checksums = {name: sha256(fresh / name) for name in FILES}
+    record = {**counters, "sha256": {**checksums, "counters": _digest(counters)}}
     (fresh / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    fsync(fresh / "state.json")
+    # 2. to the disk, then into place
+    for name in (*FILES, "state.json"):
+        fsync(fresh / name)
     fsync(fresh)
     remove(place)
     rename(fresh, place)
     fsync(folder)
+    # 3. older ones last
     for old in list_checkpoints(folder)[:-keep_last]:
         remove(old)
     return place
@@ -61,8 +64,13 @@ def _moments(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    paths = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(paths, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -79,7 +87,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
 def find_corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything: a file is missing, cut short or changed."""
     try:
-        counters = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        counters = counters_of(path)
         expected = counters.pop("sha256")
         if _digest(counters) != expected["counters"]:
             return "state.json is damaged"
@@ -93,48 +101,32 @@ def find_corruption(path: Path) -> str | None:
     return None
 
 
+def counters_of(checkpoint: Path) -> dict[str, Any]:
+    """What state.json says of the run at a checkpoint: its step, beta and the like."""
+    return dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
 def load_checkpoint(path: Path, policy: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore weights and optimiser; returns the counters (raises UserError)."""
+    """Restore weights and optimiser; returns the counters. Raises UserError where they do not fit the policy."""
     try:
-        weights, moments = (load_file(path / name) for name in FILES)
-        counters = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        saved_weights = load_file(path / "policy.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        counters = counters_of(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"resume={path} cannot be read ({error}): choose another checkpoint") from None
-    found = dict(policy.named_parameters())
-    if {name: tuple(weight.shape) for name, weight in weights.items()} != {n: tuple(w.shape) for n, w in found.items()}:
+    weights = dict(policy.named_parameters())
+    if {name: x.shape for name, x in saved_weights.items()} != {name: x.shape for name, x in weights.items()}:
         raise UserError(f"resume={path} is a checkpoint of another model: name the policy that it was made with")
     with torch.no_grad():
-        for name, weight in found.items():
-            weight.copy_(weights[name])
+        for name, weight in weights.items():
+            weight.copy_(saved_weights[name])
     optimizer.state.clear()
     for key, value in moments.items():
-        name, _, what = key.partition("/")
-        weight = found[name]
-        optimizer.state[weight][what] = value.to(weight.device, copy=True)  # which lets go of the file
-    return dict(counters)
-
-
-class Snapshot:
-    """A copy of weights and optimiser in memory, to undo an update that is interrupted."""
-
-    def __init__(self, policy: nn.Module, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.weights = [(weight, weight.detach().clone()) for weight in policy.parameters()]
-        self.moments = {w: {k: v.clone() for k, v in kept.items()} for w, kept in optimizer.state.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Undo all changes since."""
-        for weight, value in self.weights:
-            weight.copy_(value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.moments)
+        name, _, moment = key.partition("/")
+        weight = weights[name]
+        optimizer.state[weight][moment] = value.to(weight.device, copy=True)  # which lets go of the file
+    return counters
 
 
 def _digest(counters: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(counters, sort_keys=True).encode()).hexdigest()
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was saved after."""
-    return int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])

@@ -19,8 +19,8 @@ from runtime.terminal import progress_bar
 T = TypeVar("T")
 
 SLOWDOWN = 2.0  # steps take 1.8 to 2.5 times as long as their matrix products would (results/benchmark.csv)
-SHORT = 20.0  # seconds: work that is over by then needs no word
-LONG = 1800.0  # seconds: what is shorter needs no word
+SHORT = 20.0  # seconds: other work that is over by then is not worth announcing
+LONG = 1800.0  # seconds: a run that is over by then is not worth announcing
 SLOWEST = 5e9  # FLOP/s that every CPU reaches: where that suffices nothing need be measured
 
 
@@ -67,23 +67,29 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
 
     A reward in Python counts as free.
     """
+    tokens = cfg.max_prompt_len + cfg.max_new_tokens
 
     def forward(model: GPT2WithValueHead) -> float:
         c = model.lm.config
-        tokens, context = cfg.max_prompt_len + cfg.max_new_tokens, (cfg.max_prompt_len + cfg.max_new_tokens) / 2
-        layers = tokens * c.n_layer * (24 * c.n_embd**2 + 4 * context * c.n_embd)
+        layers = tokens * c.n_layer * (24 * c.n_embd**2 + 2 * tokens * c.n_embd)
         layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
         return cfg.batch_size * layers + logits(model)
 
     def logits(model: GPT2WithValueHead) -> float:
         return cfg.batch_size * 2 * cfg.max_new_tokens * model.lm.config.n_embd * model.lm.config.vocab_size
 
-    weights = models.reward.model.named_parameters() if isinstance(models.reward, Classifier) else ()
-    judged = sum(p.numel() for name, p in weights if "embeddings" not in name)
-    unfinished = range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every) if cfg.reward_every else ()
-    read = cfg.batch_size * (cfg.max_new_tokens + sum(unfinished))  # tokens by the reward
+    tokens_read = cfg.max_new_tokens  # by the reward, of each response
+    if cfg.reward_every:
+        tokens_read += sum(range(cfg.reward_every, cfg.max_new_tokens, cfg.reward_every))
+    judge: float = 0
+    if isinstance(models.reward, Classifier):
+        weights = models.reward.model.named_parameters()
+        judge = 2 * cfg.batch_size * tokens_read * sum(p.numel() for name, p in weights if "embeddings" not in name)
+    update = 3 * forward(models.policy)
+    if cfg.kl_in_loss:
+        update += logits(models.reference)
     return {
         "generate": forward(models.policy),
-        "score": forward(models.policy) + forward(models.reference) + 2 * judged * read,
-        "update": cfg.ppo_epochs * (3 * forward(models.policy) + (logits(models.reference) if cfg.kl_in_loss else 0)),
+        "score": forward(models.policy) + forward(models.reference) + judge,
+        "update": cfg.ppo_epochs * update,
     }

@@ -31,7 +31,7 @@ class Parts:
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
-    """Decide every `auto`, make paths absolute, and check that hub names can be reached (raises UserError)."""
+    """Decide every `auto`, make paths absolute, and check that hub names can be reached."""
     device = resolve_device(cfg.device)
     names = {
         "policy_name": policy_folder(cfg.policy_name),
@@ -39,12 +39,13 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         "rm_name": cfg.rm_name,
         "dataset": cfg.dataset,
     }
-    paths: dict[str, Any] = {
-        setting: str(Path(name).resolve()) if Path(name).exists() else name for setting, name in names.items()
-    }
+    absolute: dict[str, Any] = dict(names)
+    for setting, name in names.items():
+        if Path(name).exists():
+            absolute[setting] = str(Path(name).resolve())
     if python := python_reward(names.pop("rm_name")):
         place, function = python
-        paths["rm_name"] = f"{Path(place).resolve() if place.endswith('.py') else place}:{function}"
+        absolute["rm_name"] = f"{Path(place).resolve() if place.endswith('.py') else place}:{function}"
     elif cfg.rm_name.endswith(".py"):
         raise UserError(f"rm_name={cfg.rm_name} names a file: say which function in it, {cfg.rm_name}:NAME")
     else:
@@ -55,28 +56,29 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                 raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
         elif not name.startswith("tiny:"):
             require_hub(setting, name)
-    return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **paths)
+    return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **absolute)
 
 
 def load_parts(cfg: TrainConfig) -> Parts:
-    """Load everything that a run needs (raises UserError)."""
+    """Load everything that a run needs."""
     models = load_models(cfg)
     name = resolve_name(cfg.dataset, cfg.split)
     if cfg.split != TrainConfig.split and not has_splits(name):
         print(f"note: {cfg.dataset} has no splits: it is used whole, and split={cfg.split} says nothing")
     texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision, config=cfg.dataset_config)
     prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
-    train, held_out = split_held_out(prompts, cfg.eval_prompts if cfg.eval_every else 0, cfg.seed)
+    eval_prompts = cfg.eval_prompts if cfg.eval_every else 0
+    train, held_out = split_held_out(prompts, eval_prompts, cfg.seed)
     return Parts(
         models,
-        PromptStream(train, cfg.batch_size, cfg.seed),
-        PromptStream(held_out, len(held_out), cfg.seed),
-        texts_sha256(texts),
+        prompts=PromptStream(train, cfg.batch_size, cfg.seed),
+        held_out=PromptStream(held_out, len(held_out), cfg.seed),
+        dataset_sha256=texts_sha256(texts),
     )
 
 
 def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
-    """Load policy, reference, reward and tokenizer (raises UserError); eval.py names a tuned policy by its path."""
+    """Load policy, reference, reward and tokenizer; eval.py names a tuned policy by its path."""
     policy, tokenizer = load_policy(cfg, policy_path)
     reference = load_base(cfg)
     check_same_tokens(cfg, tokenizer, policy_path)
@@ -85,22 +87,23 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
 
 
 def load_policy(cfg: TrainConfig, policy_path: str | None = None) -> tuple[GPT2WithValueHead, PreTrainedTokenizerBase]:
-    """Load the policy to start from, or a tuned one by its path, with its tokenizer (raises UserError)."""
-    setting, name = ("policy_path", policy_path) if policy_path else ("policy_name", cfg.policy_name)
-    revision, name = None if policy_path else cfg.policy_revision, resolve_name(policy_folder(name))
+    """Load the policy to start from, or a tuned one by its path, with its tokenizer."""
+    setting = "policy_path" if policy_path else "policy_name"
+    name = resolve_name(policy_folder(policy_path or cfg.policy_name))
+    revision = None if policy_path else cfg.policy_revision
     tokenizer = load_tokenizer(setting, name, revision)
     policy = GPT2WithValueHead.from_pretrained(name, setting, getattr(torch, cfg.dtype), revision)
     return policy.to(cfg.device), tokenizer
 
 
 def load_base(cfg: TrainConfig) -> GPT2WithValueHead:
-    """Load the frozen reference (raises UserError)."""
+    """Load the frozen reference."""
     name = resolve_name(policy_folder(cfg.ref_name or cfg.policy_name))
     return load_reference(name, dtype=getattr(torch, cfg.dtype), revision=cfg.ref_revision).to(cfg.device)
 
 
 def load_run_reward(cfg: TrainConfig) -> Reward:
-    """Load the reward (raises UserError)."""
+    """Load the reward of a run, and note settings that do not fit it."""
     reward = load_reward(
         resolve_name(cfg.rm_name),
         cfg.target_label,
@@ -119,8 +122,9 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
 
 
 def check_same_tokens(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, policy_path: str | None = None) -> None:
-    """Refuse a reference in which the ids of the policy's tokenizer stand for other tokens (raises UserError)."""
-    name, revision = cfg.ref_name or cfg.policy_name, cfg.ref_revision
+    """Refuse a reference in which the ids of the policy's tokenizer stand for other tokens."""
+    name = cfg.ref_name or cfg.policy_name
+    revision = cfg.ref_revision
     if policy_path is None and (name, revision) == (cfg.policy_name, cfg.policy_revision):
         return
     try:
@@ -140,23 +144,24 @@ def check_same_tokens(cfg: TrainConfig, tokenizer: PreTrainedTokenizerBase, poli
 def check_fit(
     policy: GPT2WithValueHead, reference: GPT2WithValueHead, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> None:
-    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens (UserError)."""
-    sizes = policy.lm.config.vocab_size, reference.lm.config.vocab_size
-    if sizes[0] != sizes[1]:
+    """Refuse models that disagree on the vocabulary, or a context too short for `length` tokens."""
+    vocabulary = policy.lm.config.vocab_size
+    if vocabulary != reference.lm.config.vocab_size:
         raise UserError(
-            f"policy and reference have different vocabularies ({sizes[0]} and {sizes[1]} tokens): change ref_name"
+            f"policy and reference have different vocabularies ({vocabulary} and {reference.lm.config.vocab_size} "
+            "tokens): change ref_name"
         )
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer of policy_name has no EOS token: save one that has")
-    if len(tokenizer) > sizes[0]:
+    if len(tokenizer) > vocabulary:
         raise UserError(
-            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {sizes[0]}: save them together"
+            f"the tokenizer of policy_name has {len(tokenizer)} tokens, its model only {vocabulary}: save them together"
         )
-    without_text = sizes[0] - sum(index < sizes[0] for index in set(tokenizer.get_vocab().values()))
+    without_text = len(set(range(vocabulary)) - set(tokenizer.get_vocab().values()))
     if without_text:
         print(
-            f"note: {without_text} of the model's {sizes[0]} ids have no text in its tokenizer: where one is sampled, "
-            "the text of the response lacks it"
+            f"note: {without_text} of the model's {vocabulary} ids have no text in its tokenizer: where one is "
+            "sampled, the text of the response lacks it"
         )
     context = min(policy.lm.config.n_positions, reference.lm.config.n_positions)
     if length > context:

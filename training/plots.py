@@ -1,6 +1,5 @@
 """Pictures of a run."""
 
-import itertools
 from pathlib import Path
 
 from reward import score_title
@@ -13,14 +12,12 @@ LOWEST_FIT = -1.0  # it can fall without bound
 
 def panels(label: str | None) -> dict[str, list[str]]:
     """Title and columns of each panel; label is the one whose probability is scored, None where scores are any."""
-    rate = (
-        ("reward: score less the price of KL", "reward_mean")
-        if label is None
-        else (f"{label} responses", "positive_rate")
-    )
+    if label is None:
+        scores = {score_title(label): ["score_mean"], "reward: score less the price of KL": ["reward_mean"]}
+    else:
+        scores = {f"{score_title(label)} (score −1 … 1)": ["score_mean"], f"{label} responses": ["positive_rate"]}
     return {
-        score_title(label) + ("" if label is None else " (score −1 … 1)"): ["score_mean"],
-        rate[0]: [rate[1]],
+        **scores,
         "KL to the reference, nats per response": ["kl_seq", "kl_seq_exact"],
         "entropy, nats per token": ["entropy"],
         VALUE_FIT: ["explained_var"],
@@ -30,24 +27,26 @@ def panels(label: str | None) -> dict[str, list[str]]:
 
 def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     """Draw the columns of metrics.csv over steps: thin as measured, thick as a running mean."""
-    drawn = panels(label)
-    table = read_table(metrics_csv, "step", *itertools.chain(*drawn.values())).set_index("step")
+    columns_of = panels(label)
+    drawn = [column for columns in columns_of.values() for column in columns]
+    table = read_table(metrics_csv, "step", *drawn).set_index("step")
     cut = table.index[table["explained_var"] < LOWEST_FIT]
     table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
     figure = blank_figure(12, 6)
-    for axis, (title, columns) in zip(figure.subplots(2, 3, sharex=True).flat, drawn.items(), strict=True):
-        for column, colour in zip(columns, ("tab:blue", "tab:orange"), strict=False):
+    axes = dict(zip(columns_of, figure.subplots(2, 3, sharex=True).flat, strict=True))
+    for title, axis in axes.items():
+        for column, colour in zip(columns_of[title], ("tab:blue", "tab:orange"), strict=False):
             axis.plot(table[column], color=colour, alpha=0.35, linewidth=1)
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()
             axis.plot(smooth, color=colour, linewidth=2, label=column)
-        if title == VALUE_FIT:
-            axis.set_ylim(LOWEST_FIT - 0.1, 1.05)
-            if len(cut):
-                axis.plot(cut, [LOWEST_FIT] * len(cut), "v", color="tab:blue", markersize=4, label="below −1")
+        if len(columns_of[title]) > 1:
+            axis.legend(fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        if len(columns) > 1 or (title == VALUE_FIT and len(cut)):
-            axis.legend(fontsize=8)
+    axes[VALUE_FIT].set_ylim(LOWEST_FIT - 0.1, 1.05)
+    if len(cut):
+        axes[VALUE_FIT].plot(cut, [LOWEST_FIT] * len(cut), "v", color="tab:blue", markersize=4, label="below −1")
+        axes[VALUE_FIT].legend(fontsize=8)
     figure.supxlabel("PPO step", fontsize=10)
     partial = picture.with_name(f".{picture.name}.partial")
     figure.savefig(partial, dpi=120, format="png")

@@ -21,15 +21,11 @@ from runtime.files import write_atomic
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 Row = dict[str, Any]
+Rows = Sequence[Row]
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Import the package of each tracker (raises UserError where one is missing)."""
-    for name in names:
-        _package(name)
-
-
-def _package(name: str) -> Any:
+def tracker_module(name: str) -> Any:
+    """Import what a tracker needs (raises UserError where its package is missing)."""
     try:
         return importlib.import_module(MODULES[name])
     except ImportError:
@@ -37,22 +33,16 @@ def _package(name: str) -> Any:
 
 
 class TensorBoard:
-    """Scalars in tensorboard/ of the run folder."""
+    """Scalars in tensorboard/ of the run folder; it draws curves itself, and samples are in samples.csv."""
 
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Begin at step 1, whatever an earlier start has written: its rows are sent again."""
-        self.writer = _package("tensorboard").SummaryWriter(folder / "tensorboard", purge_step=1)
+        self.writer = tracker_module("tensorboard").SummaryWriter(folder / "tensorboard", purge_step=1)
 
-    def add_metrics(self, row: Row) -> None:
-        """Add a scalar for each column."""
-        for name, value in row.items():
-            self.writer.add_scalar(name, value, row["step"])
-
-    def add_samples(self, rows: list[Row]) -> None:
-        """Samples are in samples.csv."""
-
-    def add_picture(self, picture: Path) -> None:
-        """TensorBoard draws curves itself."""
+    def add(self, step: int, metrics: Row, samples: Rows, picture: Path | None) -> None:
+        """Add a scalar for each column of the metrics."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -68,7 +58,8 @@ class WeightsAndBiases:
 
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Start or resume the run (raises UserError where W&B refuses, such as without a login)."""
-        self.wandb, run_id = _package("wandb"), folder / "wandb" / "run_id"
+        self.wandb = tracker_module("wandb")
+        run_id = folder / "wandb" / "run_id"
         if not run_id.exists() or cfg.allow_changes:
             run_id.parent.mkdir(exist_ok=True)
             write_atomic(run_id, uuid.uuid4().hex[:8])
@@ -87,36 +78,28 @@ class WeightsAndBiases:
             raise UserError(
                 f"report_to=wandb cannot start ({error}): run `wandb login`, or set WANDB_MODE=offline, then --resume"
             ) from None
-        self.first, self.step = self.run.step, 0  # the first step that W&B does not have; offline it cannot know
-        offline = self.run.offline
-        print(f"W&B run {self.run.id}: " + (f"offline, in {folder / 'wandb'}/" if offline else f"{self.run.url}"))
+        self.first_step = self.run.step  # the first one that W&B does not have; offline it cannot know
+        place = f"offline, in {folder / 'wandb'}/" if self.run.offline else self.run.url
+        print(f"W&B run {self.run.id}: {place}")
 
-    def add_metrics(self, row: Row) -> None:
-        """Log the row at its own step."""
-        self.step = row["step"]
-        self._log(row)
-
-    def add_samples(self, rows: list[Row]) -> None:
-        """Log the samples of a step as a table."""
-        self._log({"samples": self.wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
-
-    def add_picture(self, picture: Path) -> None:
-        """Log curves.png as it is now."""
-        self._log({"curves": self.wandb.Image(str(picture))})
-
-    def _log(self, values: Row) -> None:
-        if self.step >= self.first:
-            self.run.log(values, step=self.step)
+    def add(self, step: int, metrics: Row, samples: Rows, picture: Path | None) -> None:
+        """Log the metrics, the samples as a table, and the picture as it is now."""
+        if step < self.first_step:
+            return
+        values = dict(metrics)
+        if samples:
+            cells = [list(row.values()) for row in samples]
+            values["samples"] = self.wandb.Table(columns=list(samples[0]), data=cells)
+        if picture:
+            values["curves"] = self.wandb.Image(str(picture))
+        self.run.log(values, step=step)
 
     def close(self) -> None:
         """Wait until everything is sent."""
         self.run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 class Trackers:
@@ -125,24 +108,13 @@ class Trackers:
     def __init__(self, cfg: TrainConfig, folder: Path) -> None:
         """Open them with what the tables of the run folder hold (raises UserError where one cannot be opened)."""
         self.open = {name: TRACKERS[name](cfg, folder) for name in cfg.trackers}
-        if self.open:
-            samples = _rows(folder / "samples.csv")
-            for row in _rows(folder / "metrics.csv"):
-                self.add_metrics(row)
-                self.add_samples([sample for sample in samples if sample["step"] == row["step"]])
+        samples = _rows(folder / "samples.csv", keep_default_na=False)
+        for row in _rows(folder / "metrics.csv") if self.open else []:
+            self.add(row["step"], row, [sample for sample in samples if sample["step"] == row["step"]])
 
-    def add_metrics(self, row: Row) -> None:
-        """Send a row of metrics.csv."""
-        self._each(lambda tracker: tracker.add_metrics(row))
-
-    def add_samples(self, rows: list[Row]) -> None:
-        """Send the samples of the step whose metrics were sent last."""
-        if rows:
-            self._each(lambda tracker: tracker.add_samples(rows))
-
-    def add_picture(self, picture: Path) -> None:
-        """Send the curves up to the step whose metrics were sent last."""
-        self._each(lambda tracker: tracker.add_picture(picture))
+    def add(self, step: int, metrics: Row | None = None, samples: Rows = (), picture: Path | None = None) -> None:
+        """Send what there is of a step: its row of metrics.csv, its rows of samples.csv, the curves up to it."""
+        self._each(lambda tracker: tracker.add(step, metrics or {}, samples, picture))
 
     def close(self) -> None:
         """Close all of them."""
@@ -159,9 +131,6 @@ class Trackers:
                 del self.open[name]
 
 
-def _rows(table: Path) -> list[Row]:
+def _rows(table: Path, **options: bool) -> list[Row]:
     """The rows of a table of the run folder as they were added; none if there is no table yet."""
-    if not table.exists():
-        return []
-    texts = {"keep_default_na": False} if table.name == "samples.csv" else {}
-    return pd.read_csv(table, **texts).to_dict("records")
+    return pd.read_csv(table, **options).to_dict("records") if table.exists() else []

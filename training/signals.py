@@ -1,7 +1,8 @@
-"""How a run is asked to stop, so that it saves: Ctrl-C, SIGTERM, a terminal that was closed, a scheduler's warning.
+"""How a run is asked to stop: by Ctrl-C, SIGTERM, a terminal that was closed, or a scheduler's warning.
 
-Ctrl-C or SIGTERM once stops it soon, twice at once. SIGHUP comes twice when a terminal is closed, from the system and
-from the shell, and SIGTERM follows a scheduler's warning: neither means haste.
+The first signal lets the run finish its step and save. A second Ctrl-C or SIGTERM ends it at once. SIGHUP comes twice
+when a terminal is closed, from the system and from the shell, and SIGTERM follows a scheduler's warning: neither means
+haste.
 """
 
 import os
@@ -9,36 +10,28 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from runtime.cli import Interrupted, Stopped
+from runtime.cli import Stopped
 from runtime.distributed import all_reduce_max, is_main_process, world_size
 
-AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # where one of them follows another
+HASTY = (signal.SIGINT, signal.SIGTERM)  # where one of them follows another
 # A closed terminal, and what SLURM sends by --signal=USR1@120; Windows has neither
 WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
-@dataclass
 class StopRequest:
-    """The signal that asked the run to stop, if any. While `interruptible`, it stops at once (raises Interrupted)."""
+    """The signal that asked the run to stop, if any."""
 
-    signal: int | None = None
-    interruptible: bool = False
-
-    def allow_interruption(self) -> None:
-        """From here on nothing is lost by stopping at once (raises Interrupted if a signal has come already).
-
-        Several ranks never interrupt: they stop between steps, all at the same one.
-        """
-        self.interruptible = world_size() == 1
-        if self.interruptible and self.signal is not None:
-            raise Interrupted
+    def __init__(self, what_is_left: Callable[[], str], what_is_kept: Callable[[], str]) -> None:
+        """what_is_left() tells what the run does before it ends, what_is_kept() from where it can be resumed."""
+        self.signal: int | None = None
+        self.what_is_left = what_is_left
+        self.what_is_kept = what_is_kept
 
     def on_any_rank(self) -> bool:
         """Whether any rank was asked to stop; all ranks must call this."""
@@ -46,23 +39,20 @@ class StopRequest:
         return self.signal is not None
 
     def receive(self, number: int, frame: object) -> None:
-        """Handle a signal (raises Interrupted where allowed, and Stopped for the second signal)."""
-        alone = world_size() == 1
-        if self.signal is not None:
-            # torchrun repeats the signals that its processes have received, and kills them if they are slow
-            if alone and self.signal in AT_ONCE and number in AT_ONCE:
-                raise Stopped(128 + number, "")
-            if self.signal not in AT_ONCE:
-                self.signal = number
-            return
-        self.signal = number
-        _leave_lost_terminal()
-        with suppress(OSError, RuntimeError):  # stderr may be closed
+        """Handle a signal. Raises Stopped for a second one that means haste."""
+        # torchrun repeats the signals that its processes have received
+        may_end_at_once = world_size() == 1 and number in HASTY
+        if self.signal is None:
+            self.signal = number
+            _leave_lost_terminal()
+            hint = "; a second Ctrl-C ends at once" if may_end_at_once else ""
             if is_main_process():
-                again = " (again: at once)" if alone and number in AT_ONCE else ""
-                tqdm.write(f"stopping{again}", file=sys.stderr)
-        if self.interruptible:
-            raise Interrupted
+                with suppress(OSError, RuntimeError):  # stderr may be closed
+                    tqdm.write(f"stopping: {self.what_is_left()}{hint}", file=sys.stderr)
+        elif self.signal not in HASTY:
+            self.signal = number
+        elif may_end_at_once:
+            raise Stopped(128 + number, f"stopped at once; {self.what_is_kept()}")
 
 
 def _leave_lost_terminal() -> None:
@@ -77,17 +67,18 @@ def _leave_lost_terminal() -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn signals into a request to stop; outside the main thread, where none arrives, there will be no request.
+def stop_signals(stop: StopRequest) -> Iterator[None]:
+    """Hand signals to a stop request; outside the main thread, where none arrives, there will be no request.
 
     A warning that is ignored stays so, as under nohup, and so does one that something other than Python handles.
     """
-    stop, before = StopRequest(), dict[Any, Any]()
+    handlers_before: dict[Any, Any] = {}
     if threading.current_thread() is threading.main_thread():
         wanted = [number for number in WARNINGS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-        before = {number: signal.signal(number, stop.receive) for number in (*AT_ONCE, *wanted)}
+        for number in (*HASTY, *wanted):
+            handlers_before[number] = signal.signal(number, stop.receive)
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set

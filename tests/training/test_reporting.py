@@ -192,7 +192,7 @@ def test_the_real_tensorboard_drops_what_is_sent_again(tmp_path: Path) -> None:
     cfg = tables(tmp_path, 3)
     for _ in range(2):
         trackers = Trackers(TrainConfig(report_to="tensorboard"), tmp_path)
-        trackers.add_metrics({"step": 4, "score_mean": 0.5})
+        trackers.add(4, {"step": 4, "score_mean": 0.5})
         trackers.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("score_mean")] == [
@@ -211,7 +211,7 @@ def test_the_real_wandb_keeps_every_step_offline(tmp_path: Path, monkeypatch: py
     tables(tmp_path, 3)
     for _ in range(2):
         trackers = Trackers(TrainConfig(report_to="wandb"), tmp_path)
-        trackers.add_metrics({"step": 4, "score_mean": 0.5})
+        trackers.add(4, {"step": 4, "score_mean": 0.5})
         trackers.close()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb' / 'run_id').read_text()}"}

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import train
 from experiments.torture import remains
-from training import run_folder
+from training import earlier_run, run_folder
 from training.checkpoints import list_checkpoints
-from training.run_folder import RunFolder, inspect_run_folder, open_run_folder
+from training.earlier_run import inspect_run_folder
+from training.run_folder import RunFolder, open_run_folder
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -125,7 +126,7 @@ def test_resume_after_a_kill_between_checkpoint_and_policy(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = exact(run({**flags, "ckpt_dir": str(tmp_path / "whole")}))
-    save, saves = RunFolder._save_policy, []
+    save, saves = RunFolder.export_policy, []
 
     def die(folder: RunFolder) -> Path:
         saves.append(1)
@@ -134,7 +135,7 @@ def test_resume_after_a_kill_between_checkpoint_and_policy(
         return save(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "_save_policy", die)
+        patch.setattr(RunFolder, "export_policy", die)
         with pytest.raises(SystemExit):
             run(flags, "--eval_every", "3")
     folder = Path(flags["ckpt_dir"])
@@ -148,23 +149,21 @@ def test_resume_after_a_kill_between_checkpoint_and_policy(
 
 def test_a_folder_that_another_run_used_while_this_one_was_loading_is_refused(flags: dict[str, str]) -> None:
     cfg = TrainConfig(ckpt_dir=flags["ckpt_dir"], device="cpu")
-    found = inspect_run_folder(cfg)
+    earlier = inspect_run_folder(cfg)
     before = exact(run(flags))
-    with pytest.raises(UserError, match="meanwhile"), open_run_folder(cfg, None, None, found):  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="meanwhile"), open_run_folder(cfg, None, None, earlier):  # type: ignore[arg-type]
         pass
     assert exact(Path(flags["ckpt_dir"])) == before
 
 
-def test_a_warning_is_not_repeated_after_a_resume(
-    flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run_folder.Diagnostics, "_all_warnings", lambda self, row: {"odd": "this is odd"})
-    run(flags)
-    assert capsys.readouterr().out.count("this is odd") == 1
+def test_a_warning_is_not_repeated_after_a_resume(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "the score is paid on the last token"
+    run(flags, "--reward_every=0", "--gae_lambda=0.5")
+    assert capsys.readouterr().out.count(warning) == 1
     run({"ckpt_dir": flags["ckpt_dir"]}, "--resume", "--total_steps=5")
     out = capsys.readouterr().out
     assert "resuming after step 3" in out
-    assert "this is odd" not in out
+    assert warning not in out
 
 
 def test_best_of_a_later_step_is_removed_on_resume(flags: dict[str, str]) -> None:
@@ -179,10 +178,10 @@ def test_best_of_a_later_step_is_removed_on_resume(flags: dict[str, str]) -> Non
 def test_a_restart_by_torchrun_is_recognised_by_its_job(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seven")
     folder = run(flags)
-    assert run_folder.was_begun_by("seven", folder)
-    assert not run_folder.was_begun_by("eight", folder)
-    assert not run_folder.was_begun_by(None, folder)
-    assert not run_folder.was_begun_by("seven", folder / "nowhere")
+    assert earlier_run.was_started_by("seven", folder)
+    assert not earlier_run.was_started_by("eight", folder)
+    assert not earlier_run.was_started_by(None, folder)
+    assert not earlier_run.was_started_by("seven", folder / "nowhere")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "eight")
     with pytest.raises(SystemExit) as stop:
         run(flags)
@@ -217,14 +216,14 @@ def test_best_is_the_highest_sentiment_within_the_kl_budget(
 ) -> None:
     """Sentiment rises at every evaluation; the last is beyond the budget."""
     weights = []
-    save, evaluate = RunFolder._save_policy, train.evaluate_held_out
+    save, evaluate = RunFolder.export_policy, train.evaluate_held_out
 
     def note(folder: RunFolder) -> Path:
         fresh = save(folder)
         weights.append(load_file(fresh / "policy_lm" / "model.safetensors"))
         return fresh
 
-    monkeypatch.setattr(RunFolder, "_save_policy", note)
+    monkeypatch.setattr(RunFolder, "export_policy", note)
     scores, kls = iter([0.5, 0.1, 0.2, 0.9]), iter([0.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr(
         train,

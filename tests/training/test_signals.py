@@ -14,13 +14,14 @@ from config import TrainConfig, parse_config
 
 import pandas as pd
 import pytest
-from conftest import exact, forked, run, run_script
+from conftest import as_processes, exact, forked, run, run_script
 
 import ppo
 import train
 from model import GPT2WithValueHead
+from runtime.cli import Stopped
 from training.checkpoints import list_checkpoints
-from training.signals import Interrupted, StopRequest, stop_signals
+from training.signals import StopRequest, stop_signals
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -100,9 +101,14 @@ def test_a_run_whose_terminal_is_gone_is_saved_though_nothing_can_be_printed(
     GPT2WithValueHead.load(folder)
 
 
+def request() -> StopRequest:
+    return StopRequest(lambda: "saving", lambda: "the checkpoint stays")
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with stop_signals() as stop:
+    stop = request()
+    with stop_signals(stop):
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signal is None
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -110,7 +116,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_only_ctrl_c_or_sigterm_after_another_of_them_stops_at_once() -> None:
+def test_only_ctrl_c_or_sigterm_after_another_of_them_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     for first, second, at_once in (
         (signal.SIGINT, signal.SIGTERM, True),
         (signal.SIGTERM, signal.SIGTERM, True),
@@ -118,23 +124,50 @@ def test_only_ctrl_c_or_sigterm_after_another_of_them_stops_at_once() -> None:
         (signal.SIGUSR1, signal.SIGTERM, False),
         (signal.SIGTERM, signal.SIGHUP, False),
     ):
-        stop = StopRequest()
+        stop = request()
         stop.receive(first, None)
+        line = capsys.readouterr().err
+        assert line.startswith("stopping: saving")
+        assert ("Ctrl-C" in line) == (first in (signal.SIGINT, signal.SIGTERM)), "a second one would not end it"
         if at_once:
-            with pytest.raises(BaseException) as caught:  # noqa: PT011 (it is no Exception)
+            with pytest.raises(Stopped, match="stopped at once; the checkpoint stays") as caught:
                 stop.receive(second, None)
             assert caught.value.code == 128 + second
         else:
             stop.receive(second, None)
-            with pytest.raises(Interrupted):
-                stop.allow_interruption()
+            assert stop.on_any_rank()
+
+
+def run_that_is_stopped_on_rank_1(flags: dict[str, str]) -> None:
+    """The last rank alone gets SIGTERM in the second step, twice, as torchrun repeats it."""
+    right, calls = ppo.permutation, []
+
+    def sending(*args: int) -> object:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(*args)
+
+    ppo.permutation = sending
+    run(flags)
+
+
+def test_all_ranks_stop_after_the_same_step(flags: dict[str, str], tmp_path: Path) -> None:
+    flags |= {"total_steps": "9", "save_every": "9", "eval_every": "0", "sample_every": "9"}
+    said = tmp_path / "said.txt"
+    assert as_processes(2, partial(run_that_is_stopped_on_rank_1, flags), said) == [143, 143], said.read_text()
+    folder = Path(flags["ckpt_dir"])
+    assert pd.read_csv(folder / "metrics.csv").step.tolist() == [1, 2]
+    assert [checkpoint.name for checkpoint in list_checkpoints(folder / "state")] == ["step_000002"]
+    assert said.read_text().count("stopped after step 2 by SIGTERM; saved") == 1
 
 
 def test_the_handlers_of_the_program_come_back() -> None:
     def own(number: int, frame: object) -> None: ...
 
     signal.signal(signal.SIGUSR1, own)
-    with stop_signals():
+    with stop_signals(request()):
         assert signal.getsignal(signal.SIGUSR1) is not own
     assert signal.getsignal(signal.SIGUSR1) is own
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
