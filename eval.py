@@ -20,18 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import (
-    PRESETS,
-    EvalConfig,
-    TrainConfig,
-    UserError,
-    is_run,
-    parse_config,
-    policy_folder,
-    python_reward,
-    refuse_code,
-    saved_settings,
-)
+from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
 
 import numpy as np
 import pandas as pd
@@ -48,6 +37,7 @@ from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import SentimentReward, full_label
 from runtime import cli
+from runtime.cli import parse_config
 from runtime.device import keep_freed_memory, resolve_device, resolve_dtype
 from runtime.distributed import (
     gather_to_main,
@@ -61,6 +51,7 @@ from runtime.distributed import (
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.fingerprints import model_sha256, saved_weights_sha256, texts_sha256
 from runtime.hub import quiet_libraries
+from runtime.saved_run import SavedRun, policy_folder
 from runtime.tables import has_splits, split_names
 from runtime.terminal import progress_bar
 from training.card import add_results
@@ -134,14 +125,14 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
     home = find_run(cfg.policy_path)
     try:
-        run = TrainConfig(**saved_settings(home / "config.json")) if home else PRESETS[TrainConfig][cfg.preset]
+        run = TrainConfig(**SavedRun(home).settings) if home else PRESETS[TrainConfig][cfg.preset]
     except UserError as error:
         raise UserError(f"{home}/config.json is damaged ({error}): fix it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
         print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
     if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:
-        raise UserError(refuse_code(home / "config.json", run.rm_name))
+        raise UserError(SavedRun(home).refuse_code())
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None
     }
@@ -160,7 +151,7 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
 def find_run(policy_path: str) -> Path | None:
     """The folder of the run that made a policy, be it policy_lm or best/policy_lm; None if it is in no run."""
     parents = Path(policy_folder(policy_path)).absolute().parents
-    home = next((p for p in parents[:2] if is_run(p)), None)
+    home = next((p for p in parents[:2] if SavedRun(p).exists), None)
     return home.relative_to(Path.cwd()) if home is not None and home.is_relative_to(Path.cwd()) else home
 
 

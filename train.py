@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import NEWEST, TrainConfig, parse_config
+from config import TrainConfig
 
 import torch
 
 from ppo import Rollout, collect_rollout, ppo_update
-from runtime.cli import run
+from runtime.cli import parse_config, run
 from runtime.distributed import (
     call_on_main,
     check_same_on_all_ranks,
@@ -30,6 +30,7 @@ from runtime.distributed import (
     torchrun_job,
 )
 from runtime.hub import quiet_libraries
+from runtime.saved_run import NEWEST
 from training.audit import audit
 from training.memory import fit_micro_batches
 from training.parts import Parts, load_parts, resolve

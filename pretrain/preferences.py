@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from config import UserError, policy_folder
+from config import UserError
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from data import Pair
 from pretrain.fitting import ModelInputs, fit, forward, length_batches
 from runtime.classifiers import longest_input, pad_rows
 from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
 SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError, policy_folder
+from config import UserError
 
 import torch
 from tokenizers import Tokenizer
@@ -25,6 +25,7 @@ from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
 from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
 

@@ -74,22 +74,25 @@ def move_into_place(fresh: Path, place: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, setting: str = "out") -> Iterator[Path]:
     """A hidden folder that is renamed to `out` when the block ends without an error, and removed otherwise.
 
-    Raises OSError where it cannot be written, or where `out` exists by then.
+    Raises UserError, beginning with `setting`, where it cannot be written, or where `out` exists by then.
     """
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         rename(folder, out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{setting}: {out} cannot be written ({reason}): name another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for left in out.parent.glob(f".{out.name}.*"):  # of processes that were killed; a living one is younger
+        for abandoned in out.parent.glob(f".{out.name}.*"):  # by processes that were killed; a living one is younger
             with suppress(OSError):
-                if left.stat().st_mtime < time.time() - 24 * 3600:
-                    shutil.rmtree(left, ignore_errors=True)
+                if abandoned.stat().st_mtime < time.time() - 24 * 3600:
+                    shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import FIRST, PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
+from config import PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, opt
 
 import pytest
 
-from runtime.cli import parse_flags
+from runtime.cli import FIRST, parse_config, parse_flags
 from tools.make_models import main as make_models
 
 CLASSES = (TrainConfig, EvalConfig)
@@ -80,7 +80,9 @@ def wrong_values(name: str) -> list[Any]:
         return [*wrong, 1.01]
     if name in SHARES:
         return [*wrong, 0.0, 1.01]
-    raise AssertionError(f"{name} is a number without a row in this table")
+    raise AssertionError(
+        f"{name} is a number: give it a range in config.py, opt(..., AT_LEAST_1), and a row in this table"
+    )
 
 
 def kinds(cls: type) -> dict[str, set[Any]]:
@@ -185,9 +187,49 @@ def test_help_shows_every_flag_once_and_what_matters_first(cls: type, capsys: py
     flags = {title: re.findall(r"^  --(\w+)", group, re.MULTILINE) for title, group in zip(titles, groups, strict=True)}
     assert titles[3] == "What matters first"
     assert set(flags["What matters first"]) == set(FIRST[cls])
-    assert "Settings" not in titles, "every other flag has a heading"
+    assert not heading_problems(cls), "\n".join(heading_problems(cls))
     assert sorted(itertools.chain(*flags.values())) == sorted(field.name for field in dataclasses.fields(cls))
-    assert all(2 <= len(flags[title]) <= 12 for title in titles[3:])
+
+
+def heading_problems(cls: type) -> list[str]:
+    """Settings that --help would show under no heading, and headings of too many or too few, each with the remedy."""
+    under: dict[str, list[str]] = {}
+    heading = ""
+    for field in dataclasses.fields(cls):
+        heading = field.metadata["heading"] or heading
+        if field.name not in FIRST.get(cls, ()):
+            under.setdefault(heading, []).append(field.name)
+    place = f"in {cls.__name__} of config.py"
+    stray = under.pop("", [])
+    choices = ", ".join(map(repr, under))
+    problems = [
+        f"{name} has no heading in --help: {place}, move it below a setting of its kind ({choices}), or begin a group "
+        'of its own with opt(..., heading="...")'
+        for name in stray
+    ]
+    for heading, names in under.items():
+        if not 2 <= len(names) <= 12:
+            problems.append(
+                f"{heading!r} is the heading of {len(names)} settings in --help, where 2 to 12 read well: {place}, "
+                f'begin another group with opt(..., heading="...") or move some of {", ".join(names)}'
+            )
+    return problems
+
+
+def test_a_setting_without_a_heading_is_told_where_to_go() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Stray:
+        patience: int = opt(3, "Steps without progress.")
+        lr: float = opt(0.1, "Step size.", heading="PPO")
+        gamma: float = opt(1.0, "Discount.")
+        top_k: int = opt(0, "Likeliest tokens.", heading="Sampling")
+
+    assert heading_problems(Stray) == [
+        "patience has no heading in --help: in Stray of config.py, move it below a setting of its kind ('PPO', "
+        "'Sampling'), or begin a group of its own with opt(..., heading=\"...\")",
+        "'Sampling' is the heading of 1 settings in --help, where 2 to 12 read well: in Stray of config.py, begin "
+        'another group with opt(..., heading="...") or move some of top_k',
+    ]
 
 
 def test_minibatch_size_must_divide_batch_size() -> None:

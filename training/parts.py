@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, policy_folder, python_reward
+from config import TrainConfig, UserError, python_reward
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from reward import Classifier, Reward, full_label, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
+from runtime.saved_run import policy_folder
 from runtime.tables import has_splits, is_file
 
 

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, is_run, python_reward, saved_settings
+from config import TrainConfig, UserError, python_reward
 
 import pandas as pd
 from torch.optim import Optimizer
@@ -29,6 +29,7 @@ from runtime.distributed import torchrun_job
 from runtime.files import append_row, fsync, lock, move_into_place, remove, truncate, write_atomic
 from runtime.fingerprints import model_sha256, texts_sha256, tokenizer_sha256
 from runtime.hub import resolved_commit
+from runtime.saved_run import SavedRun
 from training.card import write_card
 from training.checkpoints import (
     find_corruption,
@@ -102,7 +103,7 @@ def inspect_run_folder(cfg: TrainConfig) -> Found:
             f"ckpt_dir={path} already holds {present[0]}: choose another folder, go on with that run with "
             "--resume, or replace it with --overwrite"
         )
-    if present and not is_run(path):
+    if present and not SavedRun(path).exists:
         raise UserError(f"ckpt_dir={path} holds {present[0]}, but not from a run: choose another folder")
     for name in (cfg.policy_name, cfg.ref_name, cfg.rm_name, cfg.dataset):
         if name and Path(name).exists() and path.resolve() in Path(name).resolve().parents:
@@ -141,7 +142,7 @@ def find_checkpoint(cfg: TrainConfig) -> Path | None:
 
 def check_same_settings(cfg: TrainConfig) -> None:
     """Refuse changed settings that would change the result, unless allowed (raises UserError); note the others."""
-    saved = saved_settings(Path(cfg.ckpt_dir) / "config.json")
+    saved = SavedRun(Path(cfg.ckpt_dir)).settings
     changed = {name: (saved.get(name), new) for name, new in asdict(cfg).items() if saved and saved.get(name) != new}
     listed = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items() if name not in SILENT)
     if changed.keys() - HARMLESS - SILENT and not cfg.allow_changes:
@@ -229,7 +230,7 @@ def restore(
 ) -> dict[str, Any]:
     """Restore weights, optimiser and tables as they were at a checkpoint; returns its counters (raises UserError)."""
     path = Path(cfg.ckpt_dir)
-    if is_run(path) and not cfg.allow_changes:
+    if SavedRun(path).exists and not cfg.allow_changes:
         check_same_inputs(json.loads((path / "config.json").read_text(encoding="utf-8")), about)
     counters = load_checkpoint(checkpoint, models.policy, optimizer)
     for other in list_checkpoints(path / "state"):
