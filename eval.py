@@ -258,7 +258,11 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         return None
     if cfg.judge != "labels":
         model = SentimentReward(
-            resolve_name(cfg.judge), run.target_label, run.device, dtype=getattr(torch, run.dtype), setting="judge"
+            resolve_name(cfg.judge),
+            run.target_label,
+            device=run.device,
+            dtype=getattr(torch, run.dtype),
+            setting="judge",
         )
         return Judge(lambda texts: model(texts).cpu().numpy(), reward_sha256(model))
     try:

@@ -19,7 +19,7 @@ from pretrain.bpe import END, policy_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import load_tokenizer, loading, refuse_missing_weights
+from runtime.hub import load_tokenizer, load_weights
 from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
@@ -112,11 +112,7 @@ def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenize
 def _load_policy(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     name = policy_folder(name)
     tokenizer = load_tokenizer("init", name)
-    with loading("init", name, "language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    refuse_missing_weights("init", name, info, "language model")
+    model = load_weights(AutoModelForCausalLM, "init", name, "language model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"init={name} has a tokenizer without an EOS token: save one with it")
     return model, tokenizer

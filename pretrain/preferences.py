@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 from config import UserError
 
@@ -18,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from data import Pair
 from pretrain.fitting import ModelInputs, fit, forward, length_batches
 from runtime.classifiers import longest_input, pad_rows
-from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.hub import load_tokenizer, load_weights
 from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
@@ -100,17 +99,9 @@ class PreferenceTrainer:
         self.with_prompt, self.device = with_prompt, device
         init = policy_folder(init)
         self.tokenizer = load_tokenizer("init", init)
-        with loading("init", init, "encoder"):
-            self.model: Any
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                init,
-                num_labels=1,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        refuse_wrong_encoder("init", init, info, self.model)
+        self.model = load_weights(
+            AutoModelForSequenceClassification, "init", init, "encoder", new_head=True, num_labels=1
+        )
         if self.tokenizer.pad_token_id is None:  # a language model: its last real token is scored
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "left" if with_prompt else "right"  # as train.py cuts

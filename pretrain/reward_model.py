@@ -24,7 +24,7 @@ from pretrain.bpe import reward_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.hub import load_tokenizer, load_weights
 from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
@@ -136,11 +136,9 @@ def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, 
 def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
     name = policy_folder(name)
     tokenizer = load_tokenizer("reward_init", name)
-    with loading("reward_init", name, "classifier"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_label_names(names)
-        )
-    refuse_wrong_encoder("reward_init", name, info, model)
+    model = load_weights(
+        AutoModelForSequenceClassification, "reward_init", name, "classifier", new_head=True, **_label_names(names)
+    )
     if tokenizer.pad_token_id is None:
         raise UserError(f"reward_init={name} has a tokenizer without a padding token: save one with it")
     return model, tokenizer

@@ -105,10 +105,10 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
     reward = load_reward(
         resolve_name(cfg.rm_name),
         cfg.target_label,
-        cfg.device,
-        cfg.reward_batch_size,
-        getattr(torch, cfg.dtype),
-        cfg.rm_revision,
+        device=cfg.device,
+        batch_size=cfg.reward_batch_size,
+        dtype=getattr(torch, cfg.dtype),
+        revision=cfg.rm_revision,
         cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )
     if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
