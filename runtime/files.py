@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from config import UserError
 
@@ -185,34 +185,26 @@ def check_table_path(path: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone (raises UserError where another process holds it).
+    """Hold a folder for this process alone; where another process holds it, UserError names that one.
 
     The system releases the lock when its holder dies, however it dies; the file only names the holder.
     """
-    file = _lock_file(folder)
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _lock_file(folder: Path) -> IO[str] | None:
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
-        return None
-    file = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"ckpt_dir={folder} is in use by {holder}: wait for it, or choose another folder") from None
-    except OSError:  # a file system without locks
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        yield
+        return
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"ckpt_dir={folder} is in use by {holder}: wait for it, or choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
