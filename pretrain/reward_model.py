@@ -50,7 +50,7 @@ def rm_batches(
     tokenizer: PreTrainedTokenizerBase,
     rng: random.Random,
 ) -> Iterator[ModelInputs]:
-    """ModelInputses for the classifier without end; each epoch sees another piece of every text."""
+    """Batches for the classifier without end; each epoch sees another piece of every text."""
     while True:
         pieces = [draw_piece(row, recipe, rng) for row in rows]
         for chosen in length_batches([len(piece) for piece in pieces], recipe.rm.batch_tokens, rng):
@@ -77,7 +77,8 @@ def accuracy(
     order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
     for chosen in progress(order, "measuring", "batch"):
         batch = rm_batch([rows[i] for i in chosen], [labels[i] for i in chosen], tokenizer)
-        right += int((forward(model, batch, device).logits.argmax(-1).cpu() == batch["labels"]).sum())
+        likeliest = forward(model, batch, device).logits.argmax(-1).cpu()
+        right += int((likeliest == batch["labels"]).sum())
     return right / len(rows)
 
 
@@ -95,10 +96,11 @@ def train_reward(
     fit(model, batches, recipe.rm.steps, recipe.rm.lr, device, "classifier")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    held = [response_part(row, recipe) for row in tokenize(tokenizer, corpus.held_texts)]
+    held_out = [response_part(row, recipe) for row in tokenize(tokenizer, corpus.held_texts)]
+    right = accuracy(model, tokenizer, held_out, corpus.held_labels, recipe.rm.batch_tokens, device)
     report = {
-        "held_out_accuracy": accuracy(model, tokenizer, held, corpus.held_labels, recipe.rm.batch_tokens, device),
-        "held_out_texts": len(held),
+        "held_out_accuracy": right,
+        "held_out_texts": len(held_out),
         "texts": len(rows),
         "labels": corpus.names,
         "weights": model.num_parameters(),
@@ -114,7 +116,8 @@ def response_part(row: list[int], recipe: Recipe) -> list[int]:
 
 
 def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    net, longest = recipe.rm, recipe.crop_max + 1  # every position is trained; longer texts are cut
+    net = recipe.rm
+    longest = recipe.crop_max + 1  # every position is trained; longer texts are cut
     tokenizer = reward_tokenizer(bpe, longest)
     config = DistilBertConfig(
         vocab_size=bpe.get_vocab_size(),

@@ -215,7 +215,7 @@ def whole_path(setting: str, path: str, use: PathUse) -> str:
 class OneLineParser(HfArgumentParser):
     """A parser of command lines whose errors are UserErrors; its help has headings, and the flags in `first` on top."""
 
-    def __init__(self, cls: type, about: str | None, first: Sequence[str] = (), words: str = "") -> None:
+    def __init__(self, cls: type, doc: str | None, first: Sequence[str] = (), words: str = "") -> None:
         """Flags for the fields of a dataclass; `words` names the one that takes the words before the first flag."""
         self.first = first
         self.heading = "Settings"
@@ -224,42 +224,42 @@ class OneLineParser(HfArgumentParser):
         super().__init__(
             cls,
             allow_abbrev=False,
-            description=about,
+            description=doc,
             usage=f"python {script_name()} {f'[{words} ...] ' if words else ''}[--setting value ...]",
             formatter_class=HelpFormatter,
         )
         self._negative_number_matcher = re.compile(r"-\d.*")  # --label_names -1=bad,1=good: a value and no flag
 
     def add_argument(
-        self, *flags: str, within: Range | None = None, heading: str = "", path: PathUse = "", **about: Any
+        self, *flags: str, within: Range | None = None, heading: str = "", path: PathUse = "", **settings: Any
     ) -> Action:
         """Add a flag under its heading, or under that of the flag before; its range is checked later."""
         if flags[0] == "-h":
-            return ArgumentParser.add_argument(self, *flags, **about)
+            return ArgumentParser.add_argument(self, *flags, **settings)
         name = flags[0].removeprefix("--")
         if path:
             self.paths[name] = path
         if name == "resume":
-            about |= {"nargs": "?", "const": NEWEST}
-        if "type" in about and not about.get("choices"):
-            about["metavar"] = METAVARS.get(about["type"], "VALUE")
+            settings |= {"nargs": "?", "const": NEWEST}
+        if "type" in settings and not settings.get("choices"):
+            settings["metavar"] = METAVARS.get(settings["type"], "VALUE")
         self.heading = heading or self.heading
         title = "What matters first" if name in self.first else self.heading
         if title not in self.groups:
             self.groups[title] = self.add_argument_group(title)
-        added: Action = self.groups[title].add_argument(*flags, **about)
+        added: Action = self.groups[title].add_argument(*flags, **settings)
         return added
 
     def parse_args(self, *given: Any) -> Any:
         """Read a command line, with ~ expanded in every path."""
-        settings = super().parse_args(*given)
+        values = super().parse_args(*given)
         for name, use in self.paths.items():
-            value = getattr(settings, name)
+            value = getattr(values, name)
             if isinstance(value, list):
-                setattr(settings, name, [whole_path(name, path, use) for path in value])
+                setattr(values, name, [whole_path(name, path, use) for path in value])
             elif value:
-                setattr(settings, name, whole_path(name, value, use))
-        return settings
+                setattr(values, name, whole_path(name, value, use))
+        return values
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
