@@ -37,7 +37,7 @@ TINY_NAMES = {
 
 
 def resolve_name(name: str, split: str = "train") -> str:
-    """The path of a `tiny:` name, made first if need be; any other name as it is (raises UserError)."""
+    """The path of a `tiny:` name, made first if need be; any other name as it is."""
     if not name.startswith("tiny:"):
         return name
     key = f"{name}/{split}" if name == "tiny:reviews" else name
@@ -49,7 +49,7 @@ def resolve_name(name: str, split: str = "train") -> str:
 def tiny_world() -> Path:
     """The folder of the offline models and reviews, made when it is first needed.
 
-    It is in GPT2_PPO_CACHE, or in gpt2-ppo of the user's cache folder (raises UserError where that cannot be written).
+    It is in GPT2_PPO_CACHE, or in gpt2-ppo of the user's cache folder.
     """
     key = hashlib.sha256(json.dumps(asdict(TINY), sort_keys=True).encode()).hexdigest()[:12]
     world = cache_root() / f"tiny-{key}"

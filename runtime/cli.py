@@ -220,7 +220,6 @@ class OneLineParser(HfArgumentParser):
         self.first = first
         self.heading = "Settings"
         self.groups: dict[str, Any] = {}  # heading -> its group of flags
-        self.paths: dict[str, PathUse] = {}
         super().__init__(
             cls,
             allow_abbrev=False,
@@ -237,29 +236,18 @@ class OneLineParser(HfArgumentParser):
         if flags[0] == "-h":
             return ArgumentParser.add_argument(self, *flags, **settings)
         name = flags[0].removeprefix("--")
-        if path:
-            self.paths[name] = path
         if name == "resume":
             settings |= {"nargs": "?", "const": NEWEST}
         if "type" in settings and not settings.get("choices"):
             settings["metavar"] = METAVARS.get(settings["type"], "VALUE")
+        if path:
+            settings["type"] = lambda text: whole_path(name, text, path)
         self.heading = heading or self.heading
         title = "What matters first" if name in self.first else self.heading
         if title not in self.groups:
             self.groups[title] = self.add_argument_group(title)
         added: Action = self.groups[title].add_argument(*flags, **settings)
         return added
-
-    def parse_args(self, *given: Any) -> Any:
-        """Read a command line, with ~ expanded in every path."""
-        values = super().parse_args(*given)
-        for name, use in self.paths.items():
-            value = getattr(values, name)
-            if isinstance(value, list):
-                setattr(values, name, [whole_path(name, path, use) for path in value])
-            elif value:
-                setattr(values, name, whole_path(name, value, use))
-        return values
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

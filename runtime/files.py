@@ -136,7 +136,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def truncate(path: Path, length: int) -> None:
-    """Cut a file back to the length it had when a checkpoint was saved; length 0 removes it (raises UserError)."""
+    """Cut a file back to the length it had when a checkpoint was saved; length 0 removes it."""
     if length == 0:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.stat().st_size < length:
@@ -157,7 +157,7 @@ def spreadsheet_safe(text: str) -> str:
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """Read a CSV file that has at least these columns (raises UserError)."""
+    """Read a CSV file that has at least these columns."""
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def check_table_path(path: Path) -> None:
-    """Make the folder of a table before hours are spent on its figures (raises UserError)."""
+    """Make the folder of a table before hours are spent on its figures."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         taken = path.is_dir()

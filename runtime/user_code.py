@@ -141,7 +141,7 @@ class UserCode:
         return {own} | ((files | packages) - of_the_program)
 
     def _check_name(self, name: str) -> None:
-        """Refuse a file that cannot be imported by its name (raises UserError)."""
+        """Refuse a file that cannot be imported by its name."""
         other = sys.modules.get(name)
         if "." in name or name in ("__init__", "__main__", "__mp_main__"):
             reason = "a file of this name cannot be imported by other processes"
