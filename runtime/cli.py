@@ -112,22 +112,22 @@ def _report(code: int, line: str) -> int:
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """The settings that a command line gives to train.py or eval.py, each from the last of these that has it.
-
-    They are the preset, what suits a Python reward, the run to resume, and the flags.
-    """
+    """The settings that a command line gives to train.py or eval.py; flags win over all else."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # 1. The preset's values
     parser = OneLineParser(cls, cls.__doc__, FIRST[cls])
     preset = preset_of(argv)
     if preset not in PRESETS[cls]:
         raise UserError(f"preset={preset!r} is unknown: choose {' or '.join(PRESETS[cls])}")
     parser.set_defaults(**asdict(PRESETS[cls][preset]))
     values = vars(parser.parse_args(argv))
+    # 2. What suits a Python reward
     if cls is TrainConfig and values["reward_every"] and python_reward(values["rm_name"]):
         parser.set_defaults(**PAID_AT_END)
         paid_at_end = vars(parser.parse_args(argv))
         if not paid_at_end["reward_every"]:  # otherwise a flag asks for partial scores
             values = paid_at_end
+    # 3. The settings of the run to resume
     if values.get("resume"):
         run = run_to_resume(values["resume"], values["ckpt_dir"])
         if run.exists:
