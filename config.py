@@ -60,8 +60,10 @@ LABEL_NAMES_HELP = (
     "What numbered labels mean: 0=neutral,1=positive,-1=negative; -1= means no label (default: as noted)."
 )
 TRACKERS = ("tensorboard", "wandb")
-LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on nearly all systems
-LONGER_NAMES = 32  # bytes that the names of temporary files and of tables beside each other add
+# Bytes of names and paths, on nearly all systems, and those that names of temporary files and related tables add
+LONGEST_NAME = 255
+LONGEST_PATH = 4096
+LONGER_NAMES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +337,8 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
 def check_ranges(cfg: Any) -> None:
     """Refuse the first number of some settings that lies outside its range."""
     for setting in fields(cfg):
-        value, within = getattr(cfg, setting.name), setting.metadata.get("within")
+        value = getattr(cfg, setting.name)
+        within = setting.metadata.get("within")
         if within and value is not None and not within.holds(value):
             raise UserError(f"{setting.name}={value} must be {within.words}")
 
@@ -363,7 +366,8 @@ def check_path(setting: str, path: str, use: PathUse) -> None:
     if "\0" in path:
         raise UserError(f"{setting}={path!r} has a character NUL in it: leave it out")
     added = LONGER_NAMES if use == "written" else 0
-    longest_name, longest_path = LONGEST_NAME - added, LONGEST_PATH - 4 * added
+    longest_name = LONGEST_NAME - added
+    longest_path = LONGEST_PATH - 4 * added
     if any(len(name) > LONGEST_NAME for name in names) or len(names[-1] if names else b"") > longest_name:
         raise UserError(f"{setting} has a name of more than {longest_name} bytes, {path[:40]}…: shorten it")
     if len(os.fsencode(os.path.abspath(path))) > longest_path:

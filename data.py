@@ -175,7 +175,8 @@ def cut(tokenizer: PreTrainedTokenizerBase, ids: list[int], longest: int) -> lis
     """The first `longest` tokens at most, fewer where the last ones would be part of a character only."""
     end = min(longest, len(ids))
     while 0 < end < len(ids):
-        before, after = ids[max(0, end - SPAN) : end], ids[end : end + SPAN]
+        before = ids[max(0, end - SPAN) : end]
+        after = ids[end : end + SPAN]
         if not _splits_character(tokenizer, before, after):
             break
         end -= 1

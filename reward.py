@@ -313,7 +313,8 @@ class PythonReward:
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
         """Load `file.py:function` or `package.module:function`."""
-        self.name, self.device = name, device
+        self.name = name
+        self.device = device
         place, function = python_reward(name) or ("", "")
         self.code = UserCode(place, f"rm_name={name}")
         with self._one_line_errors("cannot be loaded"), self.code.running():
@@ -328,7 +329,8 @@ class PythonReward:
         self.function: Callable[..., Any] = target
         if not callable(target):
             raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
-        self.file, self.sha256 = self.code.file, self.code.sha256()
+        self.file = self.code.file
+        self.sha256 = self.code.sha256()
         self.arguments = self._match_arguments()
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
@@ -363,7 +365,8 @@ class PythonReward:
 
     def _checked(self, result: Any, scores: Tensor | None, responses: Sequence[str]) -> Tensor:
         """Scores (B,) float32 on the CPU, made of `result`; anything else is refused."""
-        n, kind = len(responses), type(result).__name__
+        n = len(responses)
+        kind = type(result).__name__
         if scores is None or scores.shape != (n,):
             shape = "" if scores is None else f" of shape {tuple(scores.shape)}"
             raise UserError(

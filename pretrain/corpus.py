@@ -48,7 +48,8 @@ def load_corpus(
         raise UserError(f"{where}: is it the column of the labels?")
     random.Random(seed).shuffle(rows)
     count = min(2000, max(1, len(rows) // 10))
-    held_out, training = rows[:count], rows[count:]
+    held_out = rows[:count]
+    training = rows[count:]
     held_out_texts = {text for text, _ in held_out}
     lm_texts = texts
     if lm_split is not None:

@@ -38,7 +38,8 @@ def make_models(
 
 def describe_models(report: dict[str, Any]) -> str:
     """How good both models are, on one line."""
-    policy, reward = report["policy"], report["reward"]
+    policy = report["policy"]
+    reward = report["reward"]
     return (
         f"language model {policy['held_out_nats_per_token']:.3f} nats per token, "
         f"classifier {reward['held_out_accuracy']:.1%} right, "

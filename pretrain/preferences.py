@@ -21,7 +21,9 @@ from runtime.hub import load_tokenizer, load_weights
 from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
-SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text
+# Words of a piece of a labelled text
+SHORTEST = 5
+LONGEST = 50
 MOST_HELD_OUT = 2000
 
 

@@ -54,7 +54,8 @@ class Stopped(BaseException):
 
     def __init__(self, code: int, message: str, at_once: bool = False) -> None:
         super().__init__(message)
-        self.code, self.at_once = code, at_once
+        self.code = code
+        self.at_once = at_once
 
 
 class Interrupted(BaseException):

@@ -75,10 +75,12 @@ class UserCode:
         if not self.is_file:
             module = importlib.import_module(self.place)
             if module.__file__:
-                self.file, self.source = module.__file__, Path(module.__file__).read_bytes()
+                self.file = module.__file__
+                self.source = Path(module.__file__).read_bytes()
             return module
         path = Path(self.place).resolve()
-        self.file, self.source = str(path), path.read_bytes()  # read once: what is recorded is what runs
+        self.file = str(path)
+        self.source = path.read_bytes()  # read once: what is recorded is what runs
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
@@ -105,7 +107,9 @@ class UserCode:
 
         Its child processes do not import the program: __main__ is empty meanwhile.
         """
-        settings, handlers, main = _settings(), _stop_handlers(), sys.modules["__main__"]
+        settings = _settings()
+        handlers = _stop_handlers()
+        main = sys.modules["__main__"]
         others = self._set_aside()
         sys.modules["__main__"] = self.main
         with (
@@ -120,7 +124,8 @@ class UserCode:
                     warnings.filters[:] = self.filters  # type: ignore[index]
                 yield
             finally:
-                self.settings, self.filters = _settings(), list(warnings.filters)
+                self.settings = _settings()
+                self.filters = list(warnings.filters)
                 self._put_back(others)
                 sys.modules["__main__"] = main
                 for number, handler in handlers.items():
