@@ -20,18 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import (
-    PRESETS,
-    EvalConfig,
-    TrainConfig,
-    UserError,
-    is_run,
-    parse_config,
-    policy_folder,
-    python_reward,
-    refuse_code,
-    saved_settings,
-)
+from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
 
 import numpy as np
 import pandas as pd
@@ -48,6 +37,7 @@ from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import SentimentReward, full_label
 from runtime import cli
+from runtime.cli import parse_config
 from runtime.device import keep_freed_memory, resolve_device, resolve_dtype
 from runtime.distributed import (
     gather_to_main,
@@ -61,12 +51,12 @@ from runtime.distributed import (
 from runtime.files import spreadsheet_safe, write_atomic
 from runtime.fingerprints import model_sha256, saved_weights_sha256, texts_sha256
 from runtime.hub import quiet_libraries
-from runtime.saved_run import SavedRun
+from runtime.saved_run import SavedRun, policy_folder
 from runtime.tables import has_splits, split_names
 from runtime.terminal import progress_bar
 from training.card import add_results
 from training.parts import load_models
-from training.run_record import reward_sha256
+from training.run_folder import reward_sha256, saved_fingerprints
 from utils import uniforms
 
 RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
@@ -135,14 +125,14 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
     home = find_run(cfg.policy_path)
     try:
-        run = TrainConfig(**saved_settings(home / "config.json")) if home else PRESETS[TrainConfig][cfg.preset]
+        run = TrainConfig(**SavedRun(home).settings) if home else PRESETS[TrainConfig][cfg.preset]
     except UserError as error:
         raise UserError(f"{home}/config.json is damaged ({error}): fix it, or move the policy elsewhere") from None
     if home is None and not cfg.policy_path.startswith("tiny:"):
         defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
         print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
     if with_reward and home and python_reward(run.rm_name) and cfg.rm_name is None:
-        raise UserError(refuse_code(home / "config.json", run.rm_name))
+        raise UserError(SavedRun(home).refuse_code())
     flags = {
         f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in RUN_SETTINGS and getattr(cfg, f.name) is not None
     }
@@ -161,7 +151,7 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
 def find_run(policy_path: str) -> Path | None:
     """The folder of the run that made a policy, be it policy_lm or best/policy_lm; None if it is in no run."""
     parents = Path(policy_folder(policy_path)).absolute().parents
-    home = next((p for p in parents[:2] if is_run(p)), None)
+    home = next((p for p in parents[:2] if SavedRun(p).exists), None)
     return home.relative_to(Path.cwd()) if home is not None and home.is_relative_to(Path.cwd()) else home
 
 
@@ -253,7 +243,7 @@ def note_changed_inputs(models: Models, run: TrainConfig, home: Path | None) -> 
     if home is None:
         return
     saved = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    before = SavedRun(home).fingerprints
+    before = saved_fingerprints(saved)
     now = {"rm_name": reward_sha256(models.reward), "ref_name": model_sha256(models.reference.lm)}
     for name, what in (("rm_name", "reward"), ("ref_name", "base")):
         changed = before[name] != now[name] if before.get(name) else saved[name] not in (None, getattr(run, name))
@@ -268,7 +258,11 @@ def second_judge(cfg: EvalConfig, run: TrainConfig) -> Judge | None:
         return None
     if cfg.judge != "labels":
         model = SentimentReward(
-            resolve_name(cfg.judge), run.target_label, run.device, dtype=getattr(torch, run.dtype), setting="judge"
+            resolve_name(cfg.judge),
+            run.target_label,
+            device=run.device,
+            dtype=getattr(torch, run.dtype),
+            setting="judge",
         )
         return Judge(lambda texts: model(texts).cpu().numpy(), reward_sha256(model))
     try:
@@ -316,7 +310,7 @@ def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
 def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: Path | None) -> None:
     """Say so where the texts of the run's data set are not those that the policy was trained on."""
     saved = json.loads((home / "config.json").read_text(encoding="utf-8")) if home else {}
-    before = SavedRun(home).fingerprints.get("dataset") if home else None
+    before = saved_fingerprints(saved).get("dataset")
     same_setting = before and (saved["dataset"], saved["text_column"]) == (run.dataset, run.text_column)
     if same_setting and before != texts_sha256(texts):
         print(
@@ -430,7 +424,7 @@ def human_continuations(
     if not any(written):
         return None
     backwards, real = (x.flip(1).to(device) for x in pad_left([row[::-1] for row in written]))
-    return Sequences.of(
+    return Sequences(
         torch.cat([ids, backwards], 1), torch.cat([mask, real], 1), real, torch.zeros(real.shape, device=device)
     )
 

@@ -6,14 +6,12 @@ class gives what it likes. No gradient leaves this file.
 """
 
 import inspect
-import itertools
 import sys
 import traceback
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any, Protocol
 
 from config import UserError, python_reward
@@ -27,15 +25,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from pretrain.tiny_world import resolve_name
 from runtime.classifiers import longest_input, pad_rows
 from runtime.device import lacks_memory
-from runtime.hub import (
-    DEFAULT_REVISION,
-    in_one_line,
-    load_tokenizer,
-    loading,
-    refuse_missing_weights,
-    refuse_other_folder,
-)
+from runtime.hub import DEFAULT_REVISION, in_one_line, load_tokenizer, load_weights, loading, refuse_other_folder
 from runtime.user_code import UserCode, is_of_the_program
+from runtime.user_function import Arguments, called_signature, match_arguments
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 SENTIMENTS = ("positive", "negative", "neutral")
@@ -71,25 +63,19 @@ class ScoreScale:
 UNSCALED = ScoreScale()
 
 
-def load_reward(
-    name: str,
-    target_label: str = "positive",
-    device: str | torch.device = "cpu",
-    batch_size: int = 64,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    setting: str = "rm_name",
-    cut_left: bool = False,
-) -> Reward:
-    """The reward that a setting names: Python, or a classifier with one output or several (raises UserError)."""
+def load_reward(name: str, target_label: str = "positive", **options: Any) -> Reward:
+    """The reward of this name: Python, or a classifier with one output or several.
+
+    options are those of ClassifierOptions, of which Python gets the device.
+    """
+    chosen = ClassifierOptions(**options)
     if python_reward(name):
-        return PythonReward(name, device)
+        return PythonReward(name, chosen.device)
     name = resolve_name(name)
-    refuse_other_folder(setting, name)
-    with loading(setting, name, "sequence classifier"):
-        config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
-    rest = (device, batch_size, dtype, revision, setting, cut_left)
-    return ScalarReward(name, *rest) if is_scalar(config) else SentimentReward(name, target_label, *rest)
+    refuse_other_folder(chosen.setting, name)
+    with loading(chosen.setting, name, "sequence classifier"):
+        config = AutoConfig.from_pretrained(name, revision=chosen.revision or DEFAULT_REVISION, trust_remote_code=False)
+    return ScalarReward(name, **options) if is_scalar(config) else SentimentReward(name, target_label, **options)
 
 
 def score_title(label: str | None) -> str:
@@ -103,7 +89,7 @@ def show_score(score: float, label: str | None) -> str:
 
 
 def score_responses(reward: Reward, responses: list[str], prompts: list[str], name: str) -> Tensor:
-    """Scores (n,) of responses (raises UserError where the reward `name` fails or returns something else)."""
+    """Scores (n,) of responses; where the reward `name` fails or returns something else, it is refused."""
     try:
         scores = reward(responses, prompts)
     except UserError:
@@ -113,49 +99,62 @@ def score_responses(reward: Reward, responses: list[str], prompts: list[str], na
             raise
         raise UserError(f"rm_name={name} failed on a batch ({type(error).__name__}: {error})") from error
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(responses),):
-        found = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise UserError(f"rm_name={name} returned {found} instead of one real number per response")
+        returned = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"rm_name={name} returned {returned} instead of one real number per response")
     return scores
 
 
 # --- classifiers ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """How a classifier is loaded and run; a user's own reward may give some of them.
+
+    Texts that are too long are cut at the end, or at the beginning with cut_left. `setting` is the one that names the
+    classifier, for messages.
+    """
+
+    device: str | torch.device = "cpu"
+    batch_size: int = 64
+    dtype: torch.dtype = torch.float32
+    revision: str | None = None
+    setting: str = "rm_name"
+    cut_left: bool = False
+
+
 class Classifier:
     """A Hugging Face sequence classifier with its tokenizer; a text's score does not depend on the rest of a batch."""
 
-    def __init__(
-        self,
-        name: str,
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-        setting: str = "rm_name",
-        cut_left: bool = False,
-    ) -> None:
-        """Load the classifier that `setting` names (raises UserError where it or its tokenizer is of no use).
-
-        Texts that are too long are cut at the end, or at the beginning where cut_left is set.
-        """
+    def __init__(self, name: str, **options: Any) -> None:
+        """Load the classifier; options are those of ClassifierOptions."""
+        chosen = ClassifierOptions(**options)
         name = resolve_name(name)  # here as well as on the command line: a user's reward may build its own
-        self.source = f"{setting}={name}"
-        self.model: Any = _load_classifier(setting, name, revision).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(setting, name, revision)
+        self.source = f"{chosen.setting}={name}"
+        self.model: Any = load_weights(
+            AutoModelForSequenceClassification,
+            chosen.setting,
+            name,
+            "sequence classifier",
+            revision=chosen.revision or DEFAULT_REVISION,
+        )
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer(chosen.setting, name, chosen.revision)
         self.max_length = longest_input(self.model, self.tokenizer)
         self._check_tokenizer()
         # sides of padding and cutting are decided here, whatever was saved with the tokenizer
-        self.tokenizer.truncation_side = "left" if cut_left else "right"
+        self.tokenizer.truncation_side = "left" if chosen.cut_left else "right"
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # where GPT-2 ends a text
-        self.batch_size, self.dtype = batch_size, torch.float32
-        # whether it was trained on prompt and response, if known
+        self.batch_size = chosen.batch_size
+        # whether it was trained on prompt and response, if its folder says so
         self.on_prompt: bool | None = getattr(self.model.config, "reward_on_prompt", None)
+        self.dtype = torch.float32  # while it is tried
         self.without_padding = False
         self.without_padding = self._sees_padding()
         if self.without_padding:
             print(f"note: scores of {self.source} change with padding, so texts of one length are scored at a time")
-        self.model.to(device)
-        self.dtype = dtype
+        self.dtype = chosen.dtype
+        self.model.to(chosen.device)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> Tensor:
@@ -164,13 +163,16 @@ class Classifier:
         if not texts:
             return torch.empty(0, self.model.config.num_labels, device=device)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        encoded = [ids or [self.tokenizer.pad_token_id] for ids in encoded]  # an empty text may have no token
-        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))  # little padding
-        found = [self._forward([encoded[i] for i in rows]) for rows in self._batches(order, [*map(len, encoded)])]
-        return torch.cat(found)[torch.tensor(order).argsort().to(device, non_blocking=True)]
+        rows = [ids or [self.tokenizer.pad_token_id] for ids in encoded]  # an empty text may have no token
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # little padding
+        outputs = [
+            self._forward([rows[i] for i in batch]) for batch in self._batches(order, [len(row) for row in rows])
+        ]
+        back = torch.tensor(order).argsort().to(device, non_blocking=True)
+        return torch.cat(outputs)[back]
 
     def check_longest(self) -> None:
-        """Score a text that is longer than the model takes (raises UserError where that fails)."""
+        """Refuse a classifier that fails on the longest text that it should take."""
         try:
             self.logits(["film " * min(self.max_length, LONG)])
         except (IndexError, RuntimeError, ValueError) as error:
@@ -182,10 +184,11 @@ class Classifier:
             ) from error
 
     def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer that does not fit the model, or that this class does not serve (raises UserError)."""
-        tokenizer, size = self.tokenizer, getattr(self.model.config.get_text_config(), "vocab_size", None)
+        """Refuse a tokenizer that does not fit the model, or that this class does not serve."""
+        tokenizer = self.tokenizer
         if tokenizer.pad_token_id is None:
             raise UserError(f"{self.source} has a tokenizer without a padding token: save one with it")
+        size = getattr(self.model.config.get_text_config(), "vocab_size", None)
         largest = max(tokenizer.get_vocab().values())
         if size is not None and largest >= size:
             raise UserError(
@@ -201,7 +204,7 @@ class Classifier:
             raise UserError(f"{self.source} needs token types, as XLNet does, which are not supported: choose another")
 
     def _sees_padding(self) -> bool:
-        """Whether texts score differently beside a longer one (raises UserError where scoring fails or is random)."""
+        """Whether texts score differently beside a longer one; a model whose scores are random is refused."""
         try:
             alone = torch.cat([self.logits([text]) for text in TRIAL_TEXTS])
             again = torch.cat([self.logits([text]) for text in TRIAL_TEXTS])
@@ -221,8 +224,9 @@ class Classifier:
         """Texts in order, batch_size at a time; on a GPU as many short ones as fill the room of that many long ones."""
         while order:
             longest = lengths[order[0]]
-            fitting = self.batch_size * self.max_length // longest
-            size = self.batch_size if self.model.device.type == "cpu" else max(self.batch_size, fitting)
+            size = self.batch_size
+            if self.model.device.type != "cpu":
+                size = max(size, self.batch_size * self.max_length // longest)
             if self.without_padding:
                 size = min(size, sum(lengths[i] == longest for i in order))
             yield order[:size]
@@ -230,29 +234,19 @@ class Classifier:
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         """The model's outputs (b, labels) float32 for tokens; no copy waits for the device."""
-        device, half = self.model.device, self.dtype != torch.float32
+        device = self.model.device
         ids, mask = (x.to(device, non_blocking=True) for x in pad_rows(rows, self.tokenizer.pad_token_id))
-        with torch.autocast(device.type, self.dtype) if half else nullcontext():
+        with torch.autocast(device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
             return self.model(input_ids=ids, attention_mask=mask).logits.float()
 
 
 class SentimentReward(Classifier):
     """score = 2 P(target_label) - 1 under a classifier with a label of that name."""
 
-    def __init__(
-        self,
-        name: str,
-        target_label: str = "positive",
-        device: str | torch.device = "cpu",
-        batch_size: int = 64,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-        setting: str = "rm_name",
-        cut_left: bool = False,
-    ) -> None:
-        """Load the classifier (raises UserError as Classifier does, and where it has no such label)."""
-        super().__init__(name, device, batch_size, dtype, revision, setting, cut_left)
-        self.target = find_label(self.model.config, target_label, f"{setting}={name}")
+    def __init__(self, name: str, target_label: str = "positive", **options: Any) -> None:
+        """Load the classifier, and refuse one that has no such label; options are those of ClassifierOptions."""
+        super().__init__(name, **options)
+        self.target = find_label(self.model.config, target_label, self.source)
         self.label: str | None = full_label(target_label)
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
@@ -305,47 +299,7 @@ def full_label(label: str) -> str:
     return SHORT_NAMES.get(label.lower(), label.lower())
 
 
-def _load_classifier(setting: str, name: str, revision: str | None) -> Any:
-    refuse_other_folder(setting, name)
-    with loading(setting, name, "sequence classifier"):
-        config = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=revision or DEFAULT_REVISION,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    refuse_missing_weights(setting, name, info, "sequence classifier")
-    return model
-
-
 # --- Python ---------------------------------------------------------------------------------------------------------
-
-# Names of a function's parameters that say what it wants, whatever their order; other names are understood by order.
-RESPONSES = {
-    "response",
-    "responses",
-    "completion",
-    "completions",
-    "text",
-    "texts",
-    "output",
-    "outputs",
-    "generation",
-    "generations",
-}
-PROMPTS = {"prompt", "prompts", "query", "queries"}
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a function is called with, by position and by keyword: each is "responses" or "prompts"."""
-
-    by_position: list[str]
-    by_keyword: dict[str, str]
 
 
 class PythonReward:
@@ -358,8 +312,9 @@ class PythonReward:
     label: str | None = None
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
-        """Load `file.py:function` or `package.module:function` (raises UserError where that fails)."""
-        self.name, self.device = name, device
+        """Load `file.py:function` or `package.module:function`."""
+        self.name = name
+        self.device = device
         place, function = python_reward(name) or ("", "")
         self.code = UserCode(place, f"rm_name={name}")
         with self._one_line_errors("cannot be loaded"), self.code.running():
@@ -369,20 +324,22 @@ class PythonReward:
                 raise UserError(f"rm_name={name}: {place} has no {function!r}; it has {', '.join(names) or 'none'}")
             target = getattr(module, function)
             if isinstance(target, type):
-                target = target(device=device) if "device" in inspect.signature(target).parameters else target()
+                takes_device = "device" in inspect.signature(target).parameters
+                target = target(device=device) if takes_device else target()
         self.function: Callable[..., Any] = target
         if not callable(target):
             raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
-        self.file, self.sha256 = self.code.file, self.code.sha256()
+        self.file = self.code.file
+        self.sha256 = self.code.sha256()
         self.arguments = self._match_arguments()
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
-        """Scores (B,) float32 (raises UserError with file and line where the function fails)."""
+        """Scores (B,) float32; where the function fails, UserError names file and line."""
         if not responses:
             return torch.empty(0, device=self.device)
         texts = {"responses": responses, "prompts": prompts}
-        args = [list(texts[kind]) for kind in self.arguments.by_position]
-        kwargs = {name: list(texts[kind]) for name, kind in self.arguments.by_keyword.items()}
+        args = [list(texts[role]) for role in self.arguments.by_position]
+        kwargs = {name: list(texts[role]) for name, role in self.arguments.by_keyword.items()}
         with self._one_line_errors("failed"), self.code.running(), torch.no_grad():
             with redirect_stdout(DummyTqdmFile(sys.stdout)):
                 result = self.function(*args, **kwargs)
@@ -392,12 +349,13 @@ class PythonReward:
         return self._checked(result, scores, responses).to(self.device, non_blocking=True)
 
     def _match_arguments(self) -> Arguments:
-        """What the function's parameters mean (raises UserError where that is not clear)."""
+        """What the function's parameters mean; where that is not clear, it is refused."""
+        bound = self.function.keywords if isinstance(self.function, partial) else {}
         try:
-            signature = _called_signature(self.function)
+            signature = called_signature(self.function)
         except ValueError:  # some functions written in C have none
             return Arguments(["responses"], {})
-        arguments = match_arguments(signature, _bound_keywords(self.function))
+        arguments = match_arguments(signature, bound)
         if arguments is None:
             raise UserError(
                 f"rm_name={self.name} takes {signature}, {self._place()}: it must take (responses) or "
@@ -406,12 +364,13 @@ class PythonReward:
         return arguments
 
     def _checked(self, result: Any, scores: Tensor | None, responses: Sequence[str]) -> Tensor:
-        """Scores (B,) float32 on the CPU; `result` is what they were made of (raises UserError where it is no such)."""
-        n, what = len(responses), type(result).__name__
+        """Scores (B,) float32 on the CPU, made of `result`; anything else is refused."""
+        n = len(responses)
+        kind = type(result).__name__
         if scores is None or scores.shape != (n,):
-            what += "" if scores is None else f" of shape {tuple(scores.shape)}"
+            shape = "" if scores is None else f" of shape {tuple(scores.shape)}"
             raise UserError(
-                f"rm_name={self.name} returned {what} instead of one real number for each of {n} responses, "
+                f"rm_name={self.name} returned {kind}{shape} instead of one real number for each of {n} responses, "
                 f"{self._place()}: fix it"
             )
         for i, score in enumerate(scores.tolist()):
@@ -429,7 +388,8 @@ class PythonReward:
         try:
             yield
         except BaseException as error:
-            if is_of_the_program(error) or (isinstance(error, UserError) and not self._frames(error)):
+            of_this_class = isinstance(error, UserError) and not self._frames(error)
+            if of_this_class or is_of_the_program(error):
                 raise
             reason = _describe(error)
             if isinstance(error, ImportError) and (hidden := self.code.hidden_modules()):
@@ -444,104 +404,14 @@ class PythonReward:
         file = self.code.file
         if isinstance(error, SyntaxError) and error.filename == file:
             return f"{file}:{error.lineno}"
-        if frames := self._frames(error) if error else []:
+        if error is not None and (frames := self._frames(error)):
             return f"in {frames[-1].name}, {file}:{frames[-1].lineno}"
         function: Any = getattr(self, "function", None)
-        function = function.func if isinstance(function, partial) else function
-        call = inspect.unwrap(function) if hasattr(function, "__code__") else type(function).__call__
-        code = getattr(call, "__code__", None)
-        return f"in {call.__name__}, {code.co_filename}:{code.co_firstlineno}" if code else f"in {file}"
-
-
-def match_arguments(signature: inspect.Signature, bound: Container[str] = ()) -> Arguments | None:
-    """What to call a function of this signature with; None where that is not clear.
-
-    A parameter is understood by its name, or else by its place: responses first, prompts second. One with a default is
-    filled where its name is understood, unless `bound` says that its value was chosen. `**kwargs` gets the prompts.
-    """
-    kinds = {p.kind for p in signature.parameters.values()}
-    named = [p for p in signature.parameters.values() if p.name not in bound and p.kind not in VARIADIC]
-    places = [p for p in named if p.kind != p.KEYWORD_ONLY]
-    meaning: dict[str, str] = {}
-
-    def understand(parameter: inspect.Parameter, kind: str | None) -> None:
-        if kind is not None and kind not in meaning.values():
-            meaning.setdefault(parameter.name, kind)
-
-    required = [p for p in named if p.default is p.empty]
-    for parameter in required:
-        understand(parameter, _kind(parameter.name.lower().split("_")))
-    for parameter, kind in zip(places, ("responses", "prompts"), strict=False):
-        if parameter in required and _kind(parameter.name.lower().split("_")) is None:
-            understand(parameter, kind)
-    for parameter in named:
-        understand(parameter, _kind([parameter.name.lower()]))
-    for parameter in places[:1]:
-        understand(parameter, "responses")
-    if not named and kinds == {inspect.Parameter.VAR_POSITIONAL}:
-        return Arguments(["responses", "prompts"], {})
-    if "responses" not in meaning.values() or any(p.name not in meaning for p in required):
-        return None
-
-    by_position = [meaning[p.name] for p in itertools.takewhile(lambda p: p.name in meaning, places)]
-    by_keyword = {p.name: meaning[p.name] for p in named if p not in places[: len(by_position)] and p.name in meaning}
-    if "prompts" not in meaning.values():
-        if inspect.Parameter.VAR_KEYWORD in kinds:
-            by_keyword["prompts"] = "prompts"
-        elif inspect.Parameter.VAR_POSITIONAL in kinds and len(by_position) == len(places):
-            by_position.append("prompts")
-    return Arguments(by_position, by_keyword)
-
-
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _kind(words: list[str]) -> str | None:
-    """What a parameter whose name consists of these words means, if that is understood."""
-    if PROMPTS & {*words}:
-        return "prompts"
-    return "responses" if RESPONSES & {*words} else None
-
-
-def _called_signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a function, or of what a wrapper that takes anything passes it on to (raises ValueError)."""
-    signature = inspect.signature(function, follow_wrapped=False)
-    for _ in range(20):  # wrappers of wrappers
-        if not signature.parameters or any(p.kind not in VARIADIC for p in signature.parameters.values()):
-            break
-        inner = _wrapped(function)
-        if inner is None:
-            break
-        function, signature = inner, inspect.signature(inner, follow_wrapped=False)
-    return signature
-
-
-def _wrapped(function: Any) -> Callable[..., Any] | None:
-    """The one function that a wrapper calls, where it can be told; inspect knows only those made by functools.wraps."""
-    if isinstance(function, partial):
-        inner = _wrapped(function.func)
-        return inner and partial(inner, *function.args, **function.keywords)
-    if inspect.ismethod(function):
-        inner = _wrapped(function.__func__)
-        return inner and MethodType(inner, function.__self__)
-    if isinstance(function, torch.nn.Module):
-        return function.forward
-    if hasattr(function, "__wrapped__"):
-        return function.__wrapped__
-    if inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        candidates = [*variables.nonlocals.values()] or [*variables.globals.values()]
-    else:
-        candidates = [*vars(function).values()] if hasattr(function, "__dict__") else []
-    functions = [x for x in candidates if callable(x) and not isinstance(x, type)]
-    if not functions and not inspect.isfunction(function):
-        return _wrapped(MethodType(type(function).__call__, function))
-    return functions[0] if len(functions) == 1 else None
-
-
-def _bound_keywords(function: Any) -> set[str]:
-    """Keywords to which functools.partial has given a value."""
-    return set(function.keywords) if isinstance(function, partial) else set()
+        if isinstance(function, partial):
+            function = function.func
+        called = inspect.unwrap(function) if hasattr(function, "__code__") else type(function).__call__
+        code = getattr(called, "__code__", None)
+        return f"in {called.__name__}, {code.co_filename}:{code.co_firstlineno}" if code else f"in {file}"
 
 
 def _describe(error: BaseException) -> str:
@@ -565,4 +435,6 @@ def _as_tensor(result: Any) -> Tensor | None:
         array = np.asarray(result)
     except ValueError:  # rows of different lengths
         return None
-    return torch.from_numpy(array.astype(np.float64)).float() if array.dtype.kind in "biuf" else None
+    if array.dtype.kind not in "biuf":
+        return None
+    return torch.from_numpy(array.astype(np.float64)).float()

@@ -16,14 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import NEWEST, TrainConfig, parse_config
+from config import TrainConfig
 
 import torch
 
 from ppo import Rollout, collect_rollout, ppo_update
-from runtime.cli import run
+from runtime.cli import parse_config, run
 from runtime.distributed import call_on_main, main_process_first, process_group, raise_on_all_ranks, torchrun_job
 from runtime.hub import quiet_libraries
+from runtime.saved_run import NEWEST
 from training.audit import audit
 from training.earlier_run import inspect_run_folder, was_started_by
 from training.memory import fit_micro_batches

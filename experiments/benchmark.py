@@ -77,11 +77,11 @@ class BenchConfig:
     split: str = opt(TrainConfig.split, "Split of the data set (a file has no splits and is used whole).")
     text_column: str = opt(TrainConfig.text_column, "Column that holds the text.")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt(
-        "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
+        "auto", "auto takes cuda, else mps (Apple), else cpu.", heading="Where and how it runs"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
-    steps: int = opt(3, "Steps timed, after one that is not.", "What is timed")
+    steps: int = opt(3, "Steps timed, after one that is not.", heading="What is timed")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
     peer: str | None = opt(None, "Another command to time, alternating with this one.")
     rounds: int = opt(1, "How often to alternate with the peer.")

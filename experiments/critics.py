@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import TrainConfig, UserError, opt, parse_config
+from config import TrainConfig, UserError, opt
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.gradients import Observed, observe
 from model import GPT2WithValueHead
-from runtime.cli import numbers, parse_flags, run, words
+from runtime.cli import numbers, parse_config, parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, write_atomic
 from runtime.hub import quiet_libraries

@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import TrainConfig, UserError, opt, parse_config
+from config import TrainConfig, UserError, opt
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from model import GPT2WithValueHead, Sequences
-from runtime.cli import numbers, parse_flags, run, words
+from runtime.cli import numbers, parse_config, parse_flags, run, words
 from runtime.files import check_table_path, read_table, write_atomic
 from runtime.hub import quiet_libraries
 from training.estimate import timed

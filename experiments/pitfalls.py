@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from config import EvalConfig, TrainConfig, UserError, opt, parse_config
+from config import EvalConfig, TrainConfig, UserError, opt
 
 import pandas as pd
 import torch
@@ -32,7 +32,7 @@ from evaluation.summary import summarise
 from experiments.bugs import BUGS, Bug, planted, replaced
 from experiments.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
 from pretrain.tiny_world import resolve_name
-from runtime.cli import Stopped, numbers, parse_flags, run, words
+from runtime.cli import Stopped, numbers, parse_config, parse_flags, run, words
 from runtime.files import check_table_path, read_table, remove, write_atomic
 from training.audit import audit
 from training.diagnostics import Diagnostics

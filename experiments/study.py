@@ -52,13 +52,13 @@ class StudyConfig:
     peer: str | None = opt(
         None,
         "Another program instead of train.py; {seed} and {folder} are filled in.",
-        "Another program instead of train.py",
+        heading="Another program instead of train.py",
     )
     peer_name: str = opt("peer", "Its name in the table.")
     frontier: int = opt(
         0,
         "Base responses per prompt, drawn once for all runs, for the best possible reward.",
-        "What is measured, and where it is kept",
+        heading="What is measured, and where it is kept",
     )
     jobs: int = opt(1, "Runs at a time.")
     folder: str = opt("study", "Where the runs are kept.", path="written")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import TrainConfig, UserError, opt, parse_config
+from config import TrainConfig, UserError, opt
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from evaluation.frontier import BETAS, frontier
 from model import GPT2WithValueHead, Sequences
 from ppo import build_optimizer, learning_rate
-from pretrain.models import quiet_saving
-from runtime.cli import parse_flags, run, words
+from runtime.cli import parse_config, parse_flags, run, words
 from runtime.device import keep_freed_memory
 from runtime.files import new_folder, write_atomic
 from runtime.hub import quiet_libraries
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             group["lr"] = learning_rate(schedule, step)
         optimizer_step(policy, reference, optimizer, draws[number], run_cfg)
     about = {**describe(run_cfg), "reward": describe_reward(parts.models), "weighted_likelihood": vars(cfg)}
-    with quiet_saving(), new_folder(Path(cfg.out)) as folder:
+    with new_folder(Path(cfg.out)) as folder:
         policy.save_pretrained(folder)
         parts.models.tokenizer.save_pretrained(folder / "policy_lm")
         write_atomic(folder / "config.json", json.dumps(about, indent=2) + "\n")

@@ -17,7 +17,7 @@ ModelInputs = dict[str, Tensor]
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int, rng: random.Random) -> list[list[int]]:
-    """Group rows of about equal length into batches of at most batch_tokens tokens, in random order."""
+    """Batches of rows of about equal length, by index, of at most batch_tokens tokens each, in random order."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
     batches: list[list[int]] = [[]]
     for i in order:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError, policy_folder
+from config import UserError
 
 import torch
 from tokenizers import Tokenizer
@@ -19,8 +19,15 @@ from pretrain.bpe import END, policy_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import load_tokenizer, loading, refuse_missing_weights
+from runtime.hub import load_tokenizer, load_weights
+from runtime.saved_run import policy_folder
 from runtime.terminal import progress
+
+
+def lm_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], context: int) -> list[list[int]]:
+    """The tokens of each text and EOS, cut to `context`; rows of one token are left out: nothing follows it."""
+    rows = [[*ids, tokenizer.eos_token_id][:context] for ids in tokenize(tokenizer, texts)]
+    return [row for row in rows if len(row) > 1]
 
 
 def lm_batch(rows: Sequence[list[int]]) -> ModelInputs:
@@ -30,16 +37,18 @@ def lm_batch(rows: Sequence[list[int]]) -> ModelInputs:
 
 
 def lm_batches(rows: Sequence[list[int]], batch_tokens: int, rng: random.Random) -> Iterator[ModelInputs]:
-    """ModelInputses for the language model without end, in a new order every epoch."""
+    """Batches for the language model without end, in a new order every epoch."""
+    lengths = [len(row) for row in rows]
     while True:
-        for chosen in length_batches([len(row) for row in rows], batch_tokens, rng):
+        for chosen in length_batches(lengths, batch_tokens, rng):
             yield lm_batch([rows[i] for i in chosen])
 
 
 @torch.no_grad()
 def nats_per_token(model: nn.Module, rows: Sequence[list[int]], batch_tokens: int, device: torch.device) -> float:
     """Mean cross-entropy of all predicted tokens of the rows."""
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
     for chosen in progress(order, "measuring", "batch"):
         batch = lm_batch([rows[i] for i in chosen])
@@ -71,17 +80,15 @@ def train_policy(
     if vectors is not None and vectors.shape == words.shape:
         words.data.copy_(vectors.detach())
     context = min(recipe.context, model.config.n_positions)
-    rows, held = (
-        [row for ids in tokenize(tokenizer, texts) if len(row := [*ids, tokenizer.eos_token_id][:context]) > 1]
-        for texts in (corpus.lm_texts, corpus.held_texts)
-    )
+    rows = lm_rows(tokenizer, corpus.lm_texts, context)
+    held_out = lm_rows(tokenizer, corpus.held_texts, context)
     batches = lm_batches(rows, recipe.lm.batch_tokens, random.Random(seed))
     fit(model, batches, recipe.lm.steps, recipe.lm.lr, device, "language model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
-        "held_out_nats_per_token": nats_per_token(model, held, recipe.lm.batch_tokens, device),
-        "held_out_texts": len(held),
+        "held_out_nats_per_token": nats_per_token(model, held_out, recipe.lm.batch_tokens, device),
+        "held_out_texts": len(held_out),
         "texts": len(rows),
         "weights": model.num_parameters(),
         "vocabulary": len(tokenizer),
@@ -90,7 +97,8 @@ def train_policy(
 
 
 def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
-    net, end = recipe.lm, bpe.token_to_id(END)
+    net = recipe.lm
+    end = bpe.token_to_id(END)
     config = GPT2Config(
         vocab_size=bpe.get_vocab_size(),
         n_positions=recipe.context,
@@ -111,11 +119,7 @@ def _new_policy(bpe: Tokenizer, recipe: Recipe) -> tuple[Any, PreTrainedTokenize
 def _load_policy(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     name = policy_folder(name)
     tokenizer = load_tokenizer("init", name)
-    with loading("init", name, "language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    refuse_missing_weights("init", name, info, "language model")
+    model = load_weights(AutoModelForCausalLM, "init", name, "language model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"init={name} has a tokenizer without an EOS token: save one with it")
     return model, tokenizer

@@ -1,14 +1,11 @@
 """Tokenizer, language model and classifier, made together from one corpus."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from pretrain.bpe import train_bpe
 from pretrain.corpus import Corpus
@@ -41,23 +38,10 @@ def make_models(
 
 def describe_models(report: dict[str, Any]) -> str:
     """How good both models are, on one line."""
-    policy, reward = report["policy"], report["reward"]
+    policy = report["policy"]
+    reward = report["reward"]
     return (
         f"language model {policy['held_out_nats_per_token']:.3f} nats per token, "
         f"classifier {reward['held_out_accuracy']:.1%} right, "
         f"both on {reward['held_out_texts']:,} held-out texts"
     )
-
-
-@contextmanager
-def quiet_saving() -> Iterator[None]:
-    """Silence warnings that nobody can act on, and progress bars over the saving of files."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
-from config import UserError, policy_folder
+from config import UserError
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,13 @@ from transformers import AutoModelForSequenceClassification
 from data import Pair
 from pretrain.fitting import ModelInputs, fit, forward, length_batches
 from runtime.classifiers import longest_input, pad_rows
-from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.hub import load_tokenizer, load_weights
+from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
-SHORTEST, LONGEST = 5, 50  # words of a piece of a labelled text
+# Words of a piece of a labelled text
+SHORTEST = 5
+LONGEST = 50
 MOST_HELD_OUT = 2000
 
 
@@ -54,7 +56,7 @@ class BradleyTerry(nn.Module):
 
 
 def pairs_from_labels(labelled: Sequence[tuple[str, str]], chosen_label: str, seed: int = 0) -> list[Pair]:
-    """Pieces of texts with one label, each chosen over a piece of a random text with another (raises UserError).
+    """Pieces of texts with one label, each chosen over a piece of a random text with another.
 
     Both pieces have lengths of one distribution, so that length says nothing.
     """
@@ -62,8 +64,10 @@ def pairs_from_labels(labelled: Sequence[tuple[str, str]], chosen_label: str, se
     liked = [text for text, label in labelled if label == chosen_label]
     others = [text for text, label in labelled if label != chosen_label]
     if not liked or not others:
-        known = ", ".join(sorted({label for _, label in labelled})[:5])
-        raise UserError(f"chosen_label={chosen_label!r} must be the label of some texts and not of all: choose {known}")
+        labels = ", ".join(sorted({label for _, label in labelled})[:5])
+        raise UserError(
+            f"chosen_label={chosen_label!r} must be the label of some texts and not of all: choose {labels}"
+        )
     rng.shuffle(liked)
     return [Pair("", _piece(text, rng), _piece(rng.choice(others), rng)) for text in liked]
 
@@ -80,9 +84,13 @@ def split_pairs(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list[Pair
     """Pairs to train on, and about a tenth of them to measure on, with no prompt (or chosen text) in both."""
     keys = list(dict.fromkeys(pair.prompt or pair.chosen for pair in pairs))
     random.Random(seed).shuffle(keys)
-    held_keys = set(keys[: min(MOST_HELD_OUT, len(keys) // 10)])
-    held = [pair for pair in pairs if (pair.prompt or pair.chosen) in held_keys]
-    return [pair for pair in pairs if (pair.prompt or pair.chosen) not in held_keys], held
+    held_out_keys = set(keys[: min(MOST_HELD_OUT, len(keys) // 10)])
+    training: list[Pair] = []
+    held_out: list[Pair] = []
+    for pair in pairs:
+        part = held_out if (pair.prompt or pair.chosen) in held_out_keys else training
+        part.append(pair)
+    return training, held_out
 
 
 def join(prompt: str, response: str) -> str:
@@ -95,21 +103,14 @@ class PreferenceTrainer:
     """An encoder with one output, on its way to become a reward model."""
 
     def __init__(self, init: str, with_prompt: bool, device: torch.device) -> None:
-        """Load any encoder, classifier or language model; its head is new (raises UserError)."""
-        self.with_prompt, self.device = with_prompt, device
+        """Load any encoder, classifier or language model; its head is new."""
+        self.with_prompt = with_prompt
+        self.device = device
         init = policy_folder(init)
         self.tokenizer = load_tokenizer("init", init)
-        with loading("init", init, "encoder"):
-            self.model: Any
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                init,
-                num_labels=1,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        refuse_wrong_encoder("init", init, info, self.model)
+        self.model = load_weights(
+            AutoModelForSequenceClassification, "init", init, "encoder", new_head=True, num_labels=1
+        )
         if self.tokenizer.pad_token_id is None:  # a language model: its last real token is scored
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "left" if with_prompt else "right"  # as train.py cuts
@@ -140,10 +141,12 @@ class PreferenceTrainer:
     @torch.no_grad()
     def margins(self, pairs: Sequence[Pair], batch_tokens: int) -> Tensor:
         """score(chosen) - score(rejected) of each pair (n,): above 0 where the model agrees."""
-        texts, found = self.encode(pairs), torch.empty(len(pairs))
+        texts = self.encode(pairs)
+        model = BradleyTerry(self.model).eval()
+        margins = torch.empty(len(pairs))
         for rows in progress(length_batches(texts.lengths(), batch_tokens, random.Random(0)), "measuring", "batch"):
-            found[rows] = forward(BradleyTerry(self.model).eval(), self.batch(texts, rows), self.device).margins.cpu()
-        return found
+            margins[rows] = forward(model, self.batch(texts, rows), self.device).margins.cpu()
+        return margins
 
     def encode(self, pairs: Sequence[Pair]) -> PairTexts:
         """The tokens of both texts of each pair, with special tokens, and the prompt where it is scored too."""
@@ -152,10 +155,11 @@ class PreferenceTrainer:
             rows = self.tokenizer(texts, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
             return [row or [self.tokenizer.pad_token_id] for row in rows]
 
-        prompts = [pair.prompt if self.with_prompt else "" for pair in pairs]
+        if not self.with_prompt:
+            pairs = [pair._replace(prompt="") for pair in pairs]
         return PairTexts(
-            ids([join(prompt, pair.chosen) for prompt, pair in zip(prompts, pairs, strict=True)]),
-            ids([join(prompt, pair.rejected) for prompt, pair in zip(prompts, pairs, strict=True)]),
+            ids([join(pair.prompt, pair.chosen) for pair in pairs]),
+            ids([join(pair.prompt, pair.rejected) for pair in pairs]),
         )
 
     def batch(self, texts: PairTexts, rows: Sequence[int]) -> ModelInputs:

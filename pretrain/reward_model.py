@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import UserError, policy_folder
+from config import UserError
 
 import torch
 from tokenizers import Tokenizer
@@ -24,7 +24,8 @@ from pretrain.bpe import reward_tokenizer
 from pretrain.corpus import Corpus
 from pretrain.fitting import ModelInputs, fit, forward, initial_std, length_batches
 from pretrain.recipes import Recipe
-from runtime.hub import load_tokenizer, loading, refuse_wrong_encoder
+from runtime.hub import load_tokenizer, load_weights
+from runtime.saved_run import policy_folder
 from runtime.terminal import progress
 
 
@@ -49,7 +50,7 @@ def rm_batches(
     tokenizer: PreTrainedTokenizerBase,
     rng: random.Random,
 ) -> Iterator[ModelInputs]:
-    """ModelInputses for the classifier without end; each epoch sees another piece of every text."""
+    """Batches for the classifier without end; each epoch sees another piece of every text."""
     while True:
         pieces = [draw_piece(row, recipe, rng) for row in rows]
         for chosen in length_batches([len(piece) for piece in pieces], recipe.rm.batch_tokens, rng):
@@ -76,7 +77,8 @@ def accuracy(
     order = length_batches([len(row) for row in rows], batch_tokens, random.Random(0))
     for chosen in progress(order, "measuring", "batch"):
         batch = rm_batch([rows[i] for i in chosen], [labels[i] for i in chosen], tokenizer)
-        right += int((forward(model, batch, device).logits.argmax(-1).cpu() == batch["labels"]).sum())
+        likeliest = forward(model, batch, device).logits.argmax(-1).cpu()
+        right += int((likeliest == batch["labels"]).sum())
     return right / len(rows)
 
 
@@ -94,10 +96,11 @@ def train_reward(
     fit(model, batches, recipe.rm.steps, recipe.rm.lr, device, "classifier")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    held = [response_part(row, recipe) for row in tokenize(tokenizer, corpus.held_texts)]
+    held_out = [response_part(row, recipe) for row in tokenize(tokenizer, corpus.held_texts)]
+    right = accuracy(model, tokenizer, held_out, corpus.held_labels, recipe.rm.batch_tokens, device)
     report = {
-        "held_out_accuracy": accuracy(model, tokenizer, held, corpus.held_labels, recipe.rm.batch_tokens, device),
-        "held_out_texts": len(held),
+        "held_out_accuracy": right,
+        "held_out_texts": len(held_out),
         "texts": len(rows),
         "labels": corpus.names,
         "weights": model.num_parameters(),
@@ -113,7 +116,8 @@ def response_part(row: list[int], recipe: Recipe) -> list[int]:
 
 
 def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    net, longest = recipe.rm, recipe.crop_max + 1  # every position is trained; longer texts are cut
+    net = recipe.rm
+    longest = recipe.crop_max + 1  # every position is trained; longer texts are cut
     tokenizer = reward_tokenizer(bpe, longest)
     config = DistilBertConfig(
         vocab_size=bpe.get_vocab_size(),
@@ -135,11 +139,9 @@ def _new_reward(bpe: Tokenizer, recipe: Recipe, names: list[str]) -> tuple[Any, 
 def _load_reward(name: str, names: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
     name = policy_folder(name)
     tokenizer = load_tokenizer("reward_init", name)
-    with loading("reward_init", name, "classifier"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_label_names(names)
-        )
-    refuse_wrong_encoder("reward_init", name, info, model)
+    model = load_weights(
+        AutoModelForSequenceClassification, "reward_init", name, "classifier", new_head=True, **_label_names(names)
+    )
     if tokenizer.pad_token_id is None:
         raise UserError(f"reward_init={name} has a tokenizer without a padding token: save one with it")
     return model, tokenizer

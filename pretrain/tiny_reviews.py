@@ -13,7 +13,8 @@ import random
 import re
 from pathlib import Path
 
-MIN_WORDS, MAX_WORDS = 34, 52
+MIN_WORDS = 34
+MAX_WORDS = 52
 EXTRAS = (("aside", 0.15), ("plot", 0.25))  # optional sentences between the others, and their probability
 LINES: dict[str, dict[str, list[str]]] = json.loads(
     Path(__file__).with_name("tiny_reviews.json").read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ TINY_NAMES = {
 
 
 def resolve_name(name: str, split: str = "train") -> str:
-    """The path of a `tiny:` name, made first if need be; any other name as it is (raises UserError)."""
+    """The path of a `tiny:` name, made first if need be; any other name as it is."""
     if not name.startswith("tiny:"):
         return name
     key = f"{name}/{split}" if name == "tiny:reviews" else name
@@ -49,18 +49,17 @@ def resolve_name(name: str, split: str = "train") -> str:
 def tiny_world() -> Path:
     """The folder of the offline models and reviews, made when it is first needed.
 
-    It is in GPT2_PPO_CACHE, or in gpt2-ppo of the user's cache folder (raises UserError where that cannot be written).
+    It is in GPT2_PPO_CACHE, or in gpt2-ppo of the user's cache folder.
     """
     key = hashlib.sha256(json.dumps(asdict(TINY), sort_keys=True).encode()).hexdigest()[:12]
     world = cache_root() / f"tiny-{key}"
     if not world.is_dir():
         try:
-            with new_folder(world) as folder:
+            with new_folder(world, "GPT2_PPO_CACHE") as folder:
                 _make_tiny_world(TINY, folder, world)
-        except OSError as error:
-            if not world.is_dir():  # where it is, another process was first
-                reason = error.strerror or error
-                raise UserError(f"GPT2_PPO_CACHE: {world} cannot be written ({reason}): name another folder") from None
+        except UserError:
+            if not world.is_dir():  # otherwise another process was first
+                raise
     return world.resolve()
 
 
@@ -75,8 +74,9 @@ def _make_tiny_world(recipe: TinyRecipe, folder: Path, world: Path) -> None:
     import torch
 
     from pretrain.corpus import Corpus
-    from pretrain.models import describe_models, make_models, quiet_saving
+    from pretrain.models import describe_models, make_models
     from pretrain.tiny_reviews import generate_reviews
+    from runtime.hub import quiet_libraries
 
     print(
         f"Making the offline models, once, in {world}: a small GPT-2 and a classifier of invented "
@@ -87,11 +87,15 @@ def _make_tiny_world(recipe: TinyRecipe, folder: Path, world: Path) -> None:
     n = recipe.train_rows
     names = ["negative", "positive"]
     for file, rows in (("train.jsonl", slice(n)), ("test.jsonl", slice(n, None))):
-        lines = [{"text": text, "label": names[label]} for text, label in zip(texts[rows], labels[rows], strict=True)]
-        (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = [
+            json.dumps({"text": text, "label": names[label]}) + "\n"
+            for text, label in zip(texts[rows], labels[rows], strict=True)
+        ]
+        (folder / file).write_text("".join(lines), encoding="utf-8")
     corpus = Corpus(texts[:n], texts[:n], labels[:n], texts[n:], labels[n:], names)
+    quiet_libraries()
     # On the CPU everywhere, and with the caller's random state restored: a run must not depend on whether it made the
     # models itself.
-    with quiet_saving(), torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad():
         report = make_models(corpus, recipe.models, folder, recipe.seed, torch.device("cpu"))
     print(f"Done: {describe_models(report)}.", file=sys.stderr)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from config import UserError
 
@@ -74,22 +74,25 @@ def move_into_place(fresh: Path, place: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, setting: str = "out") -> Iterator[Path]:
     """A hidden folder that is renamed to `out` when the block ends without an error, and removed otherwise.
 
-    Raises OSError where it cannot be written, or where `out` exists by then.
+    Raises UserError, beginning with `setting`, where it cannot be written, or where `out` exists by then.
     """
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         rename(folder, out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{setting}: {out} cannot be written ({reason}): name another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for left in out.parent.glob(f".{out.name}.*"):  # of processes that were killed; a living one is younger
+        for abandoned in out.parent.glob(f".{out.name}.*"):  # by processes that were killed; a living one is younger
             with suppress(OSError):
-                if left.stat().st_mtime < time.time() - 24 * 3600:
-                    shutil.rmtree(left, ignore_errors=True)
+                if abandoned.stat().st_mtime < time.time() - 24 * 3600:
+                    shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +136,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def truncate(path: Path, length: int) -> None:
-    """Cut a file back to the length it had when a checkpoint was saved; length 0 removes it (raises UserError)."""
+    """Cut a file back to the length it had when a checkpoint was saved; length 0 removes it."""
     if length == 0:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.stat().st_size < length:
@@ -154,7 +157,7 @@ def spreadsheet_safe(text: str) -> str:
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """Read a CSV file that has at least these columns (raises UserError)."""
+    """Read a CSV file that has at least these columns."""
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:
@@ -167,7 +170,7 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def check_table_path(path: Path) -> None:
-    """Make the folder of a table before hours are spent on its figures (raises UserError)."""
+    """Make the folder of a table before hours are spent on its figures."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         taken = path.is_dir()
@@ -182,34 +185,26 @@ def check_table_path(path: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone (raises UserError where another process holds it).
+    """Hold a folder for this process alone; where another process holds it, UserError names that one.
 
     The system releases the lock when its holder dies, however it dies; the file only names the holder.
     """
-    file = _lock_file(folder)
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _lock_file(folder: Path) -> IO[str] | None:
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
-        return None
-    file = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"ckpt_dir={folder} is in use by {holder}: wait for it, or choose another folder") from None
-    except OSError:  # a file system without locks
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        yield
+        return
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"ckpt_dir={folder} is in use by {holder}: wait for it, or choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield

@@ -29,7 +29,7 @@ def quiet_libraries() -> None:
 
 
 def require_hub(setting: str, name: str) -> None:
-    """Check that `name` is a folder, is in the cache, or is on a hub that answers (raises UserError).
+    """Check that `name` is a folder, is in the cache, or is on a hub that answers.
 
     Where the hub does not answer but the cache has the name, the libraries are switched to offline mode, which saves
     half a minute of retries.
@@ -41,13 +41,12 @@ def require_hub(setting: str, name: str) -> None:
         raise UserError(f"{setting}={name} cannot be looked up: {error.strerror}") from None
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError(f"{setting}={name} does not exist: check the path")
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    elif _hub_answers():
+    if not constants.HF_HUB_OFFLINE and _hub_answers():
         return
-    else:
-        reason = f"the hub at {constants.ENDPOINT} does not answer"
-    if not _in_cache(setting, name) and not (setting.startswith("dataset") and only_prepared(name)):
+    is_prepared = setting.startswith("dataset") and only_prepared(name)
+    if not is_prepared and not _in_cache(setting, name):
+        unreachable = f"the hub at {constants.ENDPOINT} does not answer"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable
         raise UserError(
             f"{setting}={name} is neither a folder nor in the cache, and {reason}: "
             "connect, name a folder, or use --preset tiny, which needs no network"
@@ -55,13 +54,13 @@ def require_hub(setting: str, name: str) -> None:
     _go_offline()
 
 
+def _in_cache(setting: str, name: str) -> bool:
+    return (_cache_folder(setting, name) / "snapshots").is_dir()
+
+
 def _cache_folder(setting: str, name: str) -> Path:
     kind = "datasets" if setting.startswith("dataset") else "models"
     return Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
-
-
-def _in_cache(setting: str, name: str) -> bool:
-    return (_cache_folder(setting, name) / "snapshots").is_dir()
 
 
 def only_prepared(name: str) -> bool:
@@ -130,7 +129,7 @@ def refuse_other_folder(setting: str, name: str) -> None:
 
 
 def load_tokenizer(setting: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved with a model (raises UserError where there is none: the library would make one up)."""
+    """Load the tokenizer saved with a model; where there is none, the library would make one up, so it is refused."""
     refuse_other_folder(setting, name)
     with loading(setting, name, "tokenizer"):
         try:
@@ -157,6 +156,29 @@ def _why_no_tokenizer(error: Exception) -> str:
     return f"cannot be loaded as a tokenizer: {message}"
 
 
+def load_weights(kind: Any, setting: str, name: str, what: str, new_head: bool = False, **settings: Any) -> Any:
+    """Load a complete model in float32 by a class of the library; `what` it is stands in error messages.
+
+    With new_head the weights of the encoder must fit, and those of the head are drawn anew. settings are the library's.
+    """
+    refuse_other_folder(setting, name)
+    with loading(setting, name, what):
+        model, info = kind.from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
+    if new_head:
+        encoder = f"{model.base_model_prefix}."
+        mismatched = [mismatch for mismatch in info["mismatched_keys"] if mismatch[0].startswith(encoder)]
+        info = {"mismatched_keys": mismatched, "missing_keys": []}
+    refuse_missing_weights(setting, name, info, what)
+    return model
+
+
 def refuse_missing_weights(setting: str, name: str, info: dict[str, Any], what: str) -> None:
     """Raise UserError where a model lacks some of its weights, or has them in another shape than its config says.
 
@@ -173,12 +195,6 @@ def refuse_missing_weights(setting: str, name: str, info: dict[str, Any], what: 
         raise UserError(f"{setting}={name} lacks the weights of {first}: it is not a complete {what}")
 
 
-def refuse_wrong_encoder(setting: str, name: str, info: dict[str, Any], model: Any) -> None:
-    """Raise UserError where weights have other shapes than the config says, those of the head excepted: it is new."""
-    encoder = [key for key in info["mismatched_keys"] if key[0].startswith(f"{model.base_model_prefix}.")]
-    refuse_missing_weights(setting, name, {"mismatched_keys": encoder, "missing_keys": []}, "encoder")
-
-
 def resolved_commit(setting: str, name: str, revision: str | None = None) -> str | None:
     """The commit that a hub name stood for when it was loaded; None for a folder or a file."""
     cache = _cache_folder(setting, name)
@@ -189,20 +205,14 @@ def resolved_commit(setting: str, name: str, revision: str | None = None) -> str
 
 
 def load_gpt2(name: str, setting: str, revision: str | None = None) -> GPT2LMHeadModel:
-    """Load a complete GPT-2 in float32 from the hub or a folder (raises UserError)."""
+    """Load a complete GPT-2 in float32 from the hub or a folder."""
+    revision = revision or DEFAULT_REVISION
     refuse_other_folder(setting, name)
     with loading(setting, name, "GPT-2"):
-        kind = GPT2Config.get_config_dict(name, revision=revision or DEFAULT_REVISION)[0].get("model_type")
-        if kind != "gpt2":
-            raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
-        lm, info = GPT2LMHeadModel.from_pretrained(
-            name,
-            revision=revision or DEFAULT_REVISION,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    refuse_missing_weights(setting, name, info, "GPT-2 language model")
+        kind = GPT2Config.get_config_dict(name, revision=revision)[0].get("model_type")
+    if kind != "gpt2":
+        raise UserError(f"{setting}={name} is a {kind} model: choose a GPT-2")
+    lm = load_weights(GPT2LMHeadModel, setting, name, "GPT-2 language model", revision=revision)
     if lm.config.activation_function == "gelu_new":  # the same function in one kernel instead of eight
         for block in lm.transformer.h:
             block.mlp.act = nn.GELU(approximate="tanh")

@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, policy_folder
+from config import TrainConfig, UserError
+
+NEWEST = "newest"  # the value of --resume alone
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,19 @@ class SavedRun:
             f"rm_name={rm_name} is Python code, which is never run because {self.config_json} says so: read it, then "
             f"name it on the command line, --rm_name {rm_name}"
         )
+
+
+def policy_folder(name: str) -> str:
+    """The model that a name stands for: the policy_lm of a run folder or of its best/, any other name as it is."""
+    try:
+        return str(Path(name) / "policy_lm") if (Path(name) / "policy_lm").is_dir() else name
+    except (OSError, ValueError):  # no name of a folder
+        return name
+
+
+def resume_folder(resume: str, ckpt_dir: str) -> Path:
+    """The run folder that --resume means: ckpt_dir, the folder named, or the run of the checkpoint named."""
+    if resume == NEWEST:
+        return Path(ckpt_dir)
+    path = Path(resume)
+    return path.parent.parent if (path / "state.json").is_file() else path

@@ -9,6 +9,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -76,7 +77,7 @@ def load_table(
 ) -> pd.DataFrame:
     """Read a file, or a split of a data set; the lines of .txt become the column `text_column`.
 
-    Class ids with known names become the names, and those below 0 None. Raises UserError.
+    Class ids with known names become the names, and those below 0 None.
     """
     if not dataset.isascii() and "\\udc" in ascii(dataset):
         raise UserError(f"dataset {dataset!a} has a name that is not UTF-8: rename it")
@@ -89,15 +90,16 @@ def load_table(
 
 def column_list(table: Iterable[Any], most: int = 20) -> str:
     """The columns of a table for a message, each with 40 characters at most."""
-    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, table)] or ["(none)"]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, table)]
+    listed = ", ".join(names[:most]) or "(none)"
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
 def read_file(name: str, text_column: str) -> pd.DataFrame:
-    """Read a file of any format by its name (raises UserError)."""
+    """Read a file of any format by its name."""
     kind, compression = file_format(name)
     if not os.path.exists(name):
         raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
@@ -134,7 +136,7 @@ def _unpack(name: str, kind: str, compression: str) -> tuple[str, bytes]:
 def _decode(data: bytes) -> str:
     """UTF-8 -> text, without a byte-order mark; ValueError names the line that is not UTF-8."""
     start = data[:200]
-    zeros = max(start[::2].count(0), start[1::2].count(0))  # every other byte of Latin letters in UTF-16
+    zeros = max(start[::2].count(0), start[1::2].count(0))  # in UTF-16, every other byte of Latin letters is one
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or zeros > max(1, len(start) // 4):
         raise ValueError("it is UTF-16: save it as UTF-8")
     try:
@@ -185,14 +187,14 @@ def _read_json(data: bytes, name: str, text_column: str) -> pd.DataFrame:
     """An object per row, on lines of its own or in an array; or one object that holds whole columns."""
     text = _decode(data)
     decoder = json.JSONDecoder(strict=False)  # tabs may stand in a text as they are
-    values: list[Any] = []
-    place = 0
-    while blank := re.compile(r"\s*").match(text, place):
-        if blank.end() == len(text):
-            break
-        value, place = decoder.raw_decode(text, blank.end())
-        values.append(value)
-    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    rows: list[Any] = []
+    place = end_of_blanks(text, 0)
+    while place < len(text):
+        value, end = decoder.raw_decode(text, place)
+        rows.append(value)
+        place = end_of_blanks(text, end)
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             example = f'{{"{text_column}": "..."}}'
@@ -200,6 +202,12 @@ def _read_json(data: bytes, name: str, text_column: str) -> pd.DataFrame:
     if len(rows) == 1 and rows[0] and all(isinstance(column, list | dict) for column in rows[0].values()):
         return pd.DataFrame(rows[0], dtype=object)
     return pd.DataFrame(rows, dtype=object)
+
+
+def end_of_blanks(text: str, place: int) -> int:
+    """The place of the first character from `place` on that is no white space."""
+    blanks = re.compile(r"\s*").match(text, place)
+    return blanks.end() if blanks else place
 
 
 # --- CSV ------------------------------------------------------------------------------------------------------------
@@ -219,11 +227,12 @@ def _read_csv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
         return _frame(split_rows(text, ","))
     except ValueError as error:
         doubled = re.sub(r'\\(["\\])', lambda pair: '""' if pair[1] == '"' else pair[1], text)
-        with suppress(ValueError):
+        try:
             table = _frame(split_rows(doubled, ","))
-            print(f'note: in {name}, \\" is read as a quotation mark')
-            return table
-        raise error
+        except ValueError:
+            raise error from None
+        print(f'note: in {name}, \\" is read as a quotation mark')
+        return table
 
 
 def _read_tsv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
@@ -232,19 +241,20 @@ def _read_tsv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
     Raises ValueError where both can be, and give different rows.
     """
     text = _decode(data)
-    plain = None
+    literal: list[Row] = []  # the rows with all quotation marks left in, where it can be read so
     with suppress(ValueError):
-        plain = split_rows(text, "\t", quoted=False)
+        literal = split_rows(text, "\t", quoted=False)
     try:
         rows = split_rows(text, "\t")
     except ValueError:
-        if plain is None:
+        if not literal:
             raise
         print(f"note: in {name}, quotation marks are read as part of the texts")
-        return _frame(plain)
-    if plain is not None and (others := {row.line for row in plain} ^ {row.line for row in rows}):
+        return _frame(literal)
+    doubtful = {row.line for row in literal} ^ {row.line for row in rows}
+    if literal and doubtful:
         raise ValueError(
-            f"line {min(others)} may be a row or, by the quotation marks around it, part of the text before it: save "
+            f"line {min(doubtful)} may be a row or, by the quotation marks around it, part of the text before it: save "
             "it as .jsonl"
         )
     return _frame(rows)
@@ -253,8 +263,9 @@ def _read_tsv(data: bytes, name: str, text_column: str) -> pd.DataFrame:
 def _frame(rows: list[Row]) -> pd.DataFrame:
     """Rows as a table whose columns the first row names; ValueError where two names are the same."""
     header = [cell.strip() or f"Unnamed: {i}" for i, cell in enumerate(rows[0].cells)]
-    if twice := [cell for i, cell in enumerate(header) if cell in header[:i]]:
-        raise ValueError(f"two of its columns are called {twice[0]!r}: rename one")
+    for i, name in enumerate(header):
+        if name in header[:i]:
+            raise ValueError(f"two of its columns are called {name!r}: rename one")
     return pd.DataFrame([row.cells for row in rows[1:]], columns=header, dtype=object)
 
 
@@ -280,9 +291,10 @@ def split_rows(text: str, separator: str, quoted: bool = True) -> list[Row]:
         ) from None
     if not rows:
         raise ValueError("it holds blank rows only")
-    width = len(rows[0].cells)
-    if len(rows) > 1 and all(len(row.cells) == width + 1 and not row.cells[-1] for row in rows[1:]):
-        rows[1:] = [Row(row.line, row.cells[:-1]) for row in rows[1:]]
+    header, *others = rows
+    width = len(header.cells)
+    if all(len(row.cells) == width + 1 and not row.cells[-1] for row in others):
+        rows = [header, *(Row(row.line, row.cells[:-1]) for row in others)]
     for row in rows:
         if len(row.cells) != width:
             mark = "tab" if separator == "\t" else "comma"
@@ -340,21 +352,25 @@ def _saved_split(saved: Any, name: str, split: str) -> Any:
 def _plain_files(name: str, revision: str | None, config: str | None) -> dict[str, list[str]]:
     """The files of each split of a folder of CSV, JSON or text files, which are read as single files are.
 
-    None where its README.md says how to read them: then the library does as it says.
+    There are none where its README.md says how to read them: then the library does as it says.
     """
     if not os.path.isdir(name):
         return {}
     import datasets
 
     builder = datasets.load_dataset_builder(name, config, revision=revision)
-    options, plain = builder.config, type(builder.config)()
-    changed = {f.name for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)}
+    options = builder.config
+    default = type(options)()
+    changed = {f.name for f in fields(options) if getattr(options, f.name) != getattr(default, f.name)}
     declared = changed - {"name", "version", "data_dir", "data_files", "description", "sep"}
     if declared or builder.info.features is not None or getattr(options, "sep", ",") not in (",", "\t"):
         return {}
-    files = {str(split): list(map(str, names)) for split, names in (options.data_files or {}).items()}
-    formats = {file_format(file) for names in files.values() for file in names}
-    return files if all(kind not in ("", ".parquet") and packed != ".zip" for kind, packed in formats) else {}
+    files = {str(part): [str(file) for file in names] for part, names in (options.data_files or {}).items()}
+    for file in itertools.chain.from_iterable(files.values()):
+        kind, compression = file_format(file)
+        if kind in ("", ".parquet") or compression == ".zip":
+            return {}
+    return files
 
 
 def _read_plain(files: dict[str, list[str]], name: str, split: str, text_column: str) -> pd.DataFrame:
@@ -368,7 +384,7 @@ def _read_plain(files: dict[str, list[str]], name: str, split: str, text_column:
 
 
 def _concatenated(files: list[str], name: str, text_column: str) -> pd.DataFrame:
-    """The rows of several files, which have the same columns (raises UserError)."""
+    """The rows of several files, which have the same columns."""
     tables = [read_file(file, text_column) for file in files]
     for file, table in zip(files, tables, strict=True):
         if set(table) != set(tables[0]) and file_format(file)[0] in (".csv", ".tsv"):
@@ -381,8 +397,9 @@ def _concatenated(files: list[str], name: str, text_column: str) -> pd.DataFrame
 
 def _cannot_load(error: Exception, name: str, split: str) -> str:
     """Why the library cannot load a data set, with what to change, in one line."""
-    cause = error.__cause__ if reason(error) == "An error occurred while generating the dataset" else None
-    words = reason(cause if isinstance(cause, Exception) else error)
+    words = reason(error)
+    if words == "An error occurred while generating the dataset" and isinstance(error.__cause__, Exception):
+        words = reason(error.__cause__)
     if "scripts are no longer supported" in words:
         return (
             f"dataset {name} is a loading script, which is never run: {SAVE_AS}; for one on the hub, try "

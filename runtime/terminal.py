@@ -62,10 +62,13 @@ class ProgressLines:
     ) -> None:
         """Begin; the arguments are tqdm's, of which those on drawing mean nothing here."""
         self.work: Iterable[Any] = () if work is None else work
-        self.title, self.unit, self.leave = desc or "", unit, leave
-        self.total = operator.length_hint(work, 0) or None if total is None and work is not None else total
+        self.title = desc or ""
+        self.unit = unit
+        self.leave = leave
+        self.total = total or operator.length_hint(self.work) or None
         self.initial = self.done = initial
-        self.postfix, self.is_open = "", True
+        self.postfix = ""
+        self.is_open = True
         self.begun = self.printed = time.monotonic()
 
     def __iter__(self) -> Iterator[Any]:
@@ -124,11 +127,13 @@ def can_shade(stream: TextIO) -> bool:
 
 def cells(pieces: Iterable[tuple[str, float]]) -> list[Cell]:
     """Characters of texts with their numbers; none of them can steer a terminal, as an escape sequence would."""
-    return [
-        (char if char.isprintable() or char == "\n" else " " if char == "\t" else "\N{REPLACEMENT CHARACTER}", x)
-        for text, x in pieces
-        for char in text
-    ]
+    return [(_harmless(char), x) for text, x in pieces for char in text]
+
+
+def _harmless(char: str) -> str:
+    if char == "\t":
+        return " "
+    return char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}"
 
 
 def wrap(text: Sequence[Cell], width: int) -> list[list[Cell]]:
@@ -140,8 +145,10 @@ def wrap(text: Sequence[Cell], width: int) -> list[list[Cell]]:
             lines += [[]] * (len(line) - 1)
             continue
         while line := list(itertools.dropwhile(lambda cell: cell[0] == " ", line)):
-            blanks = [i for i, (char, _) in enumerate(line[: width + 1]) if char == " "]
-            end = len(line) if len(line) <= width else blanks[-1] if blanks else width
+            end = min(len(line), width)
+            if len(line) > width:
+                blanks = [i for i, (char, _) in enumerate(line[: width + 1]) if char == " "]
+                end = blanks[-1] if blanks else width
             lines.append(line[:end])
             line = line[end:]
     return lines
@@ -151,25 +158,25 @@ def paint(line: Iterable[Cell], shaded: bool) -> str:
     """A line as text, with escape codes where it is to be shaded."""
     if not shaded:
         return "".join(char for char, _ in line)
-    runs = ((level, "".join(char for char, _ in run)) for level, run in itertools.groupby(line, lambda c: _level(c[1])))
-    return "".join(text if level is None else f"\x1b[30;48;5;{level}m{text}\x1b[0m" for level, text in runs)
+    painted = ""
+    for colour, run in itertools.groupby(line, lambda cell: _colour(cell[1])):
+        text = "".join(char for char, _ in run)
+        painted += text if colour is None else f"\x1b[30;48;5;{colour}m{text}\x1b[0m"
+    return painted
 
 
-def _level(x: float) -> int | None:
+def _colour(x: float) -> int | None:
     return next((colour for least, colour in reversed(SHADES) if x >= least), None)
 
 
 def side_by_side(columns: Sequence[tuple[str, Sequence[Cell]]], width: int, shaded: bool) -> str:
     """Texts under their headings, side by side in `width` characters, or below each other where that is too narrow."""
     each = (width - GAP * (len(columns) - 1)) // len(columns)
-    if each < NARROWEST:
-        each, rows = width, [[column] for column in columns]
-    else:
-        rows = [list(columns)]
+    if each < NARROWEST and len(columns) > 1:
+        return "\n".join(side_by_side([column], width, shaded) for column in columns)
+    blocks = [[cells([(head[:each], 0.0)]), *wrap(text, each)] for head, text in columns]
     lines: list[str] = []
-    for row in rows:
-        blocks = [[cells([(head[:each], 0.0)]), *wrap(text, each)] for head, text in row]
-        for parts in itertools.zip_longest(*blocks, fillvalue=()):
-            painted = (paint(part, shaded) + " " * (each + GAP - len(part)) for part in parts)
-            lines.append("".join(painted).rstrip(" "))
+    for row in itertools.zip_longest(*blocks, fillvalue=()):
+        painted = [paint(line, shaded) + " " * (each + GAP - len(line)) for line in row]
+        lines.append("".join(painted).rstrip(" "))
     return "\n".join(lines)

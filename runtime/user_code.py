@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -33,23 +33,9 @@ from runtime.cli import Stopped
 from runtime.device import lacks_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = {
-    "config",
-    "data",
-    "eval",
-    "evaluation",
-    "experiments",
-    "model",
-    "ppo",
-    "pretrain",
-    "reward",
-    "runtime",
-    "tests",
-    "tools",
-    "train",
-    "training",
-    "utils",
-}
+FILES = {"config", "data", "eval", "model", "ppo", "reward", "train", "utils"}
+FOLDERS = {"evaluation", "experiments", "pretrain", "runtime", "tests", "tools", "training"}
+PROGRAM = FILES | FOLDERS  # beside which a user's files may stand
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # their handlers save a run
 
 
@@ -59,10 +45,13 @@ class UserCode:
     folders = {ROOT}  # noqa: RUF012 # of all user code and of the program; their modules may have the same names
 
     def __init__(self, place: str, setting: str) -> None:
-        """`place` is file.py or package.module (raises UserError, beginning with `setting`, where it cannot be)."""
-        self.place, self.setting, self.file = place, setting, place
+        """`place` is file.py or package.module; where it cannot be that, UserError begins with `setting`."""
+        self.place = place
+        self.setting = setting
+        self.file = place
+        self.source = b""
         self.modules: dict[str, ModuleType] = {}  # those from its folder, by their names in sys.modules
-        self.source, self.main = b"", ModuleType("__main__")
+        self.main = ModuleType("__main__")
         self.settings: list[Any] = []  # its own, once it has run; likewise its filters of warnings
         self.filters: list[Any] = []
         self.is_file = place.endswith(".py")
@@ -80,16 +69,18 @@ class UserCode:
 
     def load(self) -> ModuleType:
         """Import the module; to be called while it is `running`."""
-        first = [os.getcwd()] if self.folder is None else [str(self.folder)]
-        sys.path[:] = first + [path for path in sys.path if path not in first]
+        first = str(self.folder or os.getcwd())
+        sys.path[:] = [first, *(path for path in sys.path if path != first)]
         importlib.invalidate_caches()
         if not self.is_file:
             module = importlib.import_module(self.place)
-            self.file = module.__file__ or self.place
-            self.source = Path(self.file).read_bytes() if module.__file__ else b""
+            if module.__file__:
+                self.file = module.__file__
+                self.source = Path(module.__file__).read_bytes()
             return module
         path = Path(self.place).resolve()
-        self.file, self.source = str(path), path.read_bytes()  # read once: what is recorded is what runs
+        self.file = str(path)
+        self.source = path.read_bytes()  # read once: what is recorded is what runs
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
@@ -100,10 +91,11 @@ class UserCode:
     def sha256(self) -> str:
         """Hash of the file and of the modules from its folder that it has imported; of the file alone without any."""
         own = hashlib.sha256(self.source).hexdigest()
-        files = {name: Path(module.__file__) for name, module in self.modules.items() if module.__file__}
-        others = sorted(name for name, path in files.items() if path.resolve() != Path(self.file).resolve())
-        lines = [f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}" for name in others]
-        return hashlib.sha256("\n".join([own, *lines]).encode()).hexdigest() if lines else own
+        lines = [own]
+        for name, module in sorted(self.modules.items()):
+            if module.__file__ and Path(module.__file__).resolve() != Path(self.file).resolve():
+                lines.append(f"{name} {hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest() if len(lines) > 1 else own
 
     def hidden_modules(self) -> list[str]:
         """Modules of the program that have a namesake beside the code, which the code imports instead."""
@@ -115,7 +107,9 @@ class UserCode:
 
         Its child processes do not import the program: __main__ is empty meanwhile.
         """
-        settings, handlers, main = _settings(), _stop_handlers(), sys.modules["__main__"]
+        settings = _settings()
+        handlers = _stop_handlers()
+        main = sys.modules["__main__"]
         others = self._set_aside()
         sys.modules["__main__"] = self.main
         with (
@@ -130,7 +124,8 @@ class UserCode:
                     warnings.filters[:] = self.filters  # type: ignore[index]
                 yield
             finally:
-                self.settings, self.filters = _settings(), list(warnings.filters)
+                self.settings = _settings()
+                self.filters = list(warnings.filters)
                 self._put_back(others)
                 sys.modules["__main__"] = main
                 for number, handler in handlers.items():
@@ -142,15 +137,16 @@ class UserCode:
         """Names that are imported from the code's folder, but those of the program where the two share one."""
         if self.folder is None:
             return set()
-        own = {Path(self.place).resolve().stem} if self.is_file else {self.place.split(".")[0]}
+        own = Path(self.place).resolve().stem if self.is_file else _top(self.place)
         if _holds_libraries(self.folder):
-            return own
-        names = {path.stem for path in self.folder.glob("*.py")}
-        names |= {path.parent.name for path in self.folder.glob("*/__init__.py")}
-        return own | (names - PROGRAM if self.folder == ROOT else names)
+            return {own}
+        files = {path.stem for path in self.folder.glob("*.py")}
+        packages = {path.parent.name for path in self.folder.glob("*/__init__.py")}
+        of_the_program = PROGRAM if self.folder == ROOT else set()
+        return {own} | ((files | packages) - of_the_program)
 
     def _check_name(self, name: str) -> None:
-        """Refuse a file that cannot be imported by its name (raises UserError)."""
+        """Refuse a file that cannot be imported by its name."""
         other = sys.modules.get(name)
         if "." in name or name in ("__init__", "__main__", "__mp_main__"):
             reason = "a file of this name cannot be imported by other processes"
@@ -164,27 +160,28 @@ class UserCode:
 
     def _set_aside(self) -> dict[str, ModuleType]:
         """Take modules with names of this code out of sys.modules, and put its own in; returns those taken."""
-        theirs = [
-            name
-            for name in list(sys.modules)
-            if _top(name) in self.names and _origin(sys.modules.get(_top(name))) in UserCode.folders
-        ]
-        taken = {name: sys.modules.pop(name) for name in theirs}
+        taken = self._loaded_from(UserCode.folders)
+        for name in taken:
+            del sys.modules[name]
         sys.modules.update(self.modules)
         return taken
 
     def _put_back(self, taken: dict[str, ModuleType]) -> None:
         """Undo _set_aside. A name that nobody else had stays: threads of the code may import and pickle later."""
-        self.modules = {
-            name: module
-            for name, module in list(sys.modules.items())
-            if _top(name) in self.names and _origin(sys.modules.get(_top(name))) == self.folder
-        }
+        self.modules = self._loaded_from({self.folder})
         tops = {_top(name) for name in taken}
         for name in self.modules:
             if _top(name) in tops:
                 del sys.modules[name]
         sys.modules.update(taken)
+
+    def _loaded_from(self, folders: Container[Path | None]) -> dict[str, ModuleType]:
+        """The loaded modules with names of this code that come from some folders."""
+        return {
+            name: module
+            for name, module in list(sys.modules.items())
+            if _top(name) in self.names and _origin(sys.modules.get(_top(name))) in folders
+        }
 
 
 def is_of_the_program(error: BaseException) -> bool:
@@ -216,14 +213,17 @@ def _origin(module: ModuleType | None) -> Path | None:
 
 def _folder_of_package(place: str) -> Path | None:
     """The folder that package.module would be imported from, the current one before others; None for a library's."""
-    name = _top(place)
-    spec = importlib.machinery.PathFinder.find_spec(name, [os.getcwd(), *sys.path])
+    spec = importlib.machinery.PathFinder.find_spec(_top(place), [os.getcwd(), *sys.path])
     if spec is None:
         return None
-    places = [spec.origin] if spec.origin else [f"{place}/__init__" for place in spec.submodule_search_locations or []]
-    folder = Path(places[0]).resolve().parent if places else None
-    folder = folder.parent if folder is not None and spec.submodule_search_locations is not None else folder
-    return None if folder is None or _holds_libraries(folder) else folder
+    package = list(spec.submodule_search_locations or [])
+    if package:
+        folder = Path(package[0]).resolve().parent
+    elif spec.origin:
+        folder = Path(spec.origin).resolve().parent
+    else:
+        return None
+    return None if _holds_libraries(folder) else folder
 
 
 def _holds_libraries(folder: Path) -> bool:

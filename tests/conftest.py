@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from config import EvalConfig, TrainConfig, parse_config
+from config import EvalConfig, TrainConfig
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ from model import GPT2WithValueHead, ReferenceStates, Sequences, evaluate_both, 
 from ppo import Rollout
 from pretrain.tiny_reviews import generate_reviews
 from runtime import cli
+from runtime.cli import parse_config
 from tools.make_models import main as make_models_main
 from training.run_record import describe
 from utils import uniforms

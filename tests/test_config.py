@@ -1,9 +1,7 @@
 """Every setting has help and a range, and what is wrong is refused in one line that names it."""
 
 import dataclasses
-import importlib
 import itertools
-import json
 import math
 import re
 import shlex
@@ -15,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import FIRST, PRESETS, EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, parse_config
+from config import EvalConfig, TrainConfig, UserError, check_prompt_lengths, check_values, opt
 
 import pytest
 
-from runtime.cli import parse_flags
+from runtime.cli import FIRST, parse_config
 from tools.make_models import main as make_models
 
 CLASSES = (TrainConfig, EvalConfig)
@@ -80,7 +78,9 @@ def wrong_values(name: str) -> list[Any]:
         return [*wrong, 1.01]
     if name in SHARES:
         return [*wrong, 0.0, 1.01]
-    raise AssertionError(f"{name} is a number without a row in this table")
+    raise AssertionError(
+        f"{name} is a number: give it a range in config.py, opt(..., AT_LEAST_1), and a row in this table"
+    )
 
 
 def kinds(cls: type) -> dict[str, set[Any]]:
@@ -185,9 +185,49 @@ def test_help_shows_every_flag_once_and_what_matters_first(cls: type, capsys: py
     flags = {title: re.findall(r"^  --(\w+)", group, re.MULTILINE) for title, group in zip(titles, groups, strict=True)}
     assert titles[3] == "What matters first"
     assert set(flags["What matters first"]) == set(FIRST[cls])
-    assert "Settings" not in titles, "every other flag has a heading"
+    assert not heading_problems(cls), "\n".join(heading_problems(cls))
     assert sorted(itertools.chain(*flags.values())) == sorted(field.name for field in dataclasses.fields(cls))
-    assert all(2 <= len(flags[title]) <= 12 for title in titles[3:])
+
+
+def heading_problems(cls: type) -> list[str]:
+    """Settings that --help would show under no heading, and headings of too many or too few, each with the remedy."""
+    under: dict[str, list[str]] = {}
+    heading = ""
+    for field in dataclasses.fields(cls):
+        heading = field.metadata["heading"] or heading
+        if field.name not in FIRST.get(cls, ()):
+            under.setdefault(heading, []).append(field.name)
+    place = f"in {cls.__name__} of config.py"
+    stray = under.pop("", [])
+    choices = ", ".join(map(repr, under))
+    problems = [
+        f"{name} has no heading in --help: {place}, move it below a setting of its kind ({choices}), or begin a group "
+        'of its own with opt(..., heading="...")'
+        for name in stray
+    ]
+    for heading, names in under.items():
+        if not 2 <= len(names) <= 12:
+            problems.append(
+                f"{heading!r} is the heading of {len(names)} settings in --help, where 2 to 12 read well: {place}, "
+                f'begin another group with opt(..., heading="...") or move some of {", ".join(names)}'
+            )
+    return problems
+
+
+def test_a_setting_without_a_heading_is_told_where_to_go() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Stray:
+        patience: int = opt(3, "Steps without progress.")
+        lr: float = opt(0.1, "Step size.", heading="PPO")
+        gamma: float = opt(1.0, "Discount.")
+        top_k: int = opt(0, "Likeliest tokens.", heading="Sampling")
+
+    assert heading_problems(Stray) == [
+        "patience has no heading in --help: in Stray of config.py, move it below a setting of its kind ('PPO', "
+        "'Sampling'), or begin a group of its own with opt(..., heading=\"...\")",
+        "'Sampling' is the heading of 1 settings in --help, where 2 to 12 read well: in Stray of config.py, begin "
+        'another group with opt(..., heading="...") or move some of top_k',
+    ]
 
 
 def test_minibatch_size_must_divide_batch_size() -> None:
@@ -212,52 +252,6 @@ def test_warmup_must_be_shorter_than_the_run() -> None:
     assert TrainConfig(warmup_steps=9, total_steps=10).warmup_steps == 9
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_parse_config_without_flags_gives_the_defaults(cls: type) -> None:
-    assert parse_config(cls, []) == cls()
-
-
-def test_parse_config_reads_every_type() -> None:
-    cfg = parse_config(
-        TrainConfig, ["--lr", "3e-4", "--total-steps", "7", "--ref_name=other", "--target_kl", "0.5", "--overwrite"]
-    )
-    assert cfg == TrainConfig(lr=3e-4, total_steps=7, ref_name="other", target_kl=0.5, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("argv", "value"),
-    [
-        ([], False),
-        (["--overwrite"], True),
-        (["--overwrite", "true"], True),
-        (["--overwrite", "false"], False),
-        (["--overwrite=no"], False),
-        (["--overwrite", "1"], True),
-    ],
-)
-def test_parse_config_reads_switches(argv: list[str], value: bool) -> None:
-    assert parse_config(TrainConfig, argv).overwrite is value
-
-
-def test_parse_config_reads_switches_that_may_be_unset() -> None:
-    assert parse_config(EvalConfig, []).reward_on_prompt is None
-    assert parse_config(EvalConfig, ["--reward_on_prompt", "false"]).reward_on_prompt is False
-    assert parse_config(EvalConfig, ["--reward_on_prompt", "true"]).reward_on_prompt is True
-
-
-def test_a_value_may_begin_with_a_negative_number() -> None:
-    given = "-1=bad,0=neutral,1=good"
-    assert parse_config(EvalConfig, ["--label_names", given, "--seed", "5"]).label_names == given
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_parse_config_refuses_what_it_does_not_know(cls: type) -> None:
-    assert "--learning_rate" in refused(cls, "--learning_rate", "1")
-    assert "stray" in refused(cls, "stray")
-    assert "--see" in refused(cls, "--see", "3"), "no abbreviations"
-    assert "seed" in refused(cls, "--seed")
-
-
 def test_presets_of_published_set_ups_are_complete() -> None:
     """What their texts say: episodes, lengths, and the reward at the end alone."""
     episodes = {"original": 640, "trl": 24_832, "rl4lms": 1_400}
@@ -271,42 +265,6 @@ def test_presets_of_published_set_ups_are_complete() -> None:
 def test_a_discount_with_partial_scores_is_refused() -> None:
     assert "reward_every" in refused(TrainConfig, "--gamma=0.99")
     assert parse_config(TrainConfig, ["--gamma=0.99", "--reward_every=0"]).gamma == 0.99
-
-
-def test_parse_config_presets_come_before_flags() -> None:
-    tiny = parse_config(TrainConfig, ["--preset", "tiny"])
-    default = TrainConfig()
-    changed = {f.name for f in dataclasses.fields(TrainConfig) if getattr(tiny, f.name) != getattr(default, f.name)}
-    assert {"preset", "policy_name", "rm_name", "dataset", "device"} <= changed
-    assert tiny.preset == "tiny"
-    assert tiny.device == "cpu"
-    for argv in (["--lr", "0.5", "--preset", "tiny"], ["--preset=tiny", "--lr", "0.5"]):
-        assert parse_config(TrainConfig, argv) == dataclasses.replace(tiny, lr=0.5)
-    # a flag wins even where it repeats the plain default
-    argv = ["--preset", "tiny", "--lr", str(default.lr), "--device", "auto"]
-    cfg = parse_config(TrainConfig, argv)
-    assert cfg.lr == default.lr
-    assert cfg.device == "auto"
-    assert cfg.dataset == tiny.dataset
-    assert parse_config(EvalConfig, ["--preset", "tiny"]).preset == "tiny"
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_parse_config_refuses_an_unknown_preset(cls: type) -> None:
-    message = refused(cls, "--preset", "huge")
-    assert "preset" in message
-    assert "huge" in message
-    assert "default" in message
-    assert "tiny" in message
-    assert "preset" in refused(cls, "--preset")
-    assert "preset" in refused(cls, "--preset", "--seed", "3")
-
-
-def test_parse_config_leaves_nothing_behind() -> None:
-    """A call must not change the defaults of the next one."""
-    parse_config(TrainConfig, ["--preset", "tiny", "--seed", "9"])
-    assert parse_config(TrainConfig, []) == TrainConfig()
-    assert TrainConfig().seed == 0
 
 
 def test_replace_validates_and_copies() -> None:
@@ -340,72 +298,6 @@ def documented_commands() -> list[str]:
     lines = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
     found = re.findall(r"(?:python|torchrun|srun)[^`\n]*?\b(?:train|eval)\.py[^`\n#&]*", lines)
     return sorted({re.sub(r"\$\(.*?\)", "X", command).split("|")[0].strip() for command in found})
-
-
-TEXTS = {  # settings that are no path
-    "preset",
-    "policy_revision",
-    "rm_revision",
-    "dataset_revision",
-    "target_label",
-    "split",
-    "lm_split",
-    "text_column",
-    "label_column",
-    "chosen_label",
-    "report_to",
-    "prompt",
-    "sweep",
-    "peer",
-    "peer_name",
-    "train",
-    "evaluate",
-    "tokens",
-    "reward_every",
-    "gae_lambda",
-    "alphas",
-    "at_kl",
-    "bug",
-    "seeds",
-    "grid",
-    "dataset_config",
-    "label_names",
-}
-TOOLS = [
-    getattr(importlib.import_module(f"{path.parent.name}.{path.stem}"), name)
-    for room in ("tools", "experiments")
-    for path in sorted((Path(__file__).parent.parent / room).glob("*.py"))
-    for name in re.findall(r"^class (\w+Config)", path.read_text(encoding="utf-8"), re.MULTILINE)
-]
-
-
-@pytest.mark.parametrize("cls", [*CLASSES, *TOOLS])
-def test_the_tilde_is_the_home_folder_in_every_path(cls: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written as --name=~/x, which most shells hand on as it is; a text such as a prompt may begin with one."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    hints = typing.get_type_hints(cls)
-    texts = {name for name, hint in hints.items() if {str, list[str]} & {hint, *typing.get_args(hint)}}
-    listed = {"draw"} if cls.__name__ == "InterpolateConfig" else set()  # several, with commas between them
-    paths = {f.name for f in dataclasses.fields(cls) if f.metadata.get("path")}
-    assert texts - paths - listed <= TEXTS, "say what the setting is: opt(…, path=…), or a text"
-    assert not paths & TEXTS
-    for name in paths:
-        given = [
-            f"--{other.name}=x"
-            for other in dataclasses.fields(cls)
-            if other.default is dataclasses.MISSING and other.default_factory is dataclasses.MISSING
-        ]
-        read = parse_config if cls in CLASSES else lambda kind, argv: parse_flags(kind, argv, None)
-        if name == "resume":
-            (tmp_path / "deep").mkdir()
-            (tmp_path / "deep" / "config.json").write_text(json.dumps({"total_steps": 7}))
-            assert read(cls, ["--resume=~/deep"]).ckpt_dir == str(tmp_path / "deep")
-            continue
-        value = getattr(read(cls, [*given, f"--{name}=~/deep/x"]), name)
-        assert value in (str(tmp_path / "deep" / "x"), [str(tmp_path / "deep" / "x")]), name
-        with pytest.raises(UserError, match="no such user"):
-            read(cls, [*given, f"--{name}=~no_such_user_here/x"])
 
 
 NAMES = {"\udcff.csv": "encode", "a\0b": "NUL", "x" * 256: "255|223", "é" * 128: "255|223", "y/" * 2050: "longer"}
@@ -488,13 +380,3 @@ def test_git_status_is_clean_after_the_documented_commands(tmp_path: Path) -> No
         ["git", "status", "--short", "-uall"], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert status.stdout.split() == ["??", ".gitignore"]
-
-
-def test_a_python_reward_of_ones_own_config_is_not_replaced_by_that_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"total_steps": 7, "rm_name": "theirs.py:f", "seed": 3}))
-    monkeypatch.setitem(PRESETS[TrainConfig], "default", replace(TrainConfig(), rm_name="mine.py:f"))
-    cfg = parse_config(TrainConfig, ["--resume", str(tmp_path)])
-    assert (cfg.rm_name, cfg.seed, cfg.total_steps) == ("mine.py:f", 3, 7)
-    assert parse_config(TrainConfig, ["--resume", str(tmp_path), "--rm_name", "other.py:f"]).rm_name == "other.py:f"

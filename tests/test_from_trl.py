@@ -6,11 +6,13 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from config import EvalConfig, TrainConfig, parse_config
+from config import EvalConfig, TrainConfig
 
 import pandas as pd
 import pytest
 from conftest import run
+
+from runtime.cli import parse_config
 
 PAGE = (Path(__file__).parent.parent / "docs" / "from_trl.md").read_text(encoding="utf-8")
 SETTINGS = PAGE.split("## Settings")[1].split("## Calls")[0]

@@ -16,8 +16,8 @@ for name in ("resource", "fcntl", "termios", "pwd", "grp", "tty", "pty", "syslog
 ours = r"(config|train|eval|ppo|model|reward|data|utils|runtime|training|evaluation|pretrain)\\b.*"
 warnings.filterwarnings("error", category=EncodingWarning, module=ours)
 import train, eval, runtime.files
-from config import EvalConfig, TrainConfig, parse_config
-from runtime.cli import run
+from config import EvalConfig, TrainConfig
+from runtime.cli import parse_config, run
 
 runtime.files.WINDOWS = True
 first, then = " ".join(sys.argv[1:]).split(" then ")

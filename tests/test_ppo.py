@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from config import PRESETS, TrainConfig, parse_config
+from config import PRESETS, TrainConfig
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ import ppo
 import utils
 from model import GPT2WithValueHead, Sequences, sample_responses
 from ppo import Batch, KLController, Rollout, collect_rollout, learning_rate, ppo_loss, ppo_update
+from runtime.cli import parse_config
 from training.parts import load_parts, resolve
 from utils import uniforms
 

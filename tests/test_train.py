@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, parse_config
+from config import TrainConfig
 
 import pandas as pd
 import pytest
@@ -18,6 +18,7 @@ import train
 from model import GPT2WithValueHead
 from ppo import Rollout
 from reward import SentimentReward
+from runtime.cli import parse_config
 from training.earlier_run import inspect_run_folder
 from training.parts import load_parts, resolve
 from training.session import open_session

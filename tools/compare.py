@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, is_run, opt, saved_settings
+from config import TrainConfig, UserError, opt
 
 from eval import find_run
 from evaluation.comparison import CURVES, ComparedRun, write_comparison
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"out={cfg.out} cannot be written ({error.strerror or error}): name another file") from None
     for folder in folders:
         if not evaluations[folder]:
-            rm_name = saved_settings(folder / "config.json")["rm_name"]
+            rm_name = SavedRun(folder).settings["rm_name"]
             print(f"{folder} has no point of eval.py: {eval_command(folder / 'policy_lm', rm_name)}")
         elif are_outdated(folder, evaluations[folder]):
             print(f"note: an evaluation of {folder} is of a policy that it no longer has: run eval.py again")
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_run(folder: Path, evaluations: list[dict[str, Any]], name: str) -> ComparedRun:
     """A run as its folder has it, under a name (raises UserError where that is not one that has taken a step)."""
-    if not is_run(folder):
+    if not SavedRun(folder).exists:
         raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
-    known = saved_settings(folder / "config.json")
+    known = SavedRun(folder).settings
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metrics = read_table(folder / "metrics.csv", "episodes", *CURVES)
     if not len(metrics):
@@ -156,7 +156,7 @@ def run_of(path: Path, policy_path: str) -> Path | None:
 
     A policy's path is as it was given to eval.py, so it is looked up from here and from where the summary is.
     """
-    if is_run(path.parent):
+    if SavedRun(path.parent).exists:
         return path.parent.resolve()
     homes = (find_run(str(start / policy_path)) for start in (Path(), path.parent))
     return next((home.resolve() for home in homes if home is not None), None)

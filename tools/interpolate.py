@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, UserError, is_run, opt, whole_path
+from config import EvalConfig, UserError, opt
 
 import numpy as np
 import pandas as pd
@@ -33,11 +33,11 @@ from evaluation.intervals import bootstrap_ci
 from evaluation.studies import curve_picture, shares_picture
 from evaluation.summary import summarise
 from model import GPT2WithValueHead, evaluate_both
-from pretrain.models import quiet_saving
-from runtime.cli import numbers, parse_flags, run
+from runtime.cli import numbers, parse_flags, run, whole_path
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
 from runtime.hub import load_gpt2, load_tokenizer, quiet_libraries
+from runtime.saved_run import SavedRun
 from runtime.terminal import progress_bar
 from training.card import write_card
 from training.commands import eval_command
@@ -57,7 +57,7 @@ class InterpolateConfig:
     )
     kl: float | None = opt(None, "Find the policy at this KL to base, in nats per response, and write it to --out.")
     out: str | None = opt(None, "Folder to make; its policy_lm is a plain Hugging Face model.", path="written")
-    curve: bool = opt(False, "Compare with base at every alpha of --alphas.", "The curve of score against KL")
+    curve: bool = opt(False, "Compare with base at every alpha of --alphas.", heading="The curve of score against KL")
     each: bool = opt(False, "A curve for each run instead of one for their average.")
     alphas: str = opt("0.25,0.5,0.75,1,1.25,1.5", "Points of the curve: 0 is base, 1 the policy.")
     at_kl: str = opt("1,2,4", "KLs, in nats, at which to print the share of the best gain, read off the curves.")
@@ -73,7 +73,9 @@ class InterpolateConfig:
         None, "Only draw these tables, made with --frontier, a panel each; the picture is named after --csv."
     )
     seed: int = opt(
-        4321, "Seed of the prompts and of the sampling, another one than that of eval.py.", "Where and how it runs"
+        4321,
+        "Seed of the prompts and of the sampling, another one than that of eval.py.",
+        heading="Where and how it runs",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
@@ -136,7 +138,7 @@ def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
         if not all(map(math.isfinite, numbers(name, getattr(cfg, name), float))):
             raise UserError(f"{name}={getattr(cfg, name)!r} must be finite")
     for folder in cfg.runs:
-        if not is_run(Path(folder)):
+        if not SavedRun(Path(folder)).exists:
             raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
     if cfg.curve:
         check_table_path(Path(cfg.csv))
@@ -207,7 +209,7 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
         "settings": asdict(cfg),
     }
     try:
-        with quiet_saving(), new_folder(Path(cfg.out)) as folder:
+        with new_folder(Path(cfg.out)) as folder:
             line.policy.lm.save_pretrained(folder / "policy_lm")
             comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
             write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")

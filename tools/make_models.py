@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, TrainConfig, UserError, opt
+from config import DATASET_CONFIG_HELP, LABEL_NAMES_HELP, POSITIVE, TrainConfig, UserError, opt
 
 import torch
 from transformers import GPT2Config
 
 from pretrain.corpus import load_corpus
-from pretrain.models import describe_models, make_models, quiet_saving
-from pretrain.recipes import RECIPES, Recipe
+from pretrain.models import describe_models, make_models
+from pretrain.recipes import RECIPES, Net, Recipe
 from reward import full_label
-from runtime.cli import command, parse_flags, run
+from runtime.cli import parse_flags, run, shell_command
 from runtime.device import resolve_device
 from runtime.files import new_folder
+from runtime.hub import quiet_libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +32,26 @@ class MakeConfig:
     dataset: str = field(metadata={"help": "Labelled texts: a hub name, a folder or a file.", "path": "read"})
     out: str = field(metadata={"help": "Folder to make: policy/, reward/ and report.json.", "path": "written"})
     size: Literal["tiny", "small", "124m"] = opt("small", "Shape and schedule of both models.")
-    split: str = opt("train", "Split with labels; a part of it is held out to measure on.", "Which texts")
+    split: str = opt("train", "Split with labels; a part of it is held out to measure on.", heading="Which texts")
     lm_split: str | None = opt(None, "Splits for the language model, joined by + (default: split).")
     text_column: str = opt("text", "Column that holds the text.")
     label_column: str = opt("label", "Column that holds the label; rows without one are left out.")
     label_names: str | None = opt(None, LABEL_NAMES_HELP)
     dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
     init: str | None = opt(
-        None, "Language model to continue from, with its tokenizer.", "What is trained, and how", path="read"
+        None, "Language model to continue from, with its tokenizer.", heading="What is trained, and how", path="read"
     )
     reward_init: str | None = opt(None, "Encoder or classifier to continue from, with its tokenizer.", path="read")
-    lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).")
-    lm_width: int | None = opt(None, "Width of a new language model, with a head for every 64 (default: the size's).")
-    lm_steps: int | None = opt(None, "Optimiser steps of the language model (default: the size's).")
-    rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).")
-    lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).")
-    rm_lr: float | None = opt(None, "Largest step size of the classifier (default: the size's).")
+    lm_layers: int | None = opt(None, "Layers of a new language model (default: the size's).", POSITIVE)
+    lm_width: int | None = opt(
+        None, "Width of a new language model, with a head for every 64 (default: the size's).", POSITIVE
+    )
+    lm_steps: int | None = opt(None, "Optimiser steps of the language model (default: the size's).", POSITIVE)
+    rm_steps: int | None = opt(None, "Optimiser steps of the classifier (default: the size's).", POSITIVE)
+    lm_lr: float | None = opt(None, "Largest step size of the language model (default: the size's).", POSITIVE)
+    rm_lr: float | None = opt(None, "Largest step size of the classifier (default: the size's).", POSITIVE)
     device: Literal["auto", "cpu", "cuda", "mps"] = opt(
-        "auto", "auto takes cuda, else mps (Apple), else cpu.", "Where and how it runs"
+        "auto", "auto takes cuda, else mps (Apple), else cpu.", heading="Where and how it runs"
     )
     seed: int = opt(0, "Fixes the weights drawn, the held-out rows and the order of batches.")
 
@@ -57,23 +60,21 @@ class MakeConfig:
         """The recipe of the size, with the numbers given on the command line put in."""
         recipe = RECIPES[self.size]
         lm: dict[str, Any] = {"steps": self.lm_steps, "lr": self.lm_lr, "layers": self.lm_layers}
-        if self.lm_width is not None:
-            lm |= {"width": self.lm_width, "heads": max(1, self.lm_width // 64)}
         rm: dict[str, Any] = {"steps": self.rm_steps, "lr": self.rm_lr}
-        return replace(
-            recipe,
-            lm=replace(recipe.lm, **{k: v for k, v in lm.items() if v is not None}),
-            rm=replace(recipe.rm, **{k: v for k, v in rm.items() if v is not None}),
-        )
+        if self.lm_width is not None:
+            lm["width"] = self.lm_width
+            lm["heads"] = max(1, self.lm_width // 64)
+        return replace(recipe, lm=replace_given(recipe.lm, lm), rm=replace_given(recipe.rm, rm))
+
+
+def replace_given(net: Net, numbers: dict[str, Any]) -> Net:
+    """The net with those numbers that are given, and not None."""
+    return replace(net, **{name: number for name, number in numbers.items() if number is not None})
 
 
 def read_settings(argv: Sequence[str] | None = None) -> MakeConfig:
-    """Command line -> settings (raises UserError)."""
+    """Command line -> settings."""
     cfg = parse_flags(MakeConfig, argv, __doc__)
-    for name in ("lm_layers", "lm_width", "lm_steps", "rm_steps", "lm_lr", "rm_lr"):
-        value = getattr(cfg, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name}={value} must be more than 0")
     if cfg.recipe.lm.width % cfg.recipe.lm.heads:
         raise UserError(f"lm_width={cfg.lm_width} must be a multiple of {cfg.recipe.lm.heads}, one for each head")
     if Path(cfg.out).exists():
@@ -84,22 +85,20 @@ def read_settings(argv: Sequence[str] | None = None) -> MakeConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make both models as the command line says, and print how good they are."""
     cfg = read_settings(argv)
+    quiet_libraries()
     device = torch.device(resolve_device(cfg.device))
     corpus = load_corpus(
         cfg.dataset,
         cfg.split,
         cfg.text_column,
         cfg.label_column,
-        cfg.lm_split,
-        cfg.seed,
-        cfg.label_names,
-        cfg.dataset_config,
+        lm_split=cfg.lm_split,
+        seed=cfg.seed,
+        names=cfg.label_names,
+        config=cfg.dataset_config,
     )
-    try:
-        with quiet_saving(), new_folder(Path(cfg.out)) as folder:
-            report = make_models(corpus, cfg.recipe, folder, cfg.seed, device, cfg.init, cfg.reward_init)
-    except OSError as error:
-        raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
+    with new_folder(Path(cfg.out)) as folder:
+        report = make_models(corpus, cfg.recipe, folder, cfg.seed, device, cfg.init, cfg.reward_init)
     print(f"{cfg.out}: {describe_models(report)}", file=sys.stderr)
     print(f"next: {next_command(cfg, corpus.names)}")
 
@@ -111,17 +110,17 @@ def next_command(cfg: MakeConfig, labels: Sequence[str]) -> str:
         "rm_name": Path(cfg.out) / "reward",
         "dataset": cfg.dataset,
     }
-    settings |= {
-        name: getattr(cfg, name)
-        for name in ("dataset_config", "split", "text_column")
-        if getattr(cfg, name) != getattr(TrainConfig, name)
-    }
+    for name in ("dataset_config", "split", "text_column"):
+        if getattr(cfg, name) != getattr(TrainConfig, name):
+            settings[name] = getattr(cfg, name)
     if TrainConfig.target_label not in map(full_label, labels):
         settings["target_label"] = labels[-1]
     context = GPT2Config.from_pretrained(Path(cfg.out) / "policy").n_positions
     if context < TrainConfig.max_prompt_len + TrainConfig.max_new_tokens:
-        settings |= {"max_prompt_len": context // 2, "max_new_tokens": context // 2}
-    return command("train.py", **settings)
+        settings["max_prompt_len"] = context // 2
+        settings["max_new_tokens"] = context // 2
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return shell_command("python", "train.py", *flags)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from config import EvalConfig, TrainConfig, UserError, opt, policy_folder
+from config import EvalConfig, TrainConfig, UserError, opt
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from reward import Reward, score_responses, show_score
 from runtime.cli import parse_flags, run
 from runtime.device import enough_memory
 from runtime.hub import quiet_libraries
+from runtime.saved_run import policy_folder
 from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
 from training.parts import check_fit, check_same_tokens, load_base, load_policy, load_run_reward
 from utils import uniforms
@@ -48,14 +49,14 @@ class SampleConfig:
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: that of each policy's run).", path="read")
     prompt: str | None = opt(None, "What to continue (default: every line that is typed or piped in).")
     n: int = opt(1, "Responses per prompt and model.")
-    temperature: float | None = opt(None, "Sampling temperature (default: the run's).", "How it samples")
+    temperature: float | None = opt(None, "Sampling temperature (default: the run's).", heading="How it samples")
     top_k: int | None = opt(None, "Sample among the k likeliest tokens only (default: the run's).")
     top_p: float | None = opt(None, "Sample among the likeliest tokens of this probability (default: the run's).")
     max_new_tokens: int | None = opt(None, "Longest response, in tokens (default: the run's).")
     seed: int = opt(0, "Seed of the random numbers, which are the same for all models.")
-    score: bool = opt(False, "Score the responses with the reward of the first policy's run.", "Scores")
+    score: bool = opt(False, "Score the responses with the reward of the first policy's run.", heading="Scores")
     rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.", path="read")
-    json: bool = opt(False, "Write a JSON object per response and nothing else.", "Where and how it runs")
+    json: bool = opt(False, "Write a JSON object per response and nothing else.", heading="Where and how it runs")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
 

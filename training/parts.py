@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, policy_folder, python_reward
+from config import TrainConfig, UserError, python_reward
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from reward import Classifier, Reward, full_label, load_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import texts_sha256
 from runtime.hub import load_tokenizer, require_hub
+from runtime.saved_run import policy_folder
 from runtime.tables import has_splits, is_file
 
 
@@ -107,10 +108,10 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
     reward = load_reward(
         resolve_name(cfg.rm_name),
         cfg.target_label,
-        cfg.device,
-        cfg.reward_batch_size,
-        getattr(torch, cfg.dtype),
-        cfg.rm_revision,
+        device=cfg.device,
+        batch_size=cfg.reward_batch_size,
+        dtype=getattr(torch, cfg.dtype),
+        revision=cfg.rm_revision,
         cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )
     if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, UserError, parse_config
+from config import EvalConfig, UserError
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ import pytest
 from evaluation.summary import summarise
 from experiments import study
 from experiments.study import StudyConfig, figures, main, markdown, settings
+from runtime.cli import parse_config
 
 SUMMARY = {
     "n": 20,

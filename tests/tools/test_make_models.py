@@ -4,13 +4,14 @@ import json
 import shlex
 from pathlib import Path
 
-from config import TrainConfig, UserError, parse_config
+from config import TrainConfig, UserError
 
 import pytest
 from conftest import MAKING, make_models, write_labelled_csv
 
 import train
 from pretrain import tiny_reviews
+from runtime.cli import parse_config
 from tools.make_models import main
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from config import TrainConfig, UserError, parse_config
+from config import TrainConfig, UserError
 
 import pandas as pd
 import pytest
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from experiments.torture import remains
+from runtime.cli import parse_config
 from training import earlier_run, run_folder
 from training.checkpoints import list_checkpoints
 from training.earlier_run import inspect_run_folder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from config import PAID_AT_END, TrainConfig, UserError, parse_config
+from config import PAID_AT_END, TrainConfig, UserError
 
 import pandas as pd
 import pytest
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pretrain import tiny_world
 from reward import PythonReward, ScalarReward, SentimentReward
+from runtime.cli import parse_config
 from training.parts import load_parts, resolve
 from training.score_scale import PROMPTS, measure
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from config import TrainConfig, parse_config
+from config import TrainConfig
 
 import pandas as pd
 import pytest
@@ -19,7 +19,7 @@ from conftest import as_processes, exact, forked, run, run_script
 import ppo
 import train
 from model import GPT2WithValueHead
-from runtime.cli import Stopped
+from runtime.cli import Stopped, parse_config
 from training.checkpoints import list_checkpoints
 from training.signals import StopRequest, stop_signals
 
