@@ -8,8 +8,8 @@ from pathlib import Path
 from config import UserError, opt
 
 from runtime.cli import parse_flags, run
+from runtime.saved_run import SavedRun
 from training.plots import plot_curves
-from training.run_folder import saved_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(parse_flags(PlotConfig, argv, __doc__, first="run").run)
     if not (folder / "metrics.csv").is_file():
         raise UserError(f"{folder}/metrics.csv does not exist: name the folder of a run")
-    plot_curves(folder / "metrics.csv", folder / "curves.png", saved_label(folder / "config.json"))
+    plot_curves(folder / "metrics.csv", folder / "curves.png", SavedRun(folder).label)
     print(folder / "curves.png")
 
 
