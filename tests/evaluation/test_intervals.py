@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.diversity import distinct, distinct_responses
 from evaluation.intervals import bootstrap_ci, jackknife_ci, wilson_ci
+from evaluation.summary import distinct, distinct_responses
 
 TRIALS = 600  # 95 % +- 0.9 %
 
