@@ -71,7 +71,7 @@ def load_comparison(cfg: EvalConfig, run: TrainConfig) -> Comparison:
 def describe(results: pd.DataFrame, comparison: Comparison) -> dict[str, Any]:
     """What eval_summary.json holds: the estimates, the settings, and fingerprints of policy and second judge."""
     cfg, run, judge = comparison.cfg, comparison.run, comparison.judge
-    of_run = {name: getattr(run, name) for name in sorted(RUN_SETTINGS)}
+    of_run = {name: getattr(run, name) for name in RUN_SETTINGS}
     return {
         **comparison.summarise(results),
         "seed": cfg.seed,

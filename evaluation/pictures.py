@@ -6,7 +6,7 @@ Colours are readable on white and on black.
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from reward import score_title
 from runtime.pictures import blank_figure
 from runtime.saved_run import SavedRun
 
-GREY, BASE, POLICY, BEST = "#808890", "#8a94a0", "#3a86c8", "#e08a1e"
+GREY, POLICY, BEST = "#808890", "#3a86c8", "#e08a1e"
 COLOURS = (POLICY, BEST, "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d565a8", "#9a8a28", "#7d868f", "#b0714a")
 LINES = ("-", "--", ":")  # of the first ten runs, the next ten, and so on
 Size = tuple[float, float]  # inches
@@ -82,16 +82,6 @@ def line_style(number: int) -> dict[str, Any]:
 # --- panels ---------------------------------------------------------------------------------------------------------
 
 
-def draw_scores(axis: Any, results: pd.DataFrame, label: str | None) -> None:
-    """Draw histograms of the scores, policy over base."""
-    scores = results[["policy_score", "base_score"]].to_numpy()
-    low, high = (-1, 1) if label is not None else (scores.min(), scores.max())
-    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
-    axis.hist(results["base_score"], bins, color=BASE, alpha=0.6, label="base")
-    axis.hist(results["policy_score"], bins, color=POLICY, alpha=0.6, label="policy")
-    axis.set(xlabel="score" if label is None else "score, -1 to 1", ylabel="responses")
-
-
 def draw_curve(axis: Any, metrics: pd.DataFrame, column: str, score: str, **style: Any) -> None:
     """Draw a column of metrics.csv over episodes, thin as measured, thick as a running mean; score is its title."""
     values = metrics.set_index("episodes")[column]
@@ -101,18 +91,6 @@ def draw_curve(axis: Any, metrics: pd.DataFrame, column: str, score: str, **styl
     axis.plot(values.ewm(span=max(2, len(values) // 10)).mean(), **style, linewidth=1.8)
     axis.set_title(CURVES[column] or score, fontsize=10)
     axis.set_xlabel("episodes")
-
-
-def draw_frontier(axis: Any, summary: dict[str, Any], path: pd.DataFrame | None) -> None:
-    """Draw the best possible score at each KL, the policy, and its path during training if it is known."""
-    draw_best_possible(axis, summary)
-    for best in summary["best_of_n"]:
-        place = (best["kl"], best["score_mean"])
-        axis.annotate(f"{best['n']}", place, xytext=(3, -11), textcoords="offset points", color=GREY, fontsize=8)
-    if path is not None:
-        axis.plot(path["kl_seq_exact"], path["score_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
-    draw_evaluation(axis, summary, color=POLICY, label="policy, with 95 % intervals")
-    label_plane(axis, "score")
 
 
 def label_plane(axis: Any, score: str) -> None:
@@ -125,31 +103,44 @@ def draw_best_possible(axis: Any, summary: dict[str, Any], farthest: float = mat
 
     Where few draws stand behind the curve it is dotted: more is possible there.
     """
-    kl, score = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
-    certain, near = kl <= summary["kl_certain"], kl <= farthest
-    axis.plot(kl[certain & near], score[certain & near], color=BEST, label="best possible")
+    curve, best_of_n = (pd.DataFrame(summary[name]) for name in ("optimal_curve", "best_of_n"))
+    curve, best_of_n = curve[curve.kl <= farthest], best_of_n[best_of_n.kl <= farthest]
+    certain = curve.kl <= summary["kl_certain"]
+    axis.plot(curve.kl[certain], curve.score_mean[certain], color=BEST, label="best possible")
     if not certain.all():
-        axis.plot(kl[~certain & near], score[~certain & near], ":", color=BEST, label="possible, at least")
-    best_of_n = [best for best in summary["best_of_n"] if best["kl"] <= farthest]
-    kl_of_n, score_of_n = ([best[name] for best in best_of_n] for name in ("kl", "score_mean"))
-    axis.plot(kl_of_n, score_of_n, "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
+        axis.plot(curve.kl[~certain], curve.score_mean[~certain], ":", color=BEST, label="possible, at least")
+    axis.plot(best_of_n.kl, best_of_n.score_mean, "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
+    annotate(axis, best_of_n.n, best_of_n.kl, best_of_n.score_mean)
 
 
-def draw_evaluation(axis: Any, summary: dict[str, Any], **style: Any) -> None:
-    """Draw one evaluation as a star with its 95 % intervals."""
-    ours = summary["policy"]
-    axis.errorbar(
-        summary["kl_seq_exact"],
-        ours["score_mean"],
-        xerr=error_bars(summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
-        yerr=error_bars(ours["score_mean"], ours["score_ci"]),
-        **{"marker": "*", "markersize": 11, "capsize": 2, "linestyle": "", **style},
+def draw_points(axis: Any, points: pd.DataFrame, **style: Any) -> None:
+    """Draw evaluations, a row of place_of each, with their 95 % intervals."""
+    kl_bars, score_bars = (
+        np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
+        for name in ("kl", "score")
     )
+    axis.errorbar(points.kl, points.score, xerr=kl_bars, yerr=score_bars, linestyle="", capsize=2, **style)
 
 
-def error_bars(values: Any, ends: Any) -> np.ndarray:
-    """How far intervals (n, 2) reach below and above their values (n,): (2, n), as matplotlib takes it."""
-    return np.abs(np.reshape(ends, (-1, 2)).T - np.asarray(values))
+def place_of(summary: dict[str, Any]) -> dict[str, float]:
+    """Where an evaluation is in the plane, with the ends of its intervals."""
+    ours = summary["policy"]
+    kl_low, kl_high = summary["kl_seq_exact_ci"]
+    score_low, score_high = ours["score_ci"]
+    return {
+        "kl": summary["kl_seq_exact"],
+        "kl_low": kl_low,
+        "kl_high": kl_high,
+        "score": ours["score_mean"],
+        "score_low": score_low,
+        "score_high": score_high,
+    }
+
+
+def annotate(axis: Any, numbers: Iterable[float], xs: Iterable[float], ys: Iterable[float]) -> None:
+    """Write a number beside each point."""
+    for number, x, y in zip(numbers, xs, ys, strict=True):
+        axis.annotate(f"{number:g}", (x, y), xytext=(4, -11), textcoords="offset points", color=GREY, fontsize=8)
 
 
 # --- pictures of tools.interpolate ----------------------------------------------------------------------------------
@@ -166,27 +157,15 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     base, alone = summary["base"]["score_mean"], table.run.nunique() == 1
     for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
         points, style = unordered.sort_values("alpha"), line_style(number)
-        axis.plot(points.kl, points.score, **style, label="between base and policy, and beyond" if alone else str(run))
-        axis.plot([0, points.kl.iloc[0]], [base, points.score.iloc[0]], **style, linewidth=1, alpha=0.4)
-        axis.errorbar(
-            points.kl,
-            points.score,
-            xerr=error_bars(points.kl, points[["kl_low", "kl_high"]]),
-            yerr=error_bars(points.score, points[["score_low", "score_high"]]),
-            fmt=".",
-            color=style["color"],
-            capsize=2,
-            alpha=1 if alone else 0.4,
-        )
-        policy = points[points.alpha == 1]
-        axis.plot(policy.kl, policy.score, "o", color=style["color"], markersize=8, label="policy" if alone else None)
+        name = "between base and policy, and beyond" if alone else str(run)
+        axis.plot([0, *points.kl], [base, *points.score], **style, label=name)
+        draw_points(axis, points, color=style["color"], marker=".", alpha=1 if alone else 0.4)
+        trained = points[points.alpha == 1]
+        axis.plot(trained.kl, trained.score, "o", color=style["color"], markersize=8)
         if alone:
-            for point in points.itertuples():
-                place = (point.kl, point.score)
-                axis.annotate(f"{point.alpha:g}", place, xytext=(6, -12), textcoords="offset points", fontsize=8)
+            annotate(axis, points.alpha, points.kl, points.score)
     axis.plot(0, base, "s", color=GREY, label="base", clip_on=False)
-    marks = "numbers are alpha" if alone else "circles are the policies as trained"
-    axis.set_title(f"{summary['n']} held-out prompts, 95 % intervals; {marks}", fontsize=10)
+    axis.set_title(f"{summary['n']} held-out prompts, 95 % intervals; circles are the policies as trained", fontsize=10)
     label_plane(axis, score_title(summary["label"]))
     axis.set_xlim(left=0, right=max(1.15 * table.kl_high.max(), 0.1))
     add_legends(figure)

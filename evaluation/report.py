@@ -11,16 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from evaluation.pictures import (
     EVALUATED,
+    GREY,
     POLICY,
     as_image,
+    draw_best_possible,
     draw_curve,
-    draw_frontier,
-    draw_scores,
+    draw_points,
+    label_plane,
     new_figure,
+    place_of,
     read_columns,
 )
 from reward import score_title
@@ -106,7 +110,12 @@ def score_range(results: pd.DataFrame, summary: dict[str, Any]) -> dict[str, flo
 def scores_image(results: pd.DataFrame, label: str | None) -> str:
     """Histograms of the scores, policy over base."""
     figure, (axis,) = new_figure(1)
-    draw_scores(axis, results, label)
+    scores = results[["policy_score", "base_score"]].to_numpy()
+    low, high = (-1, 1) if label is not None else (scores.min(), scores.max())
+    bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
+    for name, colour in (("base", GREY), ("policy", POLICY)):
+        axis.hist(results[f"{name}_score"], bins, color=colour, alpha=0.6, label=name)
+    axis.set(xlabel="score" if label is None else "score, -1 to 1", ylabel="responses")
     return as_image(figure, "Histogram of scores")
 
 
@@ -115,7 +124,12 @@ def frontier_image(summary: dict[str, Any], home: SavedRun | None) -> str:
     if "optimal_curve" not in summary:
         return ""
     figure, (axis,) = new_figure(1)
-    draw_frontier(axis, summary, read_columns(home, "eval.csv", EVALUATED))
+    draw_best_possible(axis, summary)
+    path = read_columns(home, "eval.csv", EVALUATED)
+    if path is not None:
+        axis.plot(path["kl_seq_exact"], path["score_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
+    draw_points(axis, pd.DataFrame([place_of(summary)]), color=POLICY, marker="*", markersize=11, label="policy")
+    label_plane(axis, "score")
     return as_image(figure, "Reward against KL")
 
 

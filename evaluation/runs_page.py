@@ -20,10 +20,11 @@ from evaluation.pictures import (
     as_image,
     draw_best_possible,
     draw_curve,
-    draw_evaluation,
+    draw_points,
     label_plane,
     line_style,
     new_figure,
+    place_of,
 )
 from evaluation.report import html_table, write_page
 from evaluation.table import ANY_UNIT
@@ -172,8 +173,9 @@ def draw_plane(axis: Any, runs: Sequence[ComparedRun]) -> None:
         style = line_style(number)
         if run.path is not None:
             axis.plot(run.path[kl], run.path[score], **style, marker=".", alpha=0.45, linewidth=1)
-        for summary in run.evaluations:
-            draw_evaluation(axis, summary, color=style["color"])
+        if run.evaluations:
+            points = pd.DataFrame(map(place_of, run.evaluations))
+            draw_points(axis, points, color=style["color"], marker="*", markersize=11)
     axis.plot([], [], ".-", color=GREY, alpha=0.6, label="evaluations while training")
     if any(run.evaluations for run in runs):
         axis.plot([], [], "*", color=GREY, markersize=9, label="eval.py, with 95 % intervals")

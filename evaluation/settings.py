@@ -1,6 +1,6 @@
 """What an evaluation is run with: the settings of the run that made the policy, and the flags of eval.py."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
@@ -8,21 +8,8 @@ from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
 from runtime.device import resolve_device, resolve_dtype
 from runtime.saved_run import SavedRun
 
-RUN_SETTINGS = {  # taken from the run that made the policy, unless a flag says otherwise
-    "ref_name",
-    "rm_name",
-    "target_label",
-    "reward_on_prompt",
-    "dataset",
-    "dataset_config",
-    "text_column",
-    "max_prompt_len",
-    "min_prompt_len",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-}
+OF_RUN = {f.name for f in fields(TrainConfig)} - {"split"}  # prompts come from another split than in training
+RUN_SETTINGS = sorted(f.name for f in fields(EvalConfig) if f.default is None and f.name in OF_RUN)
 BELONGS_TO = {"rm_revision": "rm_name", "dataset_revision": "dataset", "dataset_config": "dataset"}
 
 

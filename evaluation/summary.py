@@ -6,7 +6,7 @@ Rates are shares between 0 and 1, KL is in nats. A word is what white space sepa
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,12 +52,8 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
     texts = {name: results[f"{name}_text"].tolist() for name in NAMES}
     equal_lengths = dict(zip(NAMES, equally_long(texts["policy"], texts["base"]), strict=True))
     for name in NAMES:
-        summary[name] = {
-            **score_estimates(name, column, label, score_bounds),
-            **text_estimates(name, column, texts[name]),
-            **diversity_estimates(equal_lengths[name]),
-            **human_estimates(name, column),
-        }
+        summary[name] = score_estimates(name, column, label, score_bounds)
+        summary[name] |= text_estimates(name, column, texts[name], equal_lengths[name])
         if score_title(label) == "sentiment":  # the names that others read
             summary[name] |= {f"sentiment_{key}": summary[name][f"score_{key}"] for key in ("mean", "ci")}
         if "policy_judge" in column:
@@ -93,11 +89,11 @@ def score_estimates(name: str, column: Columns, label: str | None, bounds: Bound
     return score | positive | mean("log_odds", column[f"{name}_log_odds"], bounds_of_both("log_odds", column))
 
 
-def text_estimates(name: str, column: Columns, texts: list[str]) -> Estimates:
-    """Length, how often a response ends itself, repetition within one, perplexity under base, and equal responses."""
+def text_estimates(name: str, column: Columns, texts: list[str], equal_lengths: list[str]) -> Estimates:
+    """Length, repetition, perplexities, and diversity; equal_lengths are the texts as long as those of the other."""
     length = column[f"{name}_len"]
     repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
-    return {
+    estimates = {
         **mean("response_len", length, bounds_of_both("len", column)),
         **share("eos_rate", column[f"{name}_eos"] > 0),
         **ratio("repetition_rate", repeated, triples, RATES),
@@ -105,22 +101,12 @@ def text_estimates(name: str, column: Columns, texts: list[str]) -> Estimates:
         **of_all_texts("distinct_rate", distinct_responses, texts),
         "commonest": max(Counter(texts).values()),
     }
-
-
-def diversity_estimates(texts: list[str]) -> Estimates:
-    """Different words, pairs and triples over all of them."""
-    estimates: Estimates = {}
     for n in (1, 2, 3):
-        estimates |= of_all_texts(f"distinct_{n}", partial(distinct, n=n), texts)
+        estimates |= of_all_texts(f"distinct_{n}", partial(distinct, n=n), equal_lengths)
+    if "human_len" in column:
+        nll, length = (np.nan_to_num(column[key]) for key in (f"human_nll_{name}", "human_len"))
+        estimates |= exponential(ratio("human_perplexity", nll, length))
     return estimates
-
-
-def human_estimates(name: str, column: Columns) -> Estimates:
-    """The perplexity of what the authors wrote, where anything is known of it."""
-    if "human_len" not in column:
-        return {}
-    nll, length = (np.nan_to_num(column[key]) for key in (f"human_nll_{name}", "human_len"))
-    return exponential(ratio("human_perplexity", nll, length))
 
 
 def equally_long(ours: Sequence[str], theirs: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -165,13 +151,13 @@ def expected_estimates(column: Columns, unit: float) -> Estimates:
     n = len(base)
     if np.ptp(base) < 1e-6:
         return {}
-    prompts = weigh_prompts(n)
-    weights = exponential_tilt(base, prompts.shares @ ours, prompts.counts)
+    counts = prompt_counts(RESAMPLES, n)
+    weights = exponential_tilt(base, shares(counts) @ ours, counts)
     lengths = weights @ column["base_len"]
     expected = resampled("response_len_expected", lengths, n, bounds_of_both("len", column))
     if "base_judge" in column:
         judge = column["base_judge"]
-        gain = (weights - prompts.shares) @ judge
+        gain = (weights - shares(counts)) @ judge
         expected |= resampled("judge_gain_expected", gain, n, bounds_of_difference(bounds_seen(judge)))
     return expected
 
@@ -226,10 +212,11 @@ def frontier_estimates(draws: np.ndarray, column: Columns, unit: float, score_bo
 def share_of_best_gain(best: Frontier, column: Columns, unit: float, score_bounds: Bounds) -> Estimates:
     """The policy's gain over the mean of base's draws, over the best gain at its KL; nothing near the base."""
     ours, n = column["policy_score"] / unit, len(column["policy_score"])
-    prompts = weigh_prompts(n, resamples=400)
-    base = prompts.shares @ best.best_of[:, 0]
-    gain = prompts.shares @ ours - base
-    possible = best.optimal_reward(prompts.shares @ column["kl_seq_exact"], prompts.counts) - base
+    counts = prompt_counts(400, n)
+    weights = shares(counts)
+    base = weights @ best.best_of[:, 0]
+    gain = weights @ ours - base
+    possible = best.optimal_reward(weights @ column["kl_seq_exact"], counts) - base
     if possible[0] <= 0.02:  # there is no gain to take a share of
         return {}
     base_mean = best.best_of[:, 0].mean()
@@ -281,17 +268,14 @@ def resampled(key: str, values: np.ndarray, n: int, bounds: Bounds) -> Estimates
     return estimate(key, values[0], allow_for_unseen(interval, float(values[0]), n, bounds))
 
 
-class PromptWeights(NamedTuple):
-    """How often each of n prompts is counted, (S, n): once in the first row, then as in S - 1 resamples; as shares."""
-
-    counts: np.ndarray
-    shares: np.ndarray
+def prompt_counts(resamples: int, n: int) -> np.ndarray:
+    """How often each of n prompts is counted: once each in the first row, then as in the resamples."""
+    return np.vstack([np.ones(n), resample_counts(n, 0)[:resamples]])
 
 
-def weigh_prompts(n: int, resamples: int = RESAMPLES) -> PromptWeights:
-    """The weights of n prompts in all figures that are computed by hand."""
-    counts = np.vstack([np.ones(n), resample_counts(n, 0)[:resamples]])
-    return PromptWeights(counts, counts / counts.sum(1, keepdims=True))
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Counts (S, n) as weights with the sum 1."""
+    return counts / counts.sum(1, keepdims=True)
 
 
 def bounds_seen(values: np.ndarray) -> Bounds:

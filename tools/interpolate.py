@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluation.comparison import Comparison, exact_kl
 from evaluation.intervals import bootstrap_ci
-from evaluation.pictures import curve_picture, shares_picture
+from evaluation.pictures import curve_picture, place_of, shares_picture
 from evaluation.settings import settings_of_run
 from model import GPT2WithValueHead
 from pretrain.models import quiet_saving
@@ -304,17 +304,10 @@ def draw_shares(draw: str, picture: Path) -> None:
 def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:
     """The figures of one point of the curve; length and perplexity are relative to base's."""
     ours, base = summary["policy"], summary["base"]
-    kl_low, kl_high = summary["kl_seq_exact_ci"]
-    score_low, score_high = ours["score_ci"]
     return {
         "alpha": alpha,
         "n": summary["n"],
-        "kl": summary["kl_seq_exact"],
-        "kl_low": kl_low,
-        "kl_high": kl_high,
-        "score": ours["score_mean"],
-        "score_low": score_low,
-        "score_high": score_high,
+        **place_of(summary),
         "base_score": base["score_mean"],
         "win_rate": summary["win_rate"],
         "positive": ours.get("positive_rate"),
