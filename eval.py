@@ -5,8 +5,8 @@
     python eval.py --top_k 50 --top_p 0.9       both models under another decoding
     python eval.py --frontier 64                and how far that is from the best possible at its KL
 
-Both models answer the same prompts with the same random numbers, so that differences are paired. Every number follows
-from eval_results.csv alone. This is the order of things; the comparison, its statistics and its report are in
+Both models respond to the same prompts with the same random numbers, so that differences are paired. Every number
+follows from eval_results.csv alone. This is the order of things; the comparison, its statistics and its report are in
 evaluation/.
 """
 
@@ -70,8 +70,8 @@ def load_comparison(cfg: EvalConfig, run: TrainConfig) -> Comparison:
 
 def describe(results: pd.DataFrame, comparison: Comparison) -> dict[str, Any]:
     """What eval_summary.json holds: the estimates, the settings, and fingerprints of policy and second judge."""
-    cfg, run, judge = comparison.cfg, comparison.run, comparison.judge
-    of_run = {name: getattr(run, name) for name in RUN_SETTINGS}
+    cfg, judge = comparison.cfg, comparison.judge
+    of_run = {name: getattr(comparison.run, name) for name in RUN_SETTINGS}
     return {
         **comparison.summarise(results),
         "seed": cfg.seed,

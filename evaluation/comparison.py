@@ -1,4 +1,4 @@
-"""The paired comparison: policy and base answer the same prompts with the same random numbers, one row per prompt."""
+"""The paired comparison: policy and base respond to the same prompts with the same random numbers; a row per prompt."""
 
 import json
 from dataclasses import dataclass, field, replace

@@ -103,8 +103,8 @@ def draw_best_possible(axis: Any, summary: dict[str, Any], farthest: float = mat
 
     Where few draws stand behind the curve it is dotted: more is possible there.
     """
-    curve, best_of_n = (pd.DataFrame(summary[name]) for name in ("optimal_curve", "best_of_n"))
-    curve, best_of_n = curve[curve.kl <= farthest], best_of_n[best_of_n.kl <= farthest]
+    curve = pd.DataFrame(summary["optimal_curve"]).query("kl <= @farthest")
+    best_of_n = pd.DataFrame(summary["best_of_n"]).query("kl <= @farthest")
     certain = curve.kl <= summary["kl_certain"]
     axis.plot(curve.kl[certain], curve.score_mean[certain], color=BEST, label="best possible")
     if not certain.all():
@@ -154,7 +154,8 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     figure, (axis,) = new_figure(1, size=(8, 5))
     if "optimal_curve" in summary:
         draw_best_possible(axis, summary)
-    base, alone = summary["base"]["score_mean"], table.run.nunique() == 1
+    base = summary["base"]["score_mean"]
+    alone = table.run.nunique() == 1
     for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
         points, style = unordered.sort_values("alpha"), line_style(number)
         name = "between base and policy, and beyond" if alone else str(run)

@@ -99,7 +99,7 @@ def runs_table(runs: Sequence[ComparedRun]) -> str:
 def evaluation_cells(summary: dict[str, Any]) -> list[str]:
     """Score, KL and win-rate of an evaluation with their intervals."""
     ours = summary["policy"]
-    win_rate, ends = 100 * summary["win_rate"], [100 * end for end in summary["win_rate_ci"]]
+    win_rate, *ends = (100 * rate for rate in (summary["win_rate"], *summary["win_rate_ci"]))
     return [
         with_interval(score_format(summary["label"]), ours["score_mean"], ours["score_ci"]),
         with_interval("{:.2f}", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
 
@@ -11,6 +12,12 @@ from runtime.saved_run import SavedRun
 OF_RUN = {f.name for f in fields(TrainConfig)} - {"split"}  # prompts come from another split than in training
 RUN_SETTINGS = sorted(f.name for f in fields(EvalConfig) if f.default is None and f.name in OF_RUN)
 BELONGS_TO = {"rm_revision": "rm_name", "dataset_revision": "dataset", "dataset_config": "dataset"}
+
+
+def eval_config(flags: object, **settings: Any) -> EvalConfig:
+    """The settings of eval.py that a tool's flags of the same names ask for."""
+    same = {f.name: getattr(flags, f.name) for f in fields(EvalConfig) if hasattr(flags, f.name)}
+    return EvalConfig(**{**same, **settings})
 
 
 def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:

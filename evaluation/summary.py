@@ -147,7 +147,8 @@ def distinct_responses(texts: Sequence[str]) -> float:
 
 def expected_estimates(column: Columns, unit: float) -> Estimates:
     """Averages over base's responses, weighted until their mean score is the policy's: what such scores entail."""
-    ours, base = column["policy_score"] / unit, column["base_score"] / unit
+    ours = column["policy_score"] / unit
+    base = column["base_score"] / unit
     n = len(base)
     if np.ptp(base) < 1e-6:
         return {}
@@ -171,11 +172,13 @@ def judge_estimates(column: Columns, has_label: bool) -> Estimates:
     """
     # 1. how many more are positive, for the reward and for the judge
     middle = 0.0 if has_label else float(column["base_score"].mean())
-    base_positive, base_judged = column["base_score"] > middle, column["base_judge"] > 0
+    base_positive = column["base_score"] > middle
+    base_judged = column["base_judge"] > 0
     more = (column["policy_score"] > middle).astype(float) - base_positive
     more_by_judge = (column["policy_judge"] > 0).astype(float) - base_judged
     # 2. how many more the judge should see
-    liked, others = base_judged[base_positive], base_judged[~base_positive]
+    liked = base_judged[base_positive]
+    others = base_judged[~base_positive]
     slope = float(liked.mean() - others.mean()) if len(liked) and len(others) else 0.0
     expected = slope * more.mean()
     rise = bounds_of_difference(RATES)
@@ -211,7 +214,8 @@ def frontier_estimates(draws: np.ndarray, column: Columns, unit: float, score_bo
 
 def share_of_best_gain(best: Frontier, column: Columns, unit: float, score_bounds: Bounds) -> Estimates:
     """The policy's gain over the mean of base's draws, over the best gain at its KL; nothing near the base."""
-    ours, n = column["policy_score"] / unit, len(column["policy_score"])
+    ours = column["policy_score"] / unit
+    n = len(ours)
     counts = prompt_counts(400, n)
     weights = shares(counts)
     base = weights @ best.best_of[:, 0]

@@ -113,7 +113,7 @@ def losses(summary: dict[str, Any]) -> list[str]:
 
 def change_of_length(summary: dict[str, Any]) -> list[str]:
     """Whether responses are clearly longer or shorter, and whether such scores explain a part of it."""
-    ours, base = summary["policy"]["response_len"], summary["base"]["response_len"]
+    ours, base = (summary[model]["response_len"] for model in ("policy", "base"))
     if abs(ours - base) <= 0.15 * base:
         return []
     lengths = f"{ours:.0f} against {base:.0f} tokens"

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, UserError, opt, whole_path
+from config import UserError, opt, whole_path
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from evaluation.comparison import Comparison, exact_kl
 from evaluation.intervals import bootstrap_ci
 from evaluation.pictures import curve_picture, place_of, shares_picture
-from evaluation.settings import settings_of_run
+from evaluation.settings import eval_config, settings_of_run
 from model import GPT2WithValueHead
 from pretrain.models import quiet_saving
 from runtime.cli import numbers, parse_flags, run
@@ -88,17 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     # 1. the models of the first run, with the weights of all of them
     path = SavedRun(Path(cfg.runs[0])).policy
-    evaluation = EvalConfig(
-        policy_path=str(path),
-        rm_name=cfg.rm_name,
-        judge=cfg.judge if cfg.curve else "none",
-        n_samples=cfg.n_samples,
-        frontier=cfg.frontier,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        device=cfg.device,
-        dtype=cfg.dtype,
-    )
+    judge = cfg.judge if cfg.curve else "none"
+    evaluation = eval_config(cfg, policy_path=str(path), judge=judge)
     settings = settings_of_run(evaluation)
     models = load_models(settings, str(path))
     groups = [[folder] for folder in cfg.runs] if cfg.each else [cfg.runs]
@@ -229,7 +220,9 @@ def find_alpha(measure: Callable[[float], float], target: float) -> float:
 
     KL grows with the square of a small step, so every other guess is alpha sqrt(target / KL).
     """
-    low, high, alpha, halve = 0.0, math.inf, 1.0, True
+    low, high = 0.0, math.inf
+    alpha = 1.0
+    halve = True
     while True:
         kl = measure(alpha)
         if abs(kl - target) <= CLOSE * target or high - low < 1e-4:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import pad_left
 from evaluation.comparison import exact_kl, real_rows
-from evaluation.settings import settings_of_run
+from evaluation.settings import eval_config, settings_of_run
 from model import GPT2WithValueHead, Sequences, sample_responses
 from reward import Reward, score_responses, show_score
 from runtime.cli import parse_flags, run
@@ -33,7 +33,6 @@ from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
 from training.parts import check_fit, check_same_tokens, load_base, load_policy, load_run_reward
 from utils import uniforms
 
-DECODING = ("temperature", "top_k", "top_p", "max_new_tokens")
 BASE = "base"
 
 
@@ -77,7 +76,7 @@ class Response:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Let all models answer each prompt (raises UserError)."""
+    """Sample a response of every model to each prompt (raises UserError)."""
     cfg = parse_flags(SampleConfig, argv, __doc__, first="policy_path")
     if cfg.n < 1:
         raise UserError(f"n={cfg.n} must be at least 1")
@@ -150,7 +149,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """Bases and policies that answer the same prompts, and how they decode; a reward if they are scored."""
+    """Bases and policies that respond to the same prompts, and how they decode; a reward if they are scored."""
 
     models: list[Model]
     run: TrainConfig
@@ -228,15 +227,7 @@ def load(cfg: SampleConfig) -> ModelSet:
     for path in dict.fromkeys(cfg.policy_path):
         # 1. the settings of its run
         policy_path = policy_folder(path)
-        evaluation = EvalConfig(
-            policy_path=policy_path,
-            ref_name=cfg.ref_name,
-            rm_name=cfg.rm_name,
-            seed=cfg.seed,
-            device=cfg.device,
-            dtype=cfg.dtype,
-            **{name: getattr(cfg, name) for name in DECODING},
-        )
+        evaluation = eval_config(cfg, policy_path=policy_path)
         run = settings_of_run(evaluation, with_reward=scored and first is None)
         first = first or run
         # 2. the policy, and its base unless another policy has the same
