@@ -57,7 +57,9 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         files.write(results, summary)
         print(table(summary))
         print(f"\nwritten: {files.table}, {files.summary}, and to look at: {files.report}")
-        add_to_card(cfg, summary)
+        home, policy = SavedRun.of_policy(cfg.policy_path), Path(cfg.policy_path)
+        if home is not None and policy.is_dir():
+            add_results(home.folder, policy, summary, list(table_rows(summary)))
         return summary
 
 
@@ -79,13 +81,6 @@ def describe(results: pd.DataFrame, comparison: Comparison) -> dict[str, Any]:
         "policy_sha256": saved_weights_sha256(Path(cfg.policy_path)),
         "judge_sha256": None if judge is None else judge.sha256,
     }
-
-
-def add_to_card(cfg: EvalConfig, summary: dict[str, Any]) -> None:
-    """Put the results into the policy's model card, if it is in a run."""
-    home, policy = SavedRun.of_policy(cfg.policy_path), Path(cfg.policy_path)
-    if home is not None and policy.is_dir():
-        add_results(home.folder, policy, summary, list(table_rows(summary)))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,15 @@ def held_out_reviews(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     """n_samples reviews of the evaluation split in a seeded random order, none of which was trained on."""
     split = evaluation_split(cfg, run)
     texts = held_out_texts(cfg, run, split)
+    longest = run.max_prompt_len + run.max_new_tokens
     order = np.random.default_rng(cfg.seed).permutation(len(texts))
     reviews: list[Review] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # tokenise no more than needed
-        reviews += long_enough([texts[i] for i in chunk], run, tokenizer)
+        with suppress(UserError):  # none of these is long enough
+            for ids in first_tokens(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest):
+                prompt = cut(tokenizer, ids, run.max_prompt_len)
+                if prompt:
+                    reviews.append(Review(prompt, ids[len(prompt) : len(prompt) + run.max_new_tokens]))
         if len(reviews) >= cfg.n_samples:
             break
     if len(reviews) < 2:
@@ -72,17 +77,6 @@ def read_split(run: TrainConfig, split: str) -> list[str]:
     """The texts of one split of the run's data set."""
     name = resolve_name(run.dataset, split)
     return load_examples(name, split, run.text_column, revision=run.dataset_revision, config=run.dataset_config)[0]
-
-
-def long_enough(texts: list[str], run: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Review]:
-    """The texts that have min_prompt_len tokens, as prompt and continuation."""
-    reviews = []
-    with suppress(UserError):  # none of these has
-        for ids in first_tokens(tokenizer, texts, run.min_prompt_len, run.max_prompt_len + run.max_new_tokens):
-            prompt = cut(tokenizer, ids, run.max_prompt_len)
-            if prompt:
-                reviews.append(Review(prompt, ids[len(prompt) : len(prompt) + run.max_new_tokens]))
-    return reviews
 
 
 def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: SavedRun | None) -> None:

@@ -29,31 +29,24 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
     if cfg.policy_path == EvalConfig.policy_path and not Path(cfg.policy_path).exists():
         raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
     home = SavedRun.of_policy(cfg.policy_path)
-    run = preset_of(cfg) if home is None else settings_saved_in(home)
-    if with_reward and home is not None and python_reward(run.rm_name) and cfg.rm_name is None:
-        raise UserError(home.refuse_code())
+    if home is None:
+        run = PRESETS[TrainConfig][cfg.preset]
+        if not cfg.policy_path.startswith("tiny:"):
+            defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
+            print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
+    else:
+        try:
+            run = TrainConfig(**home.settings)
+        except UserError as error:
+            raise UserError(f"{home.config_json} is damaged ({error}): fix it, or move the policy elsewhere") from None
+        if with_reward and python_reward(run.rm_name) and cfg.rm_name is None:
+            raise UserError(home.refuse_code())
     # 2. what flags say instead
     flags = {name: getattr(cfg, name) for name in RUN_SETTINGS if getattr(cfg, name) is not None}
     for setting, owner in BELONGS_TO.items():
-        if owner in flags and flags[owner] != getattr(run, owner):
+        if flags.get(owner, getattr(run, owner)) != getattr(run, owner):
             flags.setdefault(setting, None)  # the run's is that of another model or data set
     flags.setdefault("ref_name", run.policy_name if run.ref_name is None else run.ref_name)
     # 3. where it runs
     device = resolve_device(cfg.device)
     return replace(run, **flags, device=device, dtype=resolve_dtype(cfg.dtype, device))
-
-
-def settings_saved_in(home: SavedRun) -> TrainConfig:
-    """The settings of a run (raises UserError where its config.json is damaged)."""
-    try:
-        return TrainConfig(**home.settings)
-    except UserError as error:
-        raise UserError(f"{home.config_json} is damaged ({error}): fix it, or move the policy elsewhere") from None
-
-
-def preset_of(cfg: EvalConfig) -> TrainConfig:
-    """The settings for a policy that is in no run, with a note that says so."""
-    if not cfg.policy_path.startswith("tiny:"):
-        defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
-        print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
-    return PRESETS[TrainConfig][cfg.preset]

@@ -52,8 +52,11 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
     texts = {name: results[f"{name}_text"].tolist() for name in NAMES}
     equal_lengths = dict(zip(NAMES, equally_long(texts["policy"], texts["base"]), strict=True))
     for name in NAMES:
-        summary[name] = score_estimates(name, column, label, score_bounds)
-        summary[name] |= text_estimates(name, column, texts[name], equal_lengths[name])
+        summary[name] = mean("score_mean", column[f"{name}_score"], score_bounds)
+        if label is not None:
+            summary[name] |= share("positive_rate", column[f"{name}_score"] > 0)
+            summary[name] |= mean("log_odds", column[f"{name}_log_odds"], bounds_of_both("log_odds", column))
+        summary[name] |= model_estimates(name, column, texts[name], equal_lengths[name])
         if score_title(label) == "sentiment":  # the names that others read
             summary[name] |= {f"sentiment_{key}": summary[name][f"score_{key}"] for key in ("mean", "ci")}
         if "policy_judge" in column:
@@ -80,16 +83,7 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
 # --- each model -----------------------------------------------------------------------------------------------------
 
 
-def score_estimates(name: str, column: Columns, label: str | None, bounds: Bounds) -> Estimates:
-    """The mean score; for 2 P(label) - 1 also how often the label is likelier than not, and its log-odds."""
-    score = mean("score_mean", column[f"{name}_score"], bounds)
-    if label is None:
-        return score
-    positive = share("positive_rate", column[f"{name}_score"] > 0)
-    return score | positive | mean("log_odds", column[f"{name}_log_odds"], bounds_of_both("log_odds", column))
-
-
-def text_estimates(name: str, column: Columns, texts: list[str], equal_lengths: list[str]) -> Estimates:
+def model_estimates(name: str, column: Columns, texts: list[str], equal_lengths: list[str]) -> Estimates:
     """Length, repetition, perplexities, and diversity; equal_lengths are the texts as long as those of the other."""
     length = column[f"{name}_len"]
     repeated, triples = np.array([repeated_trigrams(text) for text in texts], dtype=float).T
@@ -153,12 +147,13 @@ def expected_estimates(column: Columns, unit: float) -> Estimates:
     if np.ptp(base) < 1e-6:
         return {}
     counts = prompt_counts(RESAMPLES, n)
-    weights = exponential_tilt(base, shares(counts) @ ours, counts)
+    shares = counts / counts.sum(1, keepdims=True)
+    weights = exponential_tilt(base, shares @ ours, counts)
     lengths = weights @ column["base_len"]
     expected = resampled("response_len_expected", lengths, n, bounds_of_both("len", column))
     if "base_judge" in column:
         judge = column["base_judge"]
-        gain = (weights - shares(counts)) @ judge
+        gain = (weights - shares) @ judge
         expected |= resampled("judge_gain_expected", gain, n, bounds_of_difference(bounds_seen(judge)))
     return expected
 
@@ -217,7 +212,7 @@ def share_of_best_gain(best: Frontier, column: Columns, unit: float, score_bound
     ours = column["policy_score"] / unit
     n = len(ours)
     counts = prompt_counts(400, n)
-    weights = shares(counts)
+    weights = counts / counts.sum(1, keepdims=True)
     base = weights @ best.best_of[:, 0]
     gain = weights @ ours - base
     possible = best.optimal_reward(weights @ column["kl_seq_exact"], counts) - base
@@ -275,11 +270,6 @@ def resampled(key: str, values: np.ndarray, n: int, bounds: Bounds) -> Estimates
 def prompt_counts(resamples: int, n: int) -> np.ndarray:
     """How often each of n prompts is counted: once each in the first row, then as in the resamples."""
     return np.vstack([np.ones(n), resample_counts(n, 0)[:resamples]])
-
-
-def shares(counts: np.ndarray) -> np.ndarray:
-    """Counts (S, n) as weights with the sum 1."""
-    return counts / counts.sum(1, keepdims=True)
 
 
 def bounds_seen(values: np.ndarray) -> Bounds:

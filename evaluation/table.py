@@ -50,46 +50,35 @@ INTERVALS = {"score_mean": "score_ci", "positive_rate": "positive_ci", "eos_rate
 
 def verdict(summary: dict[str, Any]) -> str:
     """The whole comparison in words, on one line."""
-    sentences = [
-        f"The policy {does_better(summary)} base: {shares_or_means(summary)}, win-rate {summary['win_rate']:.0%}, "
-        f"at {summary['kl_seq_exact']:.1f} nats from base."
-    ]
+    ours, base, label = summary["policy"], summary["base"], summary["label"]
+    # 1. is it better?
+    low, high = summary["score_gain_ci"]
+    kind = "more" if low > 0 else "less" if high < 0 else "about as"
+    if score_title(label) == "sentiment":
+        does = f"writes {kind} {label}ly {'as' if kind == 'about as' else 'than'}"
+    else:
+        does = {"more": "scores higher than", "less": "scores lower than", "about as": "scores about as high as"}[kind]
+    if label is None:
+        figures = f"{ours['score_mean']:.4g} against {base['score_mean']:.4g} on average"
+    else:
+        figures = f"{ours['positive_rate']:.0%} against {base['positive_rate']:.0%} {label}"
+    win_rate, kl = summary["win_rate"], summary["kl_seq_exact"]
+    sentences = [f"The policy {does} base: {figures}, win-rate {win_rate:.0%}, at {kl:.1f} nats from base."]
+    # 2. how far is it from the best possible?
     if "optimal_share_rate" in summary:
         sentences.append(of_the_best_gain(summary))
-    changes = [*losses(summary), *change_of_length(summary)]
+    # 3. what is lost?
+    changes = [*losses(ours, base), *change_of_length(summary)]
     sentences.append(f"It is {', '.join(changes)}." if changes else NO_CHANGE)
+    # 4. how sure is it?
     if summary["n"] < FEW:
         sentences.append(f"With only {summary['n']} prompts this is uncertain.")
-    sentences += second_opinion(summary)
+    if summary.get("gamed"):
+        sentences.append("WARNING: a second judge does not confirm the gain; the reward may have been gamed.")
+    elif "judge_gain" in summary and kind == "more" and (label or summary["judge_slope"] > SAME_THING):
+        confirms = "confirms" if summary["judge_gain_ci"][0] > 0 else "cannot confirm"
+        sentences.append(f"A second judge {confirms} it ({summary['judge_gain']:+.2f}).")
     return " ".join(sentences)
-
-
-def direction(summary: dict[str, Any]) -> int:
-    """1 if the policy certainly scores higher than base, -1 if lower, 0 if that is open."""
-    low, high = summary["score_gain_ci"]
-    return int(low > 0) - int(high < 0)
-
-
-def does_better(summary: dict[str, Any]) -> str:
-    """What the policy does compared with base."""
-    label = summary["label"]
-    if score_title(label) == "sentiment":
-        words = {
-            1: f"writes more {label}ly than",
-            0: f"writes about as {label}ly as",
-            -1: f"writes less {label}ly than",
-        }
-    else:
-        words = {1: "scores higher than", 0: "scores about as high as", -1: "scores lower than"}
-    return words[direction(summary)]
-
-
-def shares_or_means(summary: dict[str, Any]) -> str:
-    """How often policy and base have the label, or their mean scores."""
-    ours, base = summary["policy"], summary["base"]
-    if summary["label"] is None:
-        return f"{ours['score_mean']:.4g} against {base['score_mean']:.4g} on average"
-    return f"{ours['positive_rate']:.0%} against {base['positive_rate']:.0%} {summary['label']}"
 
 
 def of_the_best_gain(summary: dict[str, Any]) -> str:
@@ -101,9 +90,8 @@ def of_the_best_gain(summary: dict[str, Any]) -> str:
     return f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}."
 
 
-def losses(summary: dict[str, Any]) -> list[str]:
+def losses(ours: dict[str, Any], base: dict[str, Any]) -> list[str]:
     """What is clearly worse than in base."""
-    ours, base = summary["policy"], summary["base"]
     worse = []
     for key, sign, what, form in LOSSES:
         if key in ours and key in base and sign * (ours[key] - base[key]) > 0.1 * abs(base[key]) + 0.005:
@@ -121,18 +109,6 @@ def change_of_length(summary: dict[str, Any]) -> list[str]:
     if abs(ours - natural) < abs(ours - base):
         lengths += f"; {natural:.0f} expected at such scores"
     return [f"{'longer' if ours > base else 'shorter'} ({lengths})"]
-
-
-def second_opinion(summary: dict[str, Any]) -> list[str]:
-    """What the second judge says of a gain, where it judges the same thing as the reward."""
-    if summary.get("gamed"):
-        return ["WARNING: a second judge does not confirm the gain; the reward may have been gamed."]
-    if "judge_gain" not in summary or direction(summary) < 1:
-        return []
-    if not summary["label"] and summary["judge_slope"] <= SAME_THING:
-        return []
-    confirms = "confirms" if summary["judge_gain_ci"][0] > 0 else "cannot confirm"
-    return [f"A second judge {confirms} it ({summary['judge_gain']:+.2f})."]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Line:
         for path, end, vocabulary in zip(paths, ends, vocabularies, strict=True):
             if vocabulary != vocabularies[0]:
                 raise UserError(f"runs: {path} has another tokenizer than {paths[0]}: name runs of one base")
-            if shapes(end) != shapes(self.start):
+            if {k: v.shape for k, v in end.items()} != {k: v.shape for k, v in self.start.items()}:
                 raise UserError(f"runs: {path} is of another size than the base of {paths[0]}: name runs of one base")
         self.direction = {}
         for name, start in self.start.items():
@@ -154,11 +154,6 @@ class Line:
         """Give the policy the weights at alpha."""
         moved = {name: start + alpha * self.direction[name] for name, start in self.start.items()}
         self.policy.lm.load_state_dict(moved)
-
-
-def shapes(weights: Weights) -> dict[str, torch.Size]:
-    """The shape of each weight."""
-    return {name: weight.shape for name, weight in weights.items()}
 
 
 # --- one KL ---------------------------------------------------------------------------------------------------------
