@@ -1,7 +1,7 @@
 """The evaluation as one page: eval_report.html, a single file that needs no network.
 
 It has the verdict and table, histograms, the reward-KL frontier, the curves of the run that made the policy, and a
-browser of samples. The page itself is report_template.html, in the style of page.css; this module fills it in.
+browser of samples. The page itself is report.html within page.html; this module fills it in.
 """
 
 import html
@@ -59,14 +59,19 @@ def write_report(
         "other": "others" if summary["label"] is None else f"not {summary['label']}",
         "rows": json.dumps([sample(row) for row in results.to_dict("records")]).replace("<", "\\u003c"),
     }
-    write_page("report_template.html", fields, path)
+    write_page("report.html", "Policy against base", fields, path)
 
 
-def write_page(template: str, fields: dict[str, str], path: Path) -> None:
-    """Write a page whose {{name}} are filled in from fields, and {{style}} from page.css."""
-    fields = {**fields, "style": (FOLDER / "page.css").read_text(encoding="utf-8")}
-    page = (FOLDER / template).read_text(encoding="utf-8")
-    write_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], page))
+def write_page(body: str, title: str, fields: dict[str, str], path: Path) -> None:
+    """Write page.html with a body, in the style of page.css; {{name}} in the body are filled in from fields."""
+    style = (FOLDER / "page.css").read_text(encoding="utf-8")
+    write_atomic(path, filled("page.html", {"title": title, "style": style, "body": filled(body, fields)}))
+
+
+def filled(template: str, fields: dict[str, str]) -> str:
+    """A template whose {{name}} are filled in."""
+    text = (FOLDER / template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: fields[place[1]], text)
 
 
 def html_table(rows: Sequence[Sequence[str]], columns: Sequence[str], escape: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Several runs on one page and in one picture: their curves, their points of score and KL, their settings that differ.
 
-The page needs no network; runs_template.html is its frame. What a run is made of is read by tools.compare.
+The page needs no network; runs_page.html is its frame. What a run is made of is read by tools.compare.
 """
 
 import html
@@ -47,16 +47,16 @@ class ComparedRun:
 
 def write_runs(runs: Sequence[ComparedRun], notes: Sequence[str], page: Path) -> None:
     """Write the page, and the picture of the same name beside it (raises OSError)."""
-    title = f"{len(runs)} runs compared" if len(runs) > 1 else f"The run {runs[0].name}"
+    title = html.escape(f"{len(runs)} runs compared" if len(runs) > 1 else f"The run {runs[0].name}")
     fields = {
-        "title": html.escape(title),
+        "title": title,
         "notes": "\n".join(f'<p class="verdict">{html.escape(note)}</p>' for note in notes),
         "runs": runs_table(runs),
         "plane": plane_image(runs),
         "curves": "\n".join(curve_images(runs)),
         "settings": settings_table(runs),
     }
-    write_page("runs_template.html", fields, page)
+    write_page("runs_page.html", title, fields, page)
     picture(runs).savefig(page.with_suffix(".png"), dpi=120)
 
 
