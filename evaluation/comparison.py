@@ -122,7 +122,7 @@ class Comparison:
         """Each response's tokens as text with their KL, in JSON."""
         tokenizer = self.models.tokenizer
         column = []
-        for tokens, kls in zip(real_rows(seqs.responses, seqs), real_rows(exact_kl, seqs), strict=True):
+        for tokens, kls in zip(seqs.token_lists[1], real_rows(exact_kl, seqs), strict=True):
             pairs = zip(tokens, kls, strict=True)
             column.append(json.dumps([[tokenizer.decode([token]), round(kl, 3)] for token, kl in pairs]))
         return column
@@ -148,7 +148,7 @@ class Comparison:
         return [" ".join(f"{score:{form}}" for score in row) for row in torch.stack(scores, 1).tolist()]
 
 
-def exact_kl(policy: GPT2WithValueHead, base: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+def token_kl(policy: GPT2WithValueHead, base: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """KL(policy || base) at each response token (B, R) over the whole vocabulary, in nats, 0 outside the mask."""
     return evaluate_both(policy, base, seqs)[4]
 

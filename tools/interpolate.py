@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.comparison import Comparison, exact_kl
+from evaluation.comparison import Comparison, token_kl
 from evaluation.intervals import bootstrap_ci
 from evaluation.pictures import curve_picture, place_of, shares_picture
 from evaluation.settings import eval_config, settings_of_run
@@ -206,7 +206,7 @@ def kl_of_responses(comparison: Comparison) -> np.ndarray:
     batches = []
     for rows in comparison.batches:
         responses = comparison.respond(models.policy, rows)
-        batches.append(exact_kl(models.policy, models.reference, responses).sum(1).cpu().double())
+        batches.append(token_kl(models.policy, models.reference, responses).sum(1).cpu().double())
     return torch.cat(batches).numpy()
 
 

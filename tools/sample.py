@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import pad_left
-from evaluation.comparison import exact_kl, real_rows
+from evaluation.comparison import real_rows, token_kl
 from evaluation.settings import eval_config, settings_of_run
 from model import GPT2WithValueHead, Sequences, sample_responses
 from reward import Reward, score_responses, show_score
@@ -183,7 +183,7 @@ class ModelSet:
             top_k=run.top_k,
             top_p=run.top_p,
         )
-        kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else exact_kl(model.lm, model.base, seqs)
+        kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else token_kl(model.lm, model.base, seqs)
         columns = (seqs.texts(tokenizer), self._scores(seqs, tokenizer), seqs.token_lists[1], real_rows(kl, seqs))
         return [
             Response(
