@@ -1,219 +1,224 @@
-"""Several runs on one page and in one picture: their curves, their points of score and KL, their settings that differ.
+"""The paired comparison: policy and base respond to the same prompts with the same random numbers; a row per prompt."""
 
-The page needs no network; comparison_template.html is its frame. What a run is made of is read by tools.compare.
-"""
-
-import html
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from config import EvalConfig, TrainConfig, UserError
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
-from evaluation.report import GREY, PATH, as_image, new_figure, write_page
-from evaluation.table import ANY_UNIT
-from reward import score_title
-from runtime.pictures import legend_line
+from data import pad_left
+from evaluation.judge import Judge, second_judge
+from evaluation.prompts import Review, held_out_reviews
+from evaluation.summary import summarise
+from model import GPT2WithValueHead, Sequences, evaluate_both
+from ppo import Models
+from reward import SentimentReward
+from runtime.distributed import gather_to_main, is_main_process, raise_on_all_ranks, rank, world_size
+from runtime.files import spreadsheet_safe
+from runtime.fingerprints import model_sha256
+from runtime.saved_run import SavedRun
+from runtime.terminal import progress_bar
+from training.run_record import reward_sha256
+from utils import uniforms
 
-COLOURS = ("#3a86c8", "#e08a1e", "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d565a8", "#9a8a28", "#7d868f", "#b0714a")
-TWO_DIGITS = "{:+.2f}"  # of a label's probability
-LINES = ("-", "--", ":")  # of the first ten runs, the next ten, and so on
-CURVES = {  # column of metrics.csv -> title; the first one is that of the score
-    "score_mean": "",
-    "kl_seq_exact": "KL to base, nats per response",
-    "entropy": "entropy, nats per token",
-    "response_len": "response length, tokens",
-    "explained_var": "value fit (explained variance, cut at −1)",
-}
+TO_LOWER = "batch_size or max_new_tokens"  # where memory does not suffice
+Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
-class ComparedRun:
-    """A run: settings, metrics.csv, score and KL of eval.csv if there is one, and what eval.py found, if it was run."""
+class Comparison:
+    """What an evaluation needs: settings, the models on their device, held-out reviews, and the second judge, if any.
 
-    name: str
-    settings: dict[str, Any]
-    label: str | None
-    metrics: pd.DataFrame
-    path: pd.DataFrame | None
-    evaluations: list[dict[str, Any]]
+    base_columns keeps what does not depend on the policy, by batch: another policy is compared with the same responses.
+    """
+
+    cfg: EvalConfig
+    run: TrainConfig
+    models: Models
+    reviews: list[Review]
+    judge: Judge | None
+    base_columns: dict[int, Columns] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cfg: EvalConfig, run: TrainConfig, models: Models) -> "Comparison":
+        """Read the reviews, and fit or load the judge, which the main process alone needs."""
+        reviews = held_out_reviews(cfg, run, models.tokenizer)
+        return cls(cfg, run, models, reviews, second_judge(cfg, run) if is_main_process() else None)
+
+    @property
+    def batches(self) -> list[slice]:
+        """The rows of each batch."""
+        size = self.cfg.batch_size
+        return [slice(first, first + size) for first in range(0, len(self.reviews), size)]
+
+    def respond(self, model: GPT2WithValueHead, rows: slice, draw: int = 0) -> Sequences:
+        """Sample responses to some of the prompts; a prompt's random numbers depend on seed and draw alone."""
+        prompts = pad_left([review.prompt for review in self.reviews[rows]])
+        noise = uniforms(self.cfg.seed, draw, len(self.reviews), self.run.max_new_tokens)[rows]
+        return self.models.respond(model, prompts, noise, self.run)
+
+    def results(self) -> pd.DataFrame:
+        """The whole table, computed by this process alone, with the second judge's scores."""
+        return self.judged(pd.concat([self.compare(rows) for rows in self.batches]))
+
+    def judged(self, results: pd.DataFrame) -> pd.DataFrame:
+        """The table with the second judge's scores of both models' responses, if there is a judge."""
+        if self.judge is None:
+            return results
+        scores = {f"{name}_judge": self.judge.score(results[f"{name}_text"].tolist()) for name in ("policy", "base")}
+        return results.assign(**scores)
+
+    def summarise(self, results: pd.DataFrame) -> dict[str, Any]:
+        """All estimates that follow from the table."""
+        return summarise(results, self.models.reward.label, self.run.target_label)
+
+    # --- columns ----------------------------------------------------------------------------------------------------
+
+    def compare(self, rows: slice) -> pd.DataFrame:
+        """A row per prompt: both responses, their scores, lengths and likelihood under base, and KL(policy || base)."""
+        models = self.models
+        ours = self.respond(models.policy, rows)
+        both = evaluate_both(models.policy, models.reference, ours)
+        if rows.start not in self.base_columns:
+            self.base_columns[rows.start] = self.response_columns("base", self.respond(models.reference, rows))
+        columns = {
+            "prompt": ours.prompt_texts(models.tokenizer),
+            **self.response_columns("policy", ours),
+            **self.base_columns[rows.start],
+            "kl_seq": (both.logprobs - both.ref_logprobs).sum(1).tolist(),
+            "kl_seq_exact": both.exact_kl.sum(1).tolist(),
+            "policy_tokens": self.token_column(ours, both.exact_kl),
+            **self.human_columns(rows),
+        }
+        return pd.DataFrame(columns, index=np.arange(len(self.reviews))[rows])
+
+    def response_columns(self, name: str, seqs: Sequences) -> Columns:
+        """A model's responses with their scores, lengths, whether they ended, and base's log-likelihood of them."""
+        tokenizer = self.models.tokenizer
+        lengths = seqs.response_mask.sum(1)
+        last_tokens = seqs.responses.gather(1, lengths[:, None] - 1).squeeze(1)
+        return {
+            f"{name}_text": seqs.texts(tokenizer),
+            **self.score_columns(name, seqs),
+            f"{name}_len": lengths.tolist(),
+            f"{name}_eos": (last_tokens == tokenizer.eos_token_id).int().tolist(),
+            f"{name}_nll_base": plain_nll(self.models.reference, seqs),
+        }
+
+    def score_columns(self, name: str, seqs: Sequences) -> Columns:
+        """The scores of a model's responses and, where they are those of a label, its log-odds."""
+        reward = self.models.reward
+        if not isinstance(reward, SentimentReward):
+            return {f"{name}_score": self.models.score(seqs, self.run).tolist()}
+        log_odds = reward.log_odds(seqs.texts(self.models.tokenizer, self.run.reward_on_prompt))
+        return {f"{name}_score": (log_odds / 2).tanh().tolist(), f"{name}_log_odds": log_odds.tolist()}
+
+    def token_column(self, seqs: Sequences, exact_kl: Tensor) -> list[str]:
+        """Each response's tokens as text with their KL, in JSON."""
+        tokenizer = self.models.tokenizer
+        column = []
+        for tokens, kls in zip(seqs.token_lists[1], real_rows(exact_kl, seqs), strict=True):
+            pairs = zip(tokens, kls, strict=True)
+            column.append(json.dumps([[tokenizer.decode([token]), round(kl, 3)] for token, kl in pairs]))
+        return column
+
+    def human_columns(self, rows: slice) -> Columns:
+        """The length in tokens of what the authors wrote, and its negative log-likelihood under both models."""
+        human = human_responses(self.reviews[rows], self.run.device)
+        if human is None:
+            return {}
+        return {
+            "human_len": human.response_mask.sum(1).tolist(),
+            "human_nll_policy": plain_nll(self.models.policy, human),
+            "human_nll_base": plain_nll(self.models.reference, human),
+        }
+
+    def base_draws(self, rows: slice) -> list[str]:
+        """The scores of cfg.frontier base responses to each of some prompts, as text."""
+        scores = []
+        for draw in range(self.cfg.frontier):
+            responses = self.respond(self.models.reference, rows, 1 + draw)
+            scores.append(self.models.score(responses, self.run).cpu())
+        form = ".4f" if self.models.reward.label is not None else ".6g"
+        return [" ".join(f"{score:{form}}" for score in row) for row in torch.stack(scores, 1).tolist()]
 
 
-def write_comparison(runs: Sequence[ComparedRun], notes: Sequence[str], page: Path) -> None:
-    """Write the page, and the picture of the same name beside it (raises OSError)."""
-    title = f"{len(runs)} runs compared" if len(runs) > 1 else f"The run {runs[0].name}"
-    fields = {
-        "title": html.escape(title),
-        "notes": "\n".join(f'<p class="verdict">{html.escape(note)}</p>' for note in notes),
-        "runs": runs_table(runs),
-        "plane": plane_image(runs),
-        "curves": "\n".join(curve_images(runs)),
-        "settings": settings_table(runs),
+def token_kl(policy: GPT2WithValueHead, base: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+    """KL(policy || base) at each response token (B, R) over the whole vocabulary, in nats, 0 outside the mask."""
+    return evaluate_both(policy, base, seqs).exact_kl
+
+
+def real_rows(x: Tensor, seqs: Sequences) -> list[list[Any]]:
+    """The values (B, R) at real response tokens, a list for each response."""
+    return [row[:length].tolist() for row, length in zip(x.cpu(), seqs.lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def plain_nll(model: GPT2WithValueHead, seqs: Sequences) -> list[float]:
+    """Negative log-likelihood (B,) under the model itself, without temperature, top-k and top-p."""
+    plain = replace(seqs, temperature=1.0, support=None)
+    return (-model.evaluate_responses(plain, with_entropy=False)[0].sum(1)).tolist()
+
+
+def human_responses(reviews: list[Review], device: str) -> Sequences | None:
+    """What the authors wrote, in the form of sampled responses; None where all reviews end with the prompt."""
+    if not any(review.written for review in reviews):
+        return None
+    ids, mask = pad_left([review.prompt for review in reviews])
+    backwards, real_backwards = pad_left([review.written[::-1] for review in reviews])
+    written, real = backwards.flip(1), real_backwards.flip(1)
+    tokens, attention_mask = torch.cat([ids, written], 1), torch.cat([mask, real], 1)
+    no_logprobs = torch.zeros(real.shape, device=device)
+    return Sequences.of(tokens.to(device), attention_mask.to(device), real.to(device), no_logprobs)
+
+
+# --- the whole table ------------------------------------------------------------------------------------------------
+
+
+def evaluate(comparison: Comparison) -> pd.DataFrame:
+    """The table of eval_results.csv, its batches shared among all processes; empty on all but the main one."""
+    own = comparison.batches[rank() :: world_size()]
+    with raise_on_all_ranks(TO_LOWER):
+        with progress_bar(own, "evaluating", "batch") as bar:  # closed before an error is printed
+            tables = [comparison.compare(rows) for rows in bar]
+        if comparison.cfg.frontier:
+            with progress_bar(own, "frontier", "batch") as bar:
+                for table, rows in zip(tables, bar, strict=True):
+                    table["base_draws"] = comparison.base_draws(rows)
+    tables = gather_to_main(tables)
+    if not is_main_process():
+        return pd.DataFrame()
+    results = pd.concat(tables).sort_index()
+    check_finite(results, comparison)
+    for name in ("prompt", "policy_text", "base_text"):
+        results[name] = results[name].map(spreadsheet_safe)
+    return comparison.judged(results)
+
+
+def check_finite(results: pd.DataFrame, comparison: Comparison) -> None:
+    """Refuse numbers of the models or of the reward that are none (raises UserError)."""
+    scored = "score" if comparison.models.reward.label is None else "log_odds"
+    columns = {
+        f"policy_path={comparison.cfg.policy_path}": ["kl_seq", "policy_nll_base", "base_nll_base"],
+        f"rm_name={comparison.run.rm_name}": [f"policy_{scored}", f"base_{scored}"],
     }
-    write_page("comparison_template.html", fields, page)
-    picture(runs).savefig(page.with_suffix(".png"), dpi=120)
+    for culprit, names in columns.items():
+        if not np.isfinite(results[names].to_numpy()).all():
+            raise UserError(f"{culprit} computes numbers that are not finite: try --dtype float32")
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def runs_table(runs: Sequence[ComparedRun]) -> str:
-    """A row for each run and each of its evaluations."""
-    head = [
-        "run",
-        "episodes",
-        f"{_score(runs)}, training",
-        "KL, training",
-        f"{_score(runs)}, held-out",
-        "KL, held-out",
-        "win-rate, %",
-    ]
-    rows = []
-    for i, run in enumerate(runs):
-        mark = f'<span class="mark" style="background: {COLOURS[i % len(COLOURS)]}"></span>'
-        name = f"{mark}{html.escape(run.name)}"
-        end = run.metrics.tail(max(1, len(run.metrics) // 10))
-        form = ANY_UNIT if run.label is None else TWO_DIGITS
-        trained = [
-            f"{run.metrics.episodes.iloc[-1]:,.0f}",
-            form.format(end.score_mean.mean()),
-            f"{end.kl_seq_exact.mean():.2f}",
-        ]
-        rows += [[name, *trained, *_evaluated(summary)] for summary in run.evaluations]
-        if not run.evaluations:
-            rows.append([name, *trained, "", "", ""])
-    return pd.DataFrame(rows, columns=head).to_html(index=False, border=0, escape=False)
-
-
-def _evaluated(summary: dict[str, Any]) -> list[str]:
-    form = ANY_UNIT if summary["label"] is None else TWO_DIGITS
-    ours = summary["policy"]
-    return [
-        _interval(form, ours["score_mean"], ours["score_ci"]),
-        _interval("{:.2f}", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
-        _interval("{:.0f}", 100 * summary["win_rate"], [100 * end for end in summary["win_rate_ci"]]),
-    ]
-
-
-def _interval(form: str, value: float, ends: Sequence[float]) -> str:
-    return f"{form.format(value)} [{', '.join(form.format(end) for end in ends)}]"
-
-
-def _score(runs: Sequence[ComparedRun]) -> str:
-    titles = {score_title(run.label) for run in runs}
-    return titles.pop() if len(titles) == 1 else "score"
-
-
-def settings_table(runs: Sequence[ComparedRun]) -> str:
-    """The settings whose values differ, a row each and a column for each run."""
-    rows = differing([run.settings for run in runs])
-    if not rows:
-        return "<p>None.</p>"
-    table = pd.DataFrame([[name, *map(_shown, values)] for name, values in rows.items()])
-    table.columns = pd.Index(["", *(run.name for run in runs)])
-    return table.to_html(index=False, border=0)
-
-
-def differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values of the settings that are not the same everywhere; one that a run does not have is a difference."""
-    names = dict.fromkeys(name for one in settings for name in one)
-    values = {name: [one.get(name, _MISSING) for one in settings] for name in names}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
-
-
-_MISSING = "–"
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
-def curve_images(runs: Sequence[ComparedRun]) -> list[str]:
-    """The curves, an image for each column that all of them have."""
-    found = []
-    for column in CURVES:
-        figure, (axis,) = new_figure(1, size=(4.2, 2.8))
-        draw_curves(axis, runs, column)
-        found.append(as_image(figure, axis.get_title()))
-    return found
-
-
-def draw_curves(axis: Any, runs: Sequence[ComparedRun], column: str) -> None:
-    """Draw one column of metrics.csv of every run over episodes."""
-    for run, style in zip(runs, _styles(runs), strict=True):
-        values = run.metrics.set_index("episodes")[column]
-        if column == "explained_var":
-            values = values.clip(lower=-1)
-        axis.plot(values, **style, alpha=0.4, linewidth=0.8)
-        axis.plot(values.ewm(span=max(2, len(values) // 10)).mean(), **style, linewidth=1.8)
-    axis.set_title(CURVES[column] or f"mean {_score(runs)}", fontsize=10)
-    axis.set_xlabel("episodes")
-
-
-def _styles(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
-    return [
-        {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
-        for i in range(len(runs))
-    ]
-
-
-def plane_image(runs: Sequence[ComparedRun]) -> str:
-    """Score against KL as an image, or why there is none."""
-    if all(run.path is None and not run.evaluations for run in runs):
-        return '<p class="soft">None of these runs has been evaluated: python eval.py --policy_path RUN/policy_lm</p>'
-    figure, (axis,) = new_figure(1, size=(5.8, 3.9))
-    draw_plane(axis, runs)
-    return f'<div class="plane">{as_image(figure, "Reward against KL")}</div>'
-
-
-def draw_plane(axis: Any, runs: Sequence[ComparedRun]) -> None:
-    """Draw each run's path over its own held-out prompts, and eval.py's points with their 95 % intervals."""
-    for run, style in zip(runs, _styles(runs), strict=True):
-        if run.path is not None:
-            axis.plot(run.path[PATH[0]], run.path[PATH[1]], **style, marker=".", alpha=0.45, linewidth=1)
-        for summary in run.evaluations:
-            point = summary["kl_seq_exact"], summary["policy"]["score_mean"]
-            ends = summary["kl_seq_exact_ci"], summary["policy"]["score_ci"]
-            x, y = (np.abs(np.array(end)[:, None] - value) for end, value in zip(ends, point, strict=True))
-            axis.errorbar(*point, xerr=x, yerr=y, color=style["color"], marker="*", markersize=11, capsize=2)
-    axis.plot([], [], ".-", color=GREY, alpha=0.6, label="evaluations while training")
-    if any(run.evaluations for run in runs):
-        axis.plot([], [], "*", color=GREY, markersize=9, label="eval.py, with 95 % intervals")
-    draw_best_possible(axis, runs)
-    axis.set_xlabel("KL to base, nats per response")
-    axis.set_ylabel(f"mean {_score(runs)}")
-
-
-def draw_best_possible(axis: Any, runs: Sequence[ComparedRun]) -> None:
-    """Draw what is possible at each KL, where an evaluation with --frontier found it and all share a reward."""
-    known = [one for run in runs for one in run.evaluations if "optimal_curve" in one]
-    if known and len({run.settings.get("rm_name") for run in runs}) == 1:
-        curve = max(known, key=lambda one: one["kl_certain"])["optimal_curve"]
-        farthest = 1.3 * max(one["kl_seq_exact"] for run in runs for one in run.evaluations)
-        near = np.array(curve["kl"]) <= farthest
-        axis.plot(
-            np.array(curve["kl"])[near],
-            np.array(curve["score_mean"])[near],
-            color=GREY,
-            linestyle=":",
-            label="possible, at least",
-        )
-
-
-def picture(runs: Sequence[ComparedRun]) -> Any:
-    """All panels in one figure, with the runs' names below."""
-    figure, axes = new_figure(6, rows=2, size=(13, 7))
-    for axis, column in zip(axes, CURVES, strict=False):
-        draw_curves(axis, runs, column)
-    draw_plane(axes[-1], runs)
-    axes[-1].set_title("reward against KL, held-out prompts", fontsize=10)
-    axes[-1].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    lines = [legend_line(**style, label=run.name) for run, style in zip(runs, _styles(runs), strict=True)]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=9, frameon=False)
-    return figure
+def note_changed_models(models: Models, run: TrainConfig, home: SavedRun | None) -> None:
+    """Say so where reward or base are not those of the run that made the policy."""
+    if home is None:
+        return
+    now = {"rm_name": reward_sha256(models.reward), "ref_name": model_sha256(models.reference.lm)}
+    for setting, what in (("rm_name", "reward"), ("ref_name", "base")):
+        name, before = getattr(run, setting), home.fingerprints.get(setting)
+        same = before == now[setting] if before else home.record[setting] in (None, name)
+        if not same:
+            print(f"note: {name} is not the {what}, or not the version of it, that this policy was trained with")

@@ -23,20 +23,17 @@ def bootstrap_ci(
     """Percentile bootstrap interval [low, high] of sum(values) / sum(weights), resampling prompts (Efron 1979).
 
     values and weights (n,); without weights it is that of the mean. bounds are the least and the largest that a value,
-    or a value / weight, can be; the interval allows for such values where few or none of them were seen. Where no
-    bounds are given, values within -1 and 1 are taken for a label's scores, which have these bounds.
+    or a value / weight, can be; the interval allows for such values where few or none of them were seen.
     """
-    if bounds is None and weights is None and np.abs(values).max() <= 1:
-        bounds = (-1.0, 1.0)
-    counts, values = resample_counts(len(values), seed), np.asarray(values, dtype=np.float32)
-    weights = None if weights is None else np.asarray(weights, dtype=np.float32)
+    counts = resample_counts(len(values), seed)
+    values = np.asarray(values, dtype=np.float32)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float32)
     with np.errstate(invalid="ignore"):  # a resample whose weights are all 0 has no mean
-        means = counts @ values / (len(values) if weights is None else counts @ weights)
+        means = counts @ values / (counts @ weights)
     interval = [float(x) for x in np.nanquantile(means, CENTRAL)]
     if bounds is None:
         return interval
-    mean = float(values.mean() if weights is None else values.sum() / weights.sum())
-    return allow_for_unseen(interval, mean, len(values), bounds)
+    return allow_for_unseen(interval, float(values.sum() / weights.sum()), len(values), bounds)
 
 
 def allow_for_unseen(interval: Sequence[float], mean: float, n: int, bounds: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """The evaluation in words and figures: the verdict on one line, the table."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,101 +39,120 @@ PAIRED = {
 SAME_THING = 0.2  # judge_slope: with less, the second judge measures something else than the reward
 FEW = 30  # prompts: with fewer, intervals are narrower than they should be
 ANY_UNIT = "{:+.4g}"  # of scores that are not a label's probability
+LOSSES = (  # of a text: key, the sign of a change for the worse, its name and format
+    ("distinct_2", -1, "less varied", LONG),
+    ("repetition_rate", 1, "more repetitive", "{:.1%}"),
+    ("human_perplexity", 1, "more surprised by human text", PLAIN),
+)
+NO_CHANGE = "Variety, repetition and length are about the same."
 INTERVALS = {"score_mean": "score_ci", "positive_rate": "positive_ci", "eos_rate": "eos_ci"}
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """The whole comparison in words, on one line."""
-    ours, base = summary["policy"], summary["base"]
+    ours, base, label = summary["policy"], summary["base"], summary["label"]
+    # 1. is it better?
     low, high = summary["score_gain_ci"]
     kind = "more" if low > 0 else "less" if high < 0 else "about as"
-    words = [
-        f"The policy {_does_better(summary, kind)} base: {_against(summary)}, win-rate {summary['win_rate']:.0%}, "
-        f"at {summary['kl_seq_exact']:.1f} nats from base."
-    ]
+    if score_title(label) == "sentiment":
+        does = f"writes {kind} {label}ly {'as' if kind == 'about as' else 'than'}"
+    else:
+        does = {"more": "scores higher than", "less": "scores lower than", "about as": "scores about as high as"}[kind]
+    if label is None:
+        figures = f"{ours['score_mean']:.4g} against {base['score_mean']:.4g} on average"
+    else:
+        figures = f"{ours['positive_rate']:.0%} against {base['positive_rate']:.0%} {label}"
+    win_rate, kl = summary["win_rate"], summary["kl_seq_exact"]
+    sentences = [f"The policy {does} base: {figures}, win-rate {win_rate:.0%}, at {kl:.1f} nats from base."]
+    # 2. how far is it from the best possible?
     if "optimal_share_rate" in summary:
-        kl, best = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
-        # where the curve is flat it needs no more draws
-        flat = kl[best > best.max() - 0.005 * summary["score_unit"]].min()
-        certain = min(summary["kl_seq_exact"], flat) <= summary["kl_certain"]
-        doubt = "" if certain else " (more draws would be needed to be certain)"
-        words.append(f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}.")
-    losses = [
-        f"{what} ({form.format(ours[key])} against {form.format(base[key])})"
-        for key, sign, what, form in (
-            ("distinct_2", -1, "less varied", LONG),
-            ("repetition_rate", 1, "more repetitive", "{:.1%}"),
-            ("human_perplexity", 1, "more surprised by human text", PLAIN),
-        )
-        if {key} <= ours.keys() & base.keys() and sign * (ours[key] - base[key]) > 0.1 * abs(base[key]) + 0.005
-    ]
-    if abs(ours["response_len"] - base["response_len"]) > 0.15 * base["response_len"]:
-        longer = "longer" if ours["response_len"] > base["response_len"] else "shorter"
-        lengths = f"{ours['response_len']:.0f} against {base['response_len']:.0f} tokens"
-        natural = summary.get("response_len_expected", base["response_len"])
-        if abs(ours["response_len"] - natural) < abs(ours["response_len"] - base["response_len"]):
-            lengths += f"; {natural:.0f} expected at such scores"
-        losses.append(f"{longer} ({lengths})")
-    words.append(f"It is {', '.join(losses)}." if losses else "Variety, repetition and length are about the same.")
+        sentences.append(of_the_best_gain(summary))
+    # 3. what is lost?
+    changes = [*losses(ours, base), *change_of_length(summary)]
+    sentences.append(f"It is {', '.join(changes)}." if changes else NO_CHANGE)
+    # 4. how sure is it?
     if summary["n"] < FEW:
-        words.append(f"With only {summary['n']} prompts this is uncertain.")
+        sentences.append(f"With only {summary['n']} prompts this is uncertain.")
     if summary.get("gamed"):
-        words.append("WARNING: a second judge does not confirm the gain; the reward may have been gamed.")
-    elif "judge_gain" in summary and kind == "more" and (summary["label"] or summary["judge_slope"] > SAME_THING):
+        sentences.append("WARNING: a second judge does not confirm the gain; the reward may have been gamed.")
+    elif "judge_gain" in summary and kind == "more" and (label or summary["judge_slope"] > SAME_THING):
         confirms = "confirms" if summary["judge_gain_ci"][0] > 0 else "cannot confirm"
-        words.append(f"A second judge {confirms} it ({summary['judge_gain']:+.2f}).")
-    return " ".join(words)
+        sentences.append(f"A second judge {confirms} it ({summary['judge_gain']:+.2f}).")
+    return " ".join(sentences)
 
 
-def _does_better(summary: dict[str, Any], kind: str) -> str:
-    than = "as" if kind == "about as" else "than"
-    if score_title(summary["label"]) == "sentiment":
-        return f"writes {kind} {summary['label']}ly {than}"
-    how = {"more": "higher", "less": "lower", "about as": "about as high"}[kind]
-    return f"scores {how} {than}"
+def of_the_best_gain(summary: dict[str, Any]) -> str:
+    """The share of the gain that is possible, and whether there were enough draws to know it."""
+    kl, best = (np.array(summary["optimal_curve"][name]) for name in ("kl", "score_mean"))
+    flat = kl[best > best.max() - 0.005 * summary["score_unit"]].min()  # from there on it needs no more draws
+    certain = min(summary["kl_seq_exact"], flat) <= summary["kl_certain"]
+    doubt = "" if certain else " (more draws would be needed to be certain)"
+    return f"It has {summary['optimal_share_rate']:.0%} of the gain shown possible at that KL{doubt}."
 
 
-def _against(summary: dict[str, Any]) -> str:
-    ours, base = summary["policy"], summary["base"]
-    if summary["label"] is None:
-        return f"{ours['score_mean']:.4g} against {base['score_mean']:.4g} on average"
-    return f"{ours['positive_rate']:.0%} against {base['positive_rate']:.0%} {summary['label']}"
+def losses(ours: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """What is clearly worse than in base."""
+    worse = []
+    for key, sign, what, form in LOSSES:
+        if key in ours and key in base and sign * (ours[key] - base[key]) > 0.1 * abs(base[key]) + 0.005:
+            worse.append(f"{what} ({form.format(ours[key])} against {form.format(base[key])})")
+    return worse
 
 
-def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Title, policy and base of each row of the table; paired figures are in the policy column."""
-    ours, base = summary["policy"], summary["base"]
-    label = summary["label"]
+def change_of_length(summary: dict[str, Any]) -> list[str]:
+    """Whether responses are clearly longer or shorter, and whether such scores explain a part of it."""
+    ours, base = (summary[model]["response_len"] for model in ("policy", "base"))
+    if abs(ours - base) <= 0.15 * base:
+        return []
+    lengths = f"{ours:.0f} against {base:.0f} tokens"
+    natural = summary.get("response_len_expected", base)
+    if abs(ours - natural) < abs(ours - base):
+        lengths += f"; {natural:.0f} expected at such scores"
+    return [f"{'longer' if ours > base else 'shorter'} ({lengths})"]
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of the table; paired figures are in the policy column."""
+
+    title: str
+    policy: str
+    base: str
+
+
+def table_rows(summary: dict[str, Any]) -> list[Row]:
+    """The rows of the table, of the figures that the summary has."""
+    ours, base, label = summary["policy"], summary["base"], summary["label"]
     blanks = {
         "title": score_title(label),
         "range": "" if label is None else ", -1 to 1",
         "label": label,
         "judge_label": summary["judge_label"],
     }
-    forms = {"score_mean": ANY_UNIT, "score_gain": ANY_UNIT} if label is None else {}
+    rows = []
+    for key, (title, form) in TABLE.items():
+        if key in ours and key in base:
+            rows.append(Row(title.format(**blanks), shown(key, form, ours, label), shown(key, form, base, label)))
+    for key, (title, form) in PAIRED.items():
+        if key in summary:
+            rows.append(Row(title.format(**blanks), shown(key, form, summary, label), ""))
+    return rows
 
-    def rows(names: dict[str, tuple[str, str]], *known: dict[str, Any]) -> list[tuple[str, str, str]]:
-        return [
-            (key, title.format(**blanks), forms.get(key, form))
-            for key, (title, form) in names.items()
-            if all(key in estimates for estimates in known)
-        ]
 
-    both, paired = rows(TABLE, ours, base), rows(PAIRED, summary)
-    return [
-        *((title, _shown(key, form, ours), _shown(key, form, base)) for key, title, form in both),
-        *((title, _shown(key, form, summary), "") for key, title, form in paired),
-    ]
+def shown(key: str, form: str, estimates: dict[str, Any], label: str | None) -> str:
+    """A figure with its interval in brackets."""
+    if label is None and key in ("score_mean", "score_gain"):
+        form = ANY_UNIT
+    scale = 100 if form == PERCENT else 1
+    interval = estimates[INTERVALS.get(key, f"{key}_ci")]
+    value, low, high = (form.format(scale * x) for x in (estimates[key], *interval))
+    return f"{value} [{low}, {high}]"
 
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a table of fixed-width columns, policy beside base, and the verdict."""
-    lines = [f"{summary['n']} prompts, 95 % intervals in brackets", ""]
-    lines += [f"{title:34}{ours:>30}{base:>30}" for title, ours, base in [("", "policy", "base"), *table_rows(summary)]]
-    return "\n".join([*map(str.rstrip, lines), "", summary["verdict"]])
-
-
-def _shown(key: str, form: str, estimates: dict[str, Any]) -> str:
-    scale = 100 if form == PERCENT else 1
-    mean, low, high = (form.format(scale * x) for x in (estimates[key], *estimates[INTERVALS.get(key, f"{key}_ci")]))
-    return f"{mean} [{low}, {high}]"
+    rows = [Row("", "policy", "base"), *table_rows(summary)]
+    lines = [f"{row.title:34}{row.policy:>30}{row.base:>30}".rstrip() for row in rows]
+    return "\n".join([f"{summary['n']} prompts, 95 % intervals in brackets", "", *lines, "", summary["verdict"]])

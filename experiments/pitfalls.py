@@ -27,8 +27,8 @@ import torch
 
 import train
 from data import load_examples
-from eval import Comparison, Judge, add_judge, compare, held_out_prompts, second_judge, settings_of_run
-from evaluation.summary import summarise
+from evaluation.comparison import Comparison
+from evaluation.settings import settings_of_run
 from experiments.bugs import BUGS, Bug, planted, replaced
 from experiments.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
 from pretrain.tiny_world import resolve_name
@@ -144,26 +144,16 @@ class Evaluator:
         """Keep the flags of eval.py."""
         self.flags = flags
         self.comparison: Comparison | None = None
-        self.judge: Judge | None = None
-        self.known: dict[int, pd.DataFrame] = {}
 
     def summary(self, policy: Path) -> dict[str, Any]:
         """All estimates of evaluation/summary.py for a policy (raises UserError)."""
         cfg = parse_config(EvalConfig, [*self.flags, f"--policy_path={policy}"])
         if self.comparison is None:
             settings = settings_of_run(cfg)
-            models = load_models(settings, cfg.policy_path)
-            prompts = held_out_prompts(cfg, settings, models.tokenizer)
-            self.comparison, self.judge = Comparison(cfg.seed, settings, models, prompts), second_judge(cfg, settings)
-        settings, models = self.comparison.run, self.comparison.models
-        tuned, _ = load_policy(settings, str(policy))
-        comparison = replace(self.comparison, models=replace(models, policy=tuned))
-        for first in range(0, len(comparison.prompts), cfg.batch_size):
-            rows = slice(first, first + cfg.batch_size)
-            self.known[first] = compare(comparison, rows, self.known.get(first))
-        results = pd.concat(self.known.values())
-        add_judge(results, self.judge)
-        return summarise(results, models.reward.label, settings.target_label)
+            self.comparison = Comparison.of(cfg, settings, load_models(settings, cfg.policy_path))
+        tuned, _ = load_policy(self.comparison.run, str(policy))
+        comparison = replace(self.comparison, models=replace(self.comparison.models, policy=tuned))
+        return comparison.summarise(comparison.results())
 
 
 def one_run(

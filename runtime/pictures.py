@@ -27,13 +27,6 @@ def blank_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def legend_line(**style: Any) -> Any:
-    """A line for a legend that is drawn nowhere."""
-    with _without_backend():
-        from matplotlib.lines import Line2D
-    return Line2D([], [], **style)
-
-
 def table_colour(number: int) -> Any:
     """One of 20 colours, which begin anew after the last."""
     with _without_backend():

@@ -26,6 +26,14 @@ class SavedRun:
                 return cls(parent.relative_to(Path.cwd()) if inside else parent)
         return None
 
+    @classmethod
+    def named(cls, setting: str, folder: str) -> "SavedRun":
+        """The run in the folder that a setting names (raises UserError where there is none)."""
+        run = cls(Path(folder))
+        if not run.exists:
+            raise UserError(f"{setting}: {folder} is not the folder of a run: name one that train.py made")
+        return run
+
     @property
     def config_json(self) -> Path:
         """Where the settings and all that the run was made of are written down."""

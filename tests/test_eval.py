@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
 from evaluation.summary import summarise
+from reward import SentimentReward
 from runtime.fingerprints import model_sha256
 from tools.compare import find_evaluations
 from training.parts import load_models
@@ -90,14 +91,14 @@ def test_every_number_of_the_summary_can_be_recomputed_from_the_csv(finished_run
     assert [len(row) for row in per_token] == t.policy_len.tolist()
 
 
-@pytest.mark.parametrize("where", ["evaluate_both", "Comparison.base_scores"])
+@pytest.mark.parametrize("where", ["evaluate_both", "Comparison.base_draws"])
 def test_too_little_memory_names_what_to_lower(
     where: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cramped(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"eval.{where}", cramped)
+    monkeypatch.setattr(f"evaluation.comparison.{where}", cramped)
     with pytest.raises(SystemExit) as stop:
         run_eval(finished_run, tmp_path / "out", "--frontier", "2")
     assert stop.value.code == 2
@@ -410,9 +411,9 @@ def test_a_policy_in_no_run_takes_the_settings_of_the_preset(
 def test_a_broken_reward_or_policy_is_one_line(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_odds = eval_script.SentimentReward.log_odds
+    log_odds = SentimentReward.log_odds
     with monkeypatch.context() as broken:
-        broken.setattr(eval_script.SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
+        broken.setattr(SentimentReward, "log_odds", lambda self, texts: log_odds(self, texts) / 0)
         with pytest.raises(SystemExit):
             run_eval(finished_run, tmp_path)
     assert re.search("error: rm_name=.* not finite", capsys.readouterr().err.splitlines()[-1])

@@ -20,6 +20,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = {
+    ("evaluation", "training"),  # it loads runs, and writes into their model cards
     ("pretrain", "data"),  # models are pretrained from texts that data.py reads
     ("reward", "pretrain"),  # a user's reward may build a classifier of the tiny world by its name
 }

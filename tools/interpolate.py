@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import EvalConfig, UserError, opt
+from config import UserError, opt
 
 import numpy as np
 import pandas as pd
@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import eval as evaluation_script
-from eval import Comparison
+from evaluation.comparison import Comparison, token_kl
 from evaluation.intervals import bootstrap_ci
-from evaluation.studies import curve_picture, shares_picture
-from evaluation.summary import summarise
-from model import GPT2WithValueHead, evaluate_both
+from evaluation.pictures import curve_picture, place_of, shares_picture
+from evaluation.settings import eval_config, settings_of_run
+from model import GPT2WithValueHead
 from runtime.cli import numbers, parse_flags, run, whole_path
 from runtime.device import keep_freed_memory
 from runtime.files import check_table_path, new_folder, read_table, write_atomic
@@ -85,38 +84,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Find the policy at one KL, or compare with base along the whole curve (raises UserError)."""
     cfg = read_settings(argv)
     if cfg.draw is not None:
-        draw_shares(
-            [whole_path("draw", name.strip(), "read") for name in cfg.draw.split(",")],
-            Path(cfg.csv.removesuffix(".csv") + ".png"),
-        )
+        draw_shares(cfg.draw, Path(cfg.csv.removesuffix(".csv") + ".png"))
         return
     quiet_libraries()
-    path = Path(cfg.runs[0]) / "policy_lm"
-    evaluation = EvalConfig(
-        policy_path=str(path),
-        rm_name=cfg.rm_name,
-        judge=cfg.judge,
-        n_samples=cfg.n_samples,
-        frontier=cfg.frontier,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        device=cfg.device,
-        dtype=cfg.dtype,
-    )
-    run_cfg = evaluation_script.settings_of_run(evaluation)
-    models = load_models(run_cfg, str(path))
+    # 1. the models of the first run, with the weights of all of them
+    path = SavedRun(Path(cfg.runs[0])).policy
+    judge = cfg.judge if cfg.curve else "none"
+    evaluation = eval_config(cfg, policy_path=str(path), judge=judge)
+    settings = settings_of_run(evaluation)
+    models = load_models(settings, str(path))
     groups = [[folder] for folder in cfg.runs] if cfg.each else [cfg.runs]
-    lines = {
-        " + ".join(names): Line(models.reference, models.policy, [Path(name) / "policy_lm" for name in names])
-        for names in groups
-    }
-    prompts = evaluation_script.held_out_prompts(evaluation, run_cfg, models.tokenizer)
-    comparison = Comparison(cfg.seed, run_cfg, models, prompts)
+    lines = {" + ".join(group): Line(models.reference, models.policy, group) for group in groups}
+    # 2. what they are measured on
+    comparison = Comparison.of(evaluation, settings, models)
     keep_freed_memory()
+    # 3. what was asked for
     if cfg.kl is not None:
         write_at_kl(cfg, next(iter(lines.values())), comparison)
     if cfg.curve:
-        write_curves(cfg, evaluation, lines, comparison)
+        write_curves(cfg, lines, comparison)
 
 
 def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
@@ -138,8 +124,7 @@ def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
         if not all(map(math.isfinite, numbers(name, getattr(cfg, name), float))):
             raise UserError(f"{name}={getattr(cfg, name)!r} must be finite")
     for folder in cfg.runs:
-        if not SavedRun(Path(folder)).exists:
-            raise UserError(f"runs: {folder} is not the folder of a run: name one that train.py made")
+        SavedRun.named("runs", folder)
     if cfg.curve:
         check_table_path(Path(cfg.csv))
     return cfg
@@ -148,35 +133,28 @@ def read_settings(argv: Sequence[str] | None = None) -> InterpolateConfig:
 class Line:
     """The policies theta_ref + alpha (theta_policy - theta_ref); theta_policy is the average over several runs."""
 
-    def __init__(self, reference: GPT2WithValueHead, policy: GPT2WithValueHead, paths: Sequence[Path]) -> None:
+    def __init__(self, reference: GPT2WithValueHead, policy: GPT2WithValueHead, runs: Sequence[str]) -> None:
         """Read the runs' weights; `policy` is the model that moves (raises UserError where weights do not fit)."""
-        self.policy, self.start = policy, _weights(reference)
-        ends = [_weights_of(path) for path in paths]
-        vocabularies = [load_tokenizer("runs", str(path)).get_vocab() for path in paths]
-        for path, vocabulary in zip(paths, vocabularies, strict=True):
+        self.policy = policy
+        self.start = {name: weight.detach().float().clone() for name, weight in reference.lm.state_dict().items()}
+        paths = [str(SavedRun(Path(run)).policy) for run in runs]
+        ends: list[Weights] = [load_gpt2(path, "runs").state_dict() for path in paths]
+        vocabularies = [load_tokenizer("runs", path).get_vocab() for path in paths]
+        for path, end, vocabulary in zip(paths, ends, vocabularies, strict=True):
             if vocabulary != vocabularies[0]:
                 raise UserError(f"runs: {path} has another tokenizer than {paths[0]}: name runs of one base")
-        for path, end in zip(paths, ends, strict=True):
             if {k: v.shape for k, v in end.items()} != {k: v.shape for k, v in self.start.items()}:
                 raise UserError(f"runs: {path} is of another size than the base of {paths[0]}: name runs of one base")
-        self.direction = {
-            name: (sum(end[name] for end in ends) / len(ends)).to(start.device) - start  # type: ignore[union-attr]
-            for name, start in self.start.items()
-        }
+        self.direction = {}
+        for name, start in self.start.items():
+            total = sum((end[name] for end in ends[1:]), ends[0][name])
+            self.direction[name] = (total / len(ends)).to(start.device) - start
 
     @torch.no_grad()
     def move_to(self, alpha: float) -> None:
         """Give the policy the weights at alpha."""
         moved = {name: start + alpha * self.direction[name] for name, start in self.start.items()}
         self.policy.lm.load_state_dict(moved)
-
-
-def _weights(model: GPT2WithValueHead) -> Weights:
-    return {name: weight.detach().float().clone() for name, weight in model.lm.state_dict().items()}
-
-
-def _weights_of(path: Path) -> Weights:
-    return load_gpt2(str(path), "runs").state_dict()
 
 
 # --- one KL ---------------------------------------------------------------------------------------------------------
@@ -186,53 +164,51 @@ def write_at_kl(cfg: InterpolateConfig, line: Line, comparison: Comparison) -> N
     """Find the alpha at which the policy is cfg.kl nats from base, and write that policy and where it came from."""
     assert cfg.kl is not None
     assert cfg.out is not None
-    batches = batches_of(cfg, comparison)
+    # 1. find it
     with progress_bar(title="looking for alpha", unit="point", leave=False) as bar:
 
         def measure(alpha: float) -> float:
             line.move_to(alpha)
-            kl = float(exact_kl(comparison, batches).mean())
+            kl = float(kl_of_responses(comparison).mean())
             bar.set_postfix(alpha=f"{alpha:.3f}", kl=f"{kl:.2f}")
             bar.update()
             return kl
 
         alpha = find_alpha(measure, cfg.kl)
+    # 2. measure it
     line.move_to(alpha)
-    kl = exact_kl(comparison, batches)
+    kl = kl_of_responses(comparison)
     low, high = bootstrap_ci(kl, bounds=(kl.min(), kl.max()))
-    home = json.loads((Path(cfg.runs[0]) / "config.json").read_text(encoding="utf-8"))
-    about = {
+    origin = {
         "runs": [str(Path(folder).resolve()) for folder in cfg.runs],
         "alpha": alpha,
         "kl_seq_exact": kl.mean(),
         "kl_ci": [low, high],
         "settings": asdict(cfg),
     }
+    # 3. write it
+    record = {**SavedRun(Path(cfg.runs[0])).record, "interpolated": origin}
     try:
         with new_folder(Path(cfg.out)) as folder:
-            line.policy.lm.save_pretrained(folder / "policy_lm")
-            comparison.models.tokenizer.save_pretrained(folder / "policy_lm")
-            write_atomic(folder / "config.json", json.dumps({**home, "interpolated": about}, indent=2) + "\n")
-            write_card(folder, folder / "policy_lm")
+            made = SavedRun(folder)
+            line.policy.lm.save_pretrained(made.policy)
+            comparison.models.tokenizer.save_pretrained(made.policy)
+            write_atomic(made.config_json, json.dumps(record, indent=2) + "\n")
+            write_card(folder, made.policy)
     except OSError as error:
         raise UserError(f"out: {cfg.out} cannot be written ({error.strerror or error}): name another folder") from None
     print(f"alpha {alpha:.3f}: {kl.mean():.2f} [{low:.2f}, {high:.2f}] nats from base on {len(kl)} held-out prompts")
     print(f"next: {eval_command(Path(cfg.out) / 'policy_lm', comparison.run.rm_name)}")
 
 
-def batches_of(cfg: InterpolateConfig, comparison: Comparison) -> list[slice]:
-    """The prompts in batches."""
-    return [slice(i, i + cfg.batch_size) for i in range(0, len(comparison.prompts), cfg.batch_size)]
-
-
-def exact_kl(comparison: Comparison, batches: Sequence[slice]) -> np.ndarray:
+def kl_of_responses(comparison: Comparison) -> np.ndarray:
     """The exact KL (prompts,) of the policy's responses to base, in nats per response."""
     models = comparison.models
-    found = []
-    for rows in batches:
-        seqs = comparison.respond(models.policy, rows, 0)
-        found.append(evaluate_both(models.policy, models.reference, seqs)[4].sum(1).cpu().double())
-    return torch.cat(found).numpy()
+    batches = []
+    for rows in comparison.batches:
+        responses = comparison.respond(models.policy, rows)
+        batches.append(token_kl(models.policy, models.reference, responses).sum(1).cpu().double())
+    return torch.cat(batches).numpy()
 
 
 def find_alpha(measure: Callable[[float], float], target: float) -> float:
@@ -240,7 +216,9 @@ def find_alpha(measure: Callable[[float], float], target: float) -> float:
 
     KL grows with the square of a small step, so every other guess is alpha sqrt(target / KL).
     """
-    low, high, alpha, halve = 0.0, math.inf, 1.0, True
+    low, high = 0.0, math.inf
+    alpha = 1.0
+    halve = True
     while True:
         kl = measure(alpha)
         if abs(kl - target) <= CLOSE * target or high - low < 1e-4:
@@ -261,27 +239,19 @@ def find_alpha(measure: Callable[[float], float], target: float) -> float:
 # --- the curve ------------------------------------------------------------------------------------------------------
 
 
-def write_curves(
-    cfg: InterpolateConfig, evaluation: EvalConfig, lines: dict[str, Line], comparison: Comparison
-) -> None:
+def write_curves(cfg: InterpolateConfig, lines: dict[str, Line], comparison: Comparison) -> None:
     """Compare with base at each alpha of each line; write the table and the picture, and print what they show."""
-    judge = evaluation_script.second_judge(evaluation, comparison.run)
-    batches, draws = batches_of(cfg, comparison), pd.Series(dtype=object)
+    draws: list[str] = []
     if cfg.frontier:
-        bar = progress_bar(batches, "best possible", "batch", leave=False)
-        draws = pd.Series([text for rows in bar for text in comparison.base_scores(rows, cfg.frontier)])
+        for batch in progress_bar(comparison.batches, "best possible", "batch", leave=False):
+            draws += comparison.base_draws(batch)
     rows: list[dict[str, Any]] = []
-    known: list[pd.DataFrame | None] = [None] * len(batches)  # base's answers, which all points share
     points = list(itertools.product(lines, numbers("alphas", cfg.alphas, float)))
     with progress_bar(points, unit="point") as bar:
         for name, alpha in bar:
             lines[name].move_to(alpha)
-            known = [evaluation_script.compare(comparison, *pair) for pair in zip(batches, known, strict=True)]
-            results = pd.concat(known)
-            evaluation_script.add_judge(results, judge)
-            if cfg.frontier:
-                results["base_draws"] = draws
-            summary = summarise(results, comparison.models.reward.label, comparison.run.target_label)
+            results = comparison.results()
+            summary = comparison.summarise(results.assign(base_draws=draws) if draws else results)
             rows.append({"run": name, **row_of(alpha, summary)})
             start = f"{name}, " if len(lines) > 1 else ""
             figures = f"score {summary['policy']['score_mean']:+.3g} at {summary['kl_seq_exact']:.2f} nats"
@@ -308,33 +278,34 @@ def shares_at(table: pd.DataFrame, kls: Sequence[float]) -> str:
     return (100 * shares).rename_axis("% of the best gain at").to_string(float_format="%.1f", na_rep="-")
 
 
-def draw_shares(names: Sequence[str], picture: Path) -> None:
+def draw_shares(draw: str, picture: Path) -> None:
     """Draw the share of the best gain against KL from tables that --curve wrote (raises UserError)."""
-    tables = {
-        name.removesuffix(".csv"): read_table(Path(name), "run", "alpha", "kl", "optimal_share") for name in names
-    }
-    if len({Path(name).name for name in tables}) == len(tables):
-        tables = {Path(name).name: table for name, table in tables.items()}
+    names = [whole_path("draw", name.strip(), "read") for name in draw.split(",")]
+    tables = [read_table(Path(name), "run", "alpha", "kl", "optimal_share") for name in names]
+    titles = [Path(name).name.removesuffix(".csv") for name in names]
+    if len(set(titles)) < len(titles):  # files of one name in several folders
+        titles = [name.removesuffix(".csv") for name in names]
     check_table_path(picture)
-    shares_picture(tables, picture)
+    shares_picture(dict(zip(titles, tables, strict=True)), picture)
     print(picture)
 
 
 def row_of(alpha: float, summary: dict[str, Any]) -> dict[str, Any]:
     """The figures of one point of the curve; length and perplexity are relative to base's."""
     ours, base = summary["policy"], summary["base"]
-    row: dict[str, Any] = {"alpha": alpha, "n": summary["n"], "kl": summary["kl_seq_exact"]}
-    row["kl_low"], row["kl_high"] = summary["kl_seq_exact_ci"]
-    row["score"] = ours["score_mean"]
-    row["score_low"], row["score_high"] = ours["score_ci"]
-    row |= {"base_score": base["score_mean"], "win_rate": summary["win_rate"]}
-    row |= {"positive": ours.get("positive_rate"), "optimal_share": summary.get("optimal_share_rate")}
-    row |= {"judge_positive": ours.get("judge_positive_rate"), "judge_gain": summary.get("judge_gain")}
-    row |= {
-        f"{short}_ratio": ours[name] / base[name]
-        for short, name in (("length", "response_len"), ("perplexity", "perplexity"))
+    return {
+        "alpha": alpha,
+        "n": summary["n"],
+        **place_of(summary),
+        "base_score": base["score_mean"],
+        "win_rate": summary["win_rate"],
+        "positive": ours.get("positive_rate"),
+        "optimal_share": summary.get("optimal_share_rate"),
+        "judge_positive": ours.get("judge_positive_rate"),
+        "judge_gain": summary.get("judge_gain"),
+        "length_ratio": ours["response_len"] / base["response_len"],
+        "perplexity_ratio": ours["perplexity"] / base["perplexity"],
     }
-    return row
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from typing import Literal
 from config import EvalConfig, TrainConfig, UserError, opt
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data import pad_left
-from eval import settings_of_run
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from evaluation.comparison import real_rows, token_kl
+from evaluation.settings import eval_config, settings_of_run
+from model import GPT2WithValueHead, Sequences, sample_responses
 from reward import Reward, score_responses, show_score
 from runtime.cli import parse_flags, run
 from runtime.device import enough_memory
@@ -34,7 +34,6 @@ from runtime.terminal import SHADES, can_shade, cells, paint, side_by_side
 from training.parts import check_fit, check_same_tokens, load_base, load_policy, load_run_reward
 from utils import uniforms
 
-DECODING = ("temperature", "top_k", "top_p", "max_new_tokens")
 BASE = "base"
 
 
@@ -78,7 +77,7 @@ class Response:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Let all models answer each prompt (raises UserError)."""
+    """Sample a response of every model to each prompt (raises UserError)."""
     cfg = parse_flags(SampleConfig, argv, __doc__, first="policy_path")
     if cfg.n < 1:
         raise UserError(f"n={cfg.n} must be at least 1")
@@ -87,20 +86,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = load(cfg)
     asks = cfg.prompt is None and sys.stdin.isatty()
     if can_shade(sys.stdout) and not cfg.json:
-        scale = (paint([(char, least) for char in f" {least:g} "], True) for least, _ in SHADES)
+        scale = [paint([(char, least) for char in f" {least:g} "], True) for least, _ in SHADES]
         print("KL of each token to base, from so many nats on:", *scale, end="\n\n")
     for draw, prompt in enumerate(prompts(cfg.prompt)):
         try:
-            answers = models.respond(prompt, draw)
+            rows = models.respond(prompt, draw)
         except UserError as error:
             if not asks:
                 raise
             print(f"error: {error}", file=sys.stderr)
             continue
         if cfg.json:
-            print("\n".join(json.dumps(asdict(one)) for row in answers for one in row), flush=True)
+            print("\n".join(json.dumps(asdict(one)) for row in rows for one in row), flush=True)
         else:
-            print(shown(answers, models.label), flush=True)
+            print(shown(rows, models.label), flush=True)
 
 
 def prompts(prompt: str | None) -> Iterator[str]:
@@ -151,7 +150,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """Bases and policies that answer the same prompts, and how they decode; a reward if they are scored."""
+    """Bases and policies that respond to the same prompts, and how they decode; a reward if they are scored."""
 
     models: list[Model]
     run: TrainConfig
@@ -173,40 +172,45 @@ class ModelSet:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _respond(self, model: Model, prompt: str, draw: int) -> list[Response]:
-        run_cfg, tokenizer = self.run, model.tokenizer
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        context = min(lm.lm.config.n_positions for lm in (model.lm, model.base))
-        if not ids:
-            raise UserError("prompt is empty: give it a few words")
-        if len(ids) + run_cfg.max_new_tokens > context:
-            raise UserError(
-                f"prompt has {len(ids)} tokens, which with max_new_tokens={run_cfg.max_new_tokens} is more than the "
-                f"context of {context}: shorten it, or lower max_new_tokens"
-            )
+        run, tokenizer = self.run, model.tokenizer
+        ids = self._tokens(model, prompt)
+        noise = uniforms(self.seed, draw, self.n, run.max_new_tokens)
         seqs = sample_responses(
             model.lm,
             *pad_left([ids] * self.n),
-            uniforms(self.seed, draw, self.n, run_cfg.max_new_tokens),
+            noise,
             eos_id=int(tokenizer.eos_token_id),
-            temperature=run_cfg.temperature,
-            top_k=run_cfg.top_k,
-            top_p=run_cfg.top_p,
+            temperature=run.temperature,
+            top_k=run.top_k,
+            top_p=run.top_p,
         )
-        texts, scores = seqs.texts(tokenizer), self._scores(seqs, tokenizer)
-        kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else evaluate_both(model.lm, model.base, seqs)[4]
-        rows = [_real(x, seqs) for x in (seqs.responses, kl)]
+        kl = torch.zeros_like(seqs.logprobs) if model.lm is model.base else token_kl(model.lm, model.base, seqs)
+        columns = (seqs.texts(tokenizer), self._scores(seqs, tokenizer), seqs.token_lists[1], real_rows(kl, seqs))
         return [
             Response(
-                prompt,
-                model.name,
-                text,
-                round(sum(kls), 4),
-                score,
-                tokens[-1] == tokenizer.eos_token_id,
-                list(zip(pieces(tokenizer, tokens), (round(x, 4) for x in kls), strict=True)),
+                prompt=prompt,
+                model=model.name,
+                response=text,
+                kl=round(sum(kls), 4),
+                score=score,
+                ended=tokens[-1] == tokenizer.eos_token_id,
+                tokens=list(zip(pieces(tokenizer, tokens), (round(x, 4) for x in kls), strict=True)),
             )
-            for text, score, tokens, kls in zip(texts, scores, *rows, strict=True)
+            for text, score, tokens, kls in zip(*columns, strict=True)
         ]
+
+    def _tokens(self, model: Model, prompt: str) -> list[int]:
+        """The tokens of a prompt, which with max_new_tokens must fit into the context (raises UserError)."""
+        ids: list[int] = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        context = min(lm.lm.config.n_positions for lm in (model.lm, model.base))
+        if not ids:
+            raise UserError("prompt is empty: give it a few words")
+        if len(ids) + self.run.max_new_tokens > context:
+            raise UserError(
+                f"prompt has {len(ids)} tokens, which with max_new_tokens={self.run.max_new_tokens} is more than the "
+                f"context of {context}: shorten it, or lower max_new_tokens"
+            )
+        return ids
 
     def _scores(self, seqs: Sequences, tokenizer: PreTrainedTokenizerBase) -> list[float] | list[None]:
         if self.reward is None:
@@ -215,72 +219,69 @@ class ModelSet:
         return score_responses(self.reward, texts, seqs.prompt_texts(tokenizer), self.run.rm_name).tolist()
 
 
-def _real(x: Tensor, seqs: Sequences) -> list[list[float]]:
-    return [row[keep].tolist() for row, keep in zip(x.cpu(), seqs.response_mask.cpu(), strict=True)]
-
-
 def load(cfg: SampleConfig) -> ModelSet:
     """Load the policies, each base once, and the reward if scores are wanted (raises UserError)."""
     scored = cfg.score or cfg.rm_name is not None
     policies: list[Model] = []
-    bases: dict[tuple[str, str | None], Model] = {}
-    runs: list[TrainConfig] = []
+    bases: dict[tuple[str, str | None], Model] = {}  # by name and revision
+    first: TrainConfig | None = None  # its settings are those of all
     for path in dict.fromkeys(cfg.policy_path):
+        # 1. the settings of its run
         policy_path = policy_folder(path)
-        evaluation = EvalConfig(
-            policy_path=policy_path,
-            ref_name=cfg.ref_name,
-            rm_name=cfg.rm_name,
-            seed=cfg.seed,
-            device=cfg.device,
-            dtype=cfg.dtype,
-            **{name: getattr(cfg, name) for name in DECODING},
-        )
-        runs.append(settings_of_run(evaluation, with_reward=scored and not runs))
-        lm, tokenizer = load_policy(runs[-1], policy_path)
-        key = str(runs[-1].ref_name), runs[-1].ref_revision
+        evaluation = eval_config(cfg, policy_path=policy_path)
+        run = settings_of_run(evaluation, with_reward=scored and first is None)
+        first = first or run
+        # 2. the policy, and its base unless another policy has the same
+        lm, tokenizer = load_policy(run, policy_path)
+        key = (str(run.ref_name), run.ref_revision)
         if key not in bases:
-            base = load_base(runs[-1])
+            base = load_base(run)
             bases[key] = Model(BASE, base, base, tokenizer)
+        check_same_tokens(run, tokenizer, policy_path)
+        check_fit(lm, bases[key].lm, tokenizer, run.max_new_tokens + 1)
         policies.append(Model(path, lm, bases[key].lm, tokenizer))
-        check_same_tokens(runs[-1], tokenizer, policy_path)
-        check_fit(lm, bases[key].lm, tokenizer, runs[-1].max_new_tokens + 1)
+    assert first is not None
     if len(bases) > 1:
         bases = {key: replace(model, name=f"{BASE} {key[0]}") for key, model in bases.items()}
-    reward = load_run_reward(runs[0]) if scored else None
-    return ModelSet([*bases.values(), *policies], runs[0], reward, cfg.n, cfg.seed)
+    reward = load_run_reward(first) if scored else None
+    return ModelSet([*bases.values(), *policies], first, reward, cfg.n, cfg.seed)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[float]) -> list[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
     """The text of each token; that of a character which several tokens spell is with the last of them."""
-    found: list[str] = []
+    texts: list[str] = []
     pending: list[int] = []
     for token in tokens:
-        pending.append(int(token))
+        pending.append(token)
         text = tokenizer.decode(pending, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
-        found.append(text if whole else "")
-        pending = [] if whole else pending
-    return found
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4:
+            texts.append("")
+        else:
+            texts.append(text)
+            pending = []
+    return texts
 
 
-def shown(answers: list[list[Response]], label: str | None) -> str:
+def shown(rows: list[list[Response]], label: str | None) -> str:
     """A prompt and its responses, side by side, each token shaded by its KL where the terminal can do so."""
     shaded, width = can_shade(sys.stdout), shutil.get_terminal_size((100, 24)).columns
-    blocks = [paint(cells([(answers[0][0].prompt, 0.0)]), False)]
-    for row in answers:
+    blocks = [paint(cells([(rows[0][0].prompt, 0.0)]), False)]
+    for row in rows:
         blocks.append(side_by_side([(heading(one, label), cells(one.tokens)) for one in row], width, shaded))
     return "\n\n".join(blocks) + "\n"
 
 
 def heading(one: Response, label: str | None) -> str:
     """The model, its KL and its score."""
-    kl = [] if one.model.startswith(BASE) else [f"{one.kl:.2f} nats"]
-    score = [] if one.score is None else [show_score(one.score, label)]
-    return f"[{', '.join([*kl, *score, one.model])}]" if kl or score else f"[{one.model}]"
+    words = []
+    if not one.model.startswith(BASE):
+        words.append(f"{one.kl:.2f} nats")
+    if one.score is not None:
+        words.append(show_score(one.score, label))
+    return f"[{', '.join([*words, one.model])}]"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.diversity import distinct, distinct_responses
 from evaluation.intervals import bootstrap_ci, jackknife_ci, wilson_ci
+from evaluation.summary import distinct, distinct_responses
 
 TRIALS = 600  # 95 % +- 0.9 %
 
@@ -35,7 +35,7 @@ def test_the_interval_of_a_mean_score_covers_where_nearly_all_responses_agree(n:
         log_chance = math.lgamma(n + 1) - math.lgamma(fails + 1) - math.lgamma(n - fails + 1)
         chance = math.exp(log_chance + fails * math.log(failing) + (n - fails) * math.log(1 - failing))
         if chance > 1e-6:
-            low, high = bootstrap_ci(np.where(np.arange(n) < fails, -0.9, 0.985))
+            low, high = bootstrap_ci(np.where(np.arange(n) < fails, -0.9, 0.985), bounds=(-1, 1))
             covered += chance * (low <= truth <= high)
     assert covered >= (0.93 if failing == 0.012 else 0.92), covered
 

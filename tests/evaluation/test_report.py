@@ -1,5 +1,6 @@
 """The report page, in a real browser where there is one."""
 
+import base64
 import html
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import run_eval
 
@@ -61,7 +63,18 @@ def test_the_report_works_in_a_real_browser(finished_run: Path, tmp_path: Path) 
 
 
 def test_damaged_tables_of_the_run_are_left_out_of_the_report(finished_run: Path, tmp_path: Path) -> None:
-    (finished_run / "metrics.csv").write_text("step,loss\n1,2\n2,3\n")
-    (finished_run / "eval.csv").write_text("\x00,\n" * 3)
-    run_eval(finished_run, tmp_path, "--frontier", "2")
-    assert "The run" not in (tmp_path / "eval_report.html").read_text()
+    steps = {"episodes": [8, 16], "score_mean": [0.1, 0.2], "kl_seq_exact": [0.0, 0.1], "entropy": [2.0, 1.9]}
+    whole = {"metrics.csv": pd.DataFrame(steps).to_csv(index=False), "eval.csv": "kl_seq_exact,score_mean\n0,0\n"}
+    damaged = {"metrics.csv": "step,loss\n1,2\n2,3\n", "eval.csv": "\x00,\n" * 3}
+    headings, drawn = {}, {}
+    for name, tables in (("whole", whole), ("damaged", damaged)):
+        for table, text in tables.items():
+            (finished_run / table).write_text(text)
+        run_eval(finished_run, tmp_path / name, "--frontier", "2")
+        page = (tmp_path / name / "eval_report.html").read_text()
+        headings[name] = re.findall(r"<h2>(.*?)</h2>", page)
+        images = [base64.b64decode(image).decode() for image in re.findall(r"base64,([\w+/=]+)\"", page)]
+        drawn[name] = any("during training" in image for image in images)
+    assert headings["whole"] == ["Scores", "How far from the best possible", "The run", "Samples"]
+    assert headings["damaged"] == ["Scores", "How far from the best possible", "Samples"]
+    assert drawn == {"whole": True, "damaged": False}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation.summary import summarise
+from evaluation.summary import distinct, distinct_responses, equally_long, ngrams, repeated_trigrams, summarise
 
 
 def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
@@ -146,3 +146,15 @@ def test_an_uninformed_judge_flags_no_gaming() -> None:
         "kl_seq_exact": np.ones(n),
     }
     assert not summarise(pd.DataFrame(frame), "positive")["gamed"]
+
+
+def test_diversity_and_repetition_by_hand() -> None:
+    assert ngrams("a b c d", 3) == [("a", "b", "c"), ("b", "c", "d")]
+    assert ngrams("a", 2) == []
+    assert distinct(["a b a", "a c"], 1) == 3 / 5
+    assert distinct(["a b a", "a b"], 2) == 2 / 3
+    assert math.isnan(distinct(["", "a"], 2))
+    assert equally_long(["a b c", "d"], ["x  y", "u v w"]) == (["a b", "d"], ["x y", "u"])
+    assert repeated_trigrams("x y z x y z x") == (2, 5)
+    assert repeated_trigrams("x y") == (0, 0)
+    assert distinct_responses(["a", "b", "a", "a"]) == 0.5

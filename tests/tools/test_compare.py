@@ -13,7 +13,8 @@ import pytest
 from conftest import run_eval
 from safetensors.torch import load_file, save_file
 
-from evaluation.comparison import CURVES, differing, draw_plane, new_figure
+from evaluation.pictures import CURVES, new_figure
+from evaluation.runs_page import differing, draw_plane
 from tools.compare import find_evaluations, main, read_run, what_to_mind
 
 

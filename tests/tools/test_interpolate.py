@@ -38,10 +38,10 @@ def test_the_line_goes_from_base_through_the_average_of_the_runs(
     alpha: float, finished_run: Path, gpt2_dir: Path, tmp_path: Path
 ) -> None:
     other = another_run(finished_run, tmp_path / "other", 1.1)
-    folders = [run / "policy_lm" for run in (finished_run, other)]
+    runs = [finished_run, other]
     reference, policy = (GPT2WithValueHead.from_pretrained(str(gpt2_dir)) for _ in range(2))
-    Line(reference, policy, folders).move_to(alpha)
-    base, ends = weights(gpt2_dir), [weights(folder) for folder in folders]
+    Line(reference, policy, [str(run) for run in runs]).move_to(alpha)
+    base, ends = weights(gpt2_dir), [weights(run / "policy_lm") for run in runs]
     found = policy.lm.state_dict()
     for name, start in base.items():
         average = (ends[0][name] + ends[1][name]) / 2

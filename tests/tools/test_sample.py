@@ -17,7 +17,8 @@ import torch
 from conftest import PROCESSES, save_classifier
 from transformers import AutoTokenizer
 
-from model import GPT2WithValueHead, evaluate_both, sample_responses
+from evaluation.comparison import token_kl
+from model import GPT2WithValueHead, sample_responses
 from runtime import cli
 from tools.sample import main, pieces
 from utils import uniforms
@@ -48,7 +49,7 @@ def test_base_and_policy_answer_with_the_same_random_numbers(
     noise = uniforms(5, 0, 3, 8)
     for name, lm in (("base", base), (str(finished_run), policy)):
         seqs = sample_responses(lm, ids, torch.ones_like(ids).bool(), noise, eos_id=tokenizer.eos_token_id, top_k=40)
-        kl = evaluate_both(lm, base, seqs)[4].sum(1)
+        kl = token_kl(lm, base, seqs).sum(1)
         own = [one for one in found if one["model"] == name]
         assert [one["response"] for one in own] == seqs.texts(tokenizer)
         assert [one["kl"] for one in own] == pytest.approx(kl.tolist(), abs=2e-4)

@@ -1,0 +1,189 @@
+"""Pictures of evaluations: scores, curves, and score against KL, for the report, the page of runs and the tools.
+
+Colours are readable on white and on black.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reward import score_title
+from runtime.pictures import blank_figure
+from runtime.saved_run import SavedRun
+
+GREY, POLICY, BEST = "#808890", "#3a86c8", "#e08a1e"
+COLOURS = (POLICY, BEST, "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d565a8", "#9a8a28", "#7d868f", "#b0714a")
+LINES = ("-", "--", ":")  # of the first ten runs, the next ten, and so on
+Size = tuple[float, float]  # inches
+EVALUATED = ("kl_seq_exact", "score_mean")  # columns of eval.csv: a run's own evaluations while training
+CURVES = {  # column of metrics.csv -> title; the first one is that of the score
+    "score_mean": "",
+    "kl_seq_exact": "KL to base, nats per response",
+    "entropy": "entropy, nats per token",
+    "response_len": "response length, tokens",
+    "explained_var": "value fit (explained variance, cut at −1)",
+}
+
+
+def read_columns(home: SavedRun | None, table: str, columns: Sequence[str]) -> pd.DataFrame | None:
+    """Columns of one of a run's CSV files; None without a run, or where it lacks them or they are no numbers."""
+    try:
+        return None if home is None else pd.read_csv(home.folder / table, usecols=list(columns), dtype=float)
+    except (OSError, ValueError):
+        return None
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def new_figure(panels: int, rows: int = 1, size: Size = (9, 3.6), share: bool = False) -> tuple[Any, list[Any]]:
+    """A figure of size inches and its axes, row by row; those beyond `panels` are hidden."""
+    figure = blank_figure(*size)
+    axes = list(figure.subplots(rows, math.ceil(panels / rows), squeeze=False, sharex=share, sharey=share).flat)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.tick_params(colors=GREY)
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            text.set_color(GREY)
+        for spine in axis.spines.values():
+            spine.set_color(GREY)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes[:panels]
+
+
+def add_legends(figure: Any) -> None:
+    """Add a legend to each panel in which there is something to tell apart."""
+    for axis in figure.axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, labelcolor=GREY, fontsize=8)
+
+
+def as_image(figure: Any, what: str) -> str:
+    """A figure, with its legends, as an image within a page."""
+    add_legends(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", transparent=True)
+    encoded = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="{what}" src="data:image/svg+xml;base64,{encoded}">'
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """How the lines of one of several runs are drawn."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+
+
+# --- panels ---------------------------------------------------------------------------------------------------------
+
+
+def draw_curve(axis: Any, metrics: pd.DataFrame, column: str, score: str, **style: Any) -> None:
+    """Draw a column of metrics.csv over episodes, thin as measured, thick as a running mean; score is its title."""
+    values = metrics.set_index("episodes")[column]
+    if column == "explained_var":
+        values = values.clip(lower=-1)
+    axis.plot(values, **style, alpha=0.4, linewidth=0.8)
+    axis.plot(values.ewm(span=max(2, len(values) // 10)).mean(), **style, linewidth=1.8)
+    axis.set_title(CURVES[column] or score, fontsize=10)
+    axis.set_xlabel("episodes")
+
+
+def label_plane(axis: Any, score: str) -> None:
+    """Name the axes of a picture of score against KL."""
+    axis.set(xlabel="KL to base, nats per response", ylabel=f"mean {score}")
+
+
+def draw_best_possible(axis: Any, summary: dict[str, Any], farthest: float = math.inf) -> None:
+    """Draw the best score at each KL that eval.py --frontier found, and best of n, up to a KL.
+
+    Where few draws stand behind the curve it is dotted: more is possible there.
+    """
+    curve = pd.DataFrame(summary["optimal_curve"]).query("kl <= @farthest")
+    best_of_n = pd.DataFrame(summary["best_of_n"]).query("kl <= @farthest")
+    certain = curve.kl <= summary["kl_certain"]
+    axis.plot(curve.kl[certain], curve.score_mean[certain], color=BEST, label="best possible")
+    if not certain.all():
+        axis.plot(curve.kl[~certain], curve.score_mean[~certain], ":", color=BEST, label="possible, at least")
+    axis.plot(best_of_n.kl, best_of_n.score_mean, "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
+    annotate(axis, best_of_n.n, best_of_n.kl, best_of_n.score_mean)
+
+
+def draw_points(axis: Any, points: pd.DataFrame, **style: Any) -> None:
+    """Draw evaluations, a row of place_of each, with their 95 % intervals."""
+    kl_bars, score_bars = (
+        np.abs(points[[f"{name}_low", f"{name}_high"]].T.to_numpy() - points[name].to_numpy())
+        for name in ("kl", "score")
+    )
+    axis.errorbar(points.kl, points.score, xerr=kl_bars, yerr=score_bars, linestyle="", capsize=2, **style)
+
+
+def place_of(summary: dict[str, Any]) -> dict[str, float]:
+    """Where an evaluation is in the plane, with the ends of its intervals."""
+    ours = summary["policy"]
+    kl_low, kl_high = summary["kl_seq_exact_ci"]
+    score_low, score_high = ours["score_ci"]
+    return {
+        "kl": summary["kl_seq_exact"],
+        "kl_low": kl_low,
+        "kl_high": kl_high,
+        "score": ours["score_mean"],
+        "score_low": score_low,
+        "score_high": score_high,
+    }
+
+
+def annotate(axis: Any, numbers: Iterable[float], xs: Iterable[float], ys: Iterable[float]) -> None:
+    """Write a number beside each point."""
+    for number, x, y in zip(numbers, xs, ys, strict=True):
+        axis.annotate(f"{number:g}", (x, y), xytext=(4, -11), textcoords="offset points", color=GREY, fontsize=8)
+
+
+# --- pictures of tools.interpolate ----------------------------------------------------------------------------------
+
+
+def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> None:
+    """Draw score against KL along the lines from base through each policy, as tools.interpolate measures them.
+
+    summary is that of one of the points, all of which share base's responses.
+    """
+    figure, (axis,) = new_figure(1, size=(8, 5))
+    if "optimal_curve" in summary:
+        draw_best_possible(axis, summary)
+    base = summary["base"]["score_mean"]
+    alone = table.run.nunique() == 1
+    for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
+        points, style = unordered.sort_values("alpha"), line_style(number)
+        name = "between base and policy, and beyond" if alone else str(run)
+        axis.plot([0, *points.kl], [base, *points.score], **style, label=name)
+        draw_points(axis, points, color=style["color"], marker=".", alpha=1 if alone else 0.4)
+        trained = points[points.alpha == 1]
+        axis.plot(trained.kl, trained.score, "o", color=style["color"], markersize=8)
+        if alone:
+            annotate(axis, points.alpha, points.kl, points.score)
+    axis.plot(0, base, "s", color=GREY, label="base", clip_on=False)
+    axis.set_title(f"{summary['n']} held-out prompts, 95 % intervals; circles are the policies as trained", fontsize=10)
+    label_plane(axis, score_title(summary["label"]))
+    axis.set_xlim(left=0, right=max(1.15 * table.kl_high.max(), 0.1))
+    add_legends(figure)
+    figure.savefig(path, dpi=120)
+
+
+def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
+    """Draw each run's share of the best gain against KL, a panel for each table of tools.interpolate by its title."""
+    rows = math.ceil(len(tables) / 2)
+    figure, axes = new_figure(len(tables), rows, (13, 3.8 * rows), share=True)
+    runs = dict.fromkeys(run for table in tables.values() for run in table.run)
+    styles = {run: line_style(number) for number, run in enumerate(runs)}
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        for run, unordered in table.groupby("run", sort=False):
+            points = unordered.sort_values("alpha")
+            axis.plot(points.kl, 100 * points.optimal_share, marker=".", **styles[run], label=str(run))
+        axis.set(title=title, xlabel="KL to base, nats per response", ylabel="% of the best gain")
+        axis.set_xlim(left=0)
+    add_legends(figure)
+    figure.savefig(path, dpi=120)

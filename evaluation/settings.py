@@ -1,0 +1,52 @@
+"""What an evaluation is run with: the settings of the run that made the policy, and the flags of eval.py."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
+
+from runtime.device import resolve_device, resolve_dtype
+from runtime.saved_run import SavedRun
+
+OF_RUN = {f.name for f in fields(TrainConfig)} - {"split"}  # prompts come from another split than in training
+RUN_SETTINGS = sorted(f.name for f in fields(EvalConfig) if f.default is None and f.name in OF_RUN)
+BELONGS_TO = {"rm_revision": "rm_name", "dataset_revision": "dataset", "dataset_config": "dataset"}
+
+
+def eval_config(flags: object, **settings: Any) -> EvalConfig:
+    """The settings of eval.py that a tool's flags of the same names ask for."""
+    same = {f.name: getattr(flags, f.name) for f in fields(EvalConfig) if hasattr(flags, f.name)}
+    return EvalConfig(**{**same, **settings})
+
+
+def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
+    """The settings of the run that made the policy, else those of the preset, with the flags of eval.py in their place.
+
+    Raises UserError where only the run names a Python reward, unless no reward is needed.
+    """
+    # 1. what the policy was trained with
+    if cfg.policy_path == EvalConfig.policy_path and not Path(cfg.policy_path).exists():
+        raise UserError(f"policy_path={cfg.policy_path} does not exist yet: run python train.py, or name a policy")
+    home = SavedRun.of_policy(cfg.policy_path)
+    if home is None:
+        run = PRESETS[TrainConfig][cfg.preset]
+        if not cfg.policy_path.startswith("tiny:"):
+            defaults = "train.py's defaults" if cfg.preset == "default" else f"the settings of --preset {cfg.preset}"
+            print(f"note: {cfg.policy_path} is not part of a run, so {defaults} apply where no flag is given")
+    else:
+        try:
+            run = TrainConfig(**home.settings)
+        except UserError as error:
+            raise UserError(f"{home.config_json} is damaged ({error}): fix it, or move the policy elsewhere") from None
+        if with_reward and python_reward(run.rm_name) and cfg.rm_name is None:
+            raise UserError(home.refuse_code())
+    # 2. what flags say instead
+    flags = {name: getattr(cfg, name) for name in RUN_SETTINGS if getattr(cfg, name) is not None}
+    for setting, owner in BELONGS_TO.items():
+        if flags.get(owner, getattr(run, owner)) != getattr(run, owner):
+            flags.setdefault(setting, None)  # the run's is that of another model or data set
+    flags.setdefault("ref_name", run.policy_name if run.ref_name is None else run.ref_name)
+    # 3. where it runs
+    device = resolve_device(cfg.device)
+    return replace(run, **flags, device=device, dtype=resolve_dtype(cfg.dtype, device))
