@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import eval as evaluation_script
 from eval import Comparison
+from evaluation.curves import curve_picture, shares_picture
 from evaluation.intervals import bootstrap_ci
-from evaluation.studies import curve_picture, shares_picture
 from evaluation.summary import summarise
 from model import GPT2WithValueHead, evaluate_both
 from pretrain.models import quiet_saving

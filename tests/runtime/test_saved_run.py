@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
-
 from config import TrainConfig, UserError
+
+import pytest
 
 from runtime.saved_run import SavedRun
 
