@@ -15,8 +15,8 @@ import torch
 import model
 import utils
 from experiments import pretend
-from experiments.benchmark import Workload, make_random_models
 from experiments.pretend import Watch, moved
+from experiments.random_models import Workload, make_random_models
 from ppo import build_optimizer, collect_rollout, ppo_update
 from reward import Classifier
 from runtime.hub import quiet_libraries

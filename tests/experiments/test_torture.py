@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import TIMINGS, forked, run
 
-from experiments.torture import TortureConfig, remains, torture_training
+from experiments.torture import TortureConfig, remains, torture
 
 
 class Forked:
@@ -34,9 +34,9 @@ class Forked:
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.torture.start", Forked)
     forked(int, Path(os.devnull)).join()  # the first waits for imports
-    runs, _, lost = torture_training(TortureConfig(kills=4, steps=6), tmp_path)
-    assert runs >= 1
-    assert lost == []
+    outcome = torture(TortureConfig(kills=4, steps=6), tmp_path)
+    assert outcome.runs >= 1
+    assert outcome.lost == []
 
 
 def test_torture_sees_a_difference(tmp_path: Path, flags: dict[str, str]) -> None:
