@@ -90,8 +90,12 @@ def planted(bug: Bug | None) -> Iterator[None]:
     right = inspect.getattr_static(bug.owner, bug.replaces)
     signature = inspect.signature(right)
 
+    def by_name(*args: Any, **named: Any) -> Any:
+        call = signature.bind(*args, **named)
+        return right(*call.args, **call.kwargs)  # a decorator may take no names
+
     def wrong(*args: Any, **named: Any) -> Any:
-        return bug.function(right, **signature.bind(*args, **named).arguments)
+        return bug.function(by_name, **signature.bind(*args, **named).arguments)
 
     with replaced(bug.owner, bug.replaces, wrong):
         yield

@@ -18,7 +18,7 @@ import eval as evaluation
 from experiments import pitfalls, runner
 from experiments.bugs import BUGS, Bug, find_bug, planted, replaced, train_with
 from experiments.pitfalls import markdown
-from training import plots
+from training import audit, plots
 
 ROOT = Path(__file__).parent.parent.parent
 each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -44,18 +44,29 @@ class Planter:
 
     def __init__(self, bug: Bug) -> None:
         self.bug = bug
+        self.error: BaseException | None = None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[Any]:
-        with planted(self.bug), replaced(plots, "plot_curves", lambda *_: None):
-            return (yield)
+        no_audit = replaced(audit, "audit", lambda *_: None)  # the test itself must notice
+        with planted(self.bug), no_audit, replaced(plots, "plot_curves", lambda *_: None):
+            try:
+                return (yield)
+            except BaseException as error:
+                self.error = error
+                raise
 
 
 @each_bug
 def test_the_named_test_fails_with_the_bug(bug: Bug) -> None:
-    """The plugins are this run's own conftest.py, which is not imported anew, and the planter."""
+    """By what it asserts, and not because the bug cannot be called.
+
+    The plugins are this run's own conftest.py, which is not imported anew, and the planter.
+    """
     words = [str(ROOT / bug.test), "--noconftest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--no-header"]
-    assert pytest.main(words, plugins=[sys.modules["conftest"], Planter(bug)]) == pytest.ExitCode.TESTS_FAILED
+    planter = Planter(bug)
+    assert pytest.main(words, plugins=[sys.modules["conftest"], planter]) == pytest.ExitCode.TESTS_FAILED
+    assert isinstance(planter.error, AssertionError)
 
 
 def call_here(command: Sequence[str], log: Path, threads: int) -> int:
@@ -101,7 +112,8 @@ def test_all_bugs_are_trained_once_and_drawn(
     assert "resuming after step 1" in (tmp_path / "runs" / "resume_forgets_seed0" / "log.txt").read_text()
     monkeypatch.setattr(runner, "call", None)
     pitfalls.main(words)
-    assert capsys.readouterr().out == printed, "nothing is left to do"
+    again = capsys.readouterr().out
+    assert again[again.index("| bug |") :] == printed[printed.index("| bug |") :], "nothing was left to do"
 
 
 @pytest.mark.parametrize(("name", "says"), [("shift", "FAILED"), ("label_swapped", "python -m pytest tests/test_rew")])
