@@ -4,13 +4,12 @@
     python -m experiments.benchmark --size 124m --steps 3 --csv results/benchmark.csv
     python -m experiments.benchmark --policy_name DIR --rm_name DIR --dataset DATA
     python -m experiments.benchmark --sweep response=16,32,64          how cost grows
-    python -m experiments.benchmark --peer 'python other_ppo.py'       alternates with a peer that prints "total 12.3 s"
+    python -m experiments.benchmark --peer 'python other_ppo.py'       and a peer that prints "total 12.3 s"
 
 The floor is the time that the step's matrix products would take at the rate measured for one large product, plus the
 time to read the weights once per decoded token at the rate measured for copying.
 """
 
-import itertools
 import re
 import shlex
 import statistics
@@ -64,16 +63,15 @@ class BenchConfig:
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
     steps: int = opt(3, "Steps timed, after one that is not.", "What is timed")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
-    peer: str | None = opt(None, "Another command to time, alternating with this one.")
-    rounds: int = opt(1, "How often to alternate with the peer.")
+    peer: str | None = opt(None, "Another command to time after this one; the same command again alternates.")
     csv: str | None = opt(None, "File to append the figures to.", path="written")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and append to the CSV file."""
     cfg = parse_flags(BenchConfig, argv, __doc__)
-    if cfg.steps < 1 or cfg.rounds < 1:
-        raise UserError("steps and rounds must be at least 1")
+    if cfg.steps < 1:
+        raise UserError(f"steps={cfg.steps} must be at least 1")
     quiet_libraries()
     names = Path(cfg.policy_name).name if cfg.policy_name else f"random {cfg.size}"
     rows = []
@@ -82,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         works = sweep(WORKLOADS[cfg.size], cfg.sweep)
         configs = [make_config(cfg, work, Path(folder)) for work in works]
         with process_group(cfg.device):
-            for (work, train_cfg), turn in itertools.product(zip(works, configs, strict=True), range(cfg.rounds)):
-                row = {"models": names, **shapes(work), "reward_every": cfg.reward_every, "turn": turn}
+            for work, train_cfg in zip(works, configs, strict=True):
+                row = {"models": names, **shapes(work), "reward_every": cfg.reward_every}
                 row |= measure(train_cfg, cfg.steps)
                 if cfg.peer:
                     row |= measure_peer(cfg.peer)

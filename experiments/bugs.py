@@ -9,10 +9,13 @@ the function whose place it takes. It gets that function as `right`, and the arg
 import copy
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary
@@ -35,37 +38,57 @@ from training import audit, checkpoints, parts, plots
 from training.session import Session
 from utils import position_ids, whiten
 
+PAGE = Path(__file__).parent.parent / "docs" / "pitfalls.md"
 RIGHT = "right"  # the name of training without a bug
 Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug: what is wrong, the function owner.replaces that it takes the place of, and what notices it.
+    """A bug: a function, and owner.replaces, in whose place it stands.
 
-    test is one that fails; fact is the one of the self-audit that refuses to train, None where the audit passes it.
+    Its docstring says what is wrong. Everything else stands in its section of docs/pitfalls.md.
     """
 
-    name: str
-    wrong: str
     owner: Any
     replaces: str
     function: Function
-    test: str
-    fact: str | None = None
-    shipped: str = ""
     flags: tuple[str, ...] = ()  # settings that the bug needs to show
     resumed: bool = False  # it shows only in a run that was stopped half-way and resumed
+
+    @property
+    def name(self) -> str:
+        """The name of its function."""
+        return self.function.__name__
+
+    @cached_property
+    def section(self) -> str:
+        """What the page says of it."""
+        _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"\n### {self.name}\n")
+        return re.split(r"\n##", rest)[0].strip()
+
+    @property
+    def fact(self) -> str | None:
+        """The fact of the self-audit that refuses to train, None where the audit passes the bug."""
+        named = re.search(r'the audit\'s\s"([^"]+)"', self.section)
+        return named[1] if named else None
+
+    @property
+    def test(self) -> str:
+        """A test that fails with it."""
+        named = re.search(r"`(tests/[^`]+)`", self.section)
+        assert named, f"{PAGE} names no test for {self.name}"
+        return named[1]
 
 
 BUGS: list[Bug] = []
 
 
-def instead_of(owner: Any, replaces: str, **about: Any) -> Callable[[Function], Function]:
-    """Add the decorated function to BUGS; `about` are the other fields of Bug."""
+def instead_of(owner: Any, replaces: str, **more: Any) -> Callable[[Function], Function]:
+    """Add the decorated function to BUGS; `more` are flags and resumed."""
 
     def add(function: Function) -> Function:
-        BUGS.append(Bug(function.__name__, str(function.__doc__), owner, replaces, function, **about))
+        BUGS.append(Bug(owner, replaces, function, **more))
         return function
 
     return add
@@ -155,27 +178,10 @@ def stopped_after(last: int) -> Iterator[None]:
 
 # --- the bugs -------------------------------------------------------------------------------------------------------
 
-FORWARD = (GPT2WithValueHead, "response_hidden")
-SAMPLER = (model, "sample_responses")
-ROLLOUT = (ppo, "collect_rollout")
-REWARDS = (utils, "shape_rewards")
-EOS_FACT = "EOS is the last action, and trained"
-EOS_TEST = "tests/test_model.py::test_generate_returns_consistent_masks"
-SAMPLING_FACT = "the distribution sampled from is the one scored"
-SAMPLING_TEST = "tests/test_model.py::test_generate_equals_a_sampler_without_cache"
-REWARDS_TEST = "tests/test_utils.py::test_shape_rewards_of_hand_built_rows"
-FRESH_TEST = "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written"
-FROZEN_TEST = "tests/test_train.py::test_train_moves_the_policy_and_neither_reference_nor_reward"
-
 LAST_WEIGHTS: WeakKeyDictionary[GPT2WithValueHead, dict[str, Tensor]] = WeakKeyDictionary()  # of the step before
 
 
-@instead_of(
-    *FORWARD,
-    fact="a token's log-probability is the library's own cross-entropy",
-    test="tests/test_model.py::test_evaluate_responses_equals_the_library_loss",
-    shipped="the project that this one replaces",
-)
+@instead_of(GPT2WithValueHead, "response_hidden")
 def shift(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """A token's log-probability is read from the logits that follow it."""
     mask = seqs.attention_mask
@@ -183,7 +189,7 @@ def shift(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
         return transformer_forward(self.lm, seqs.tokens, position_ids(mask), visible_keys(mask), seqs.prompt_len)
 
 
-@instead_of(*ROLLOUT, test=FRESH_TEST, shipped="the project that this one replaces; trlX in its logged KL")
+@instead_of(ppo, "collect_rollout")
 def prompt_trained(right: Function, models: Models, **rest: Any) -> Rollout:
     """Tokens of the prompt are trained on, as if the policy had written them."""
     rollout = right(models=models, **rest)
@@ -203,12 +209,7 @@ def prompt_trained(right: Function, models: Models, **rest: Any) -> Rollout:
     return replace(rollout, sequences=wide, partial_scores=partial_scores, **evaluation)
 
 
-@instead_of(
-    *FORWARD,
-    fact="padding changes nothing",
-    test="tests/test_model.py::test_evaluate_responses_is_unmoved_by_padding",
-    shipped="reported in TRL #469 and #6800, OpenRLHF #217, trlX PR #509",
-)
+@instead_of(GPT2WithValueHead, "response_hidden")
 def positions(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """Scoring counts padding on the left in the positions; sampling does not."""
     mask = seqs.attention_mask[:, :-1]
@@ -217,7 +218,7 @@ def positions(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tens
         return transformer_forward(self.lm, seqs.tokens[:, :-1], columns, visible_keys(mask), seqs.prompt_len - 1)
 
 
-@instead_of(*SAMPLER, fact=EOS_FACT, test=EOS_TEST, shipped="trlX on GPT-2; reported in TRL #3750, #1893, #2387")
+@instead_of(model, "sample_responses")
 def eos_untrained(right: Function, eos_id: int, **rest: Any) -> Sequences:
     """The response mask leaves EOS out, because it has the id of padding."""
     seqs = right(eos_id=eos_id, **rest)
@@ -226,7 +227,7 @@ def eos_untrained(right: Function, eos_id: int, **rest: Any) -> Sequences:
     return replace(seqs, response_mask=mask, lengths=mask.sum(1))
 
 
-@instead_of(*SAMPLER, fact=EOS_FACT, test=EOS_TEST, shipped="TRL, in its statistics")
+@instead_of(model, "sample_responses")
 def padding_trained(right: Function, eos_id: int, **rest: Any) -> Sequences:
     """The padding after EOS counts as part of the response."""
     seqs = right(eos_id=eos_id, **rest)
@@ -236,9 +237,7 @@ def padding_trained(right: Function, eos_id: int, **rest: Any) -> Sequences:
     return replace(seqs, tokens=tokens, response_mask=mask, lengths=mask.sum(1))
 
 
-@instead_of(
-    *REWARDS, fact="the score lands on the last real token", test=REWARDS_TEST, shipped="TRL, on the token after EOS"
-)
+@instead_of(utils, "shape_rewards")
 def score_place(right: Function, scores: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
     """The score is paid in the last column, which is padding where a response ended earlier."""
     rewards, kl = right(scores=torch.zeros_like(scores), **rest)
@@ -246,12 +245,7 @@ def score_place(right: Function, scores: Tensor, **rest: Any) -> tuple[Tensor, T
     return rewards, kl
 
 
-@instead_of(
-    *FORWARD,
-    fact="two forward passes agree (no dropout)",
-    test="tests/test_ppo.py::test_ratio_is_1_before_the_first_step",
-    shipped="OpenRLHF on GPT-2",
-)
+@instead_of(GPT2WithValueHead, "response_hidden")
 def dropout(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """Dropout of 10 % is on while the policy is scored and trained."""
     is_reference = not self.value_head.weight.requires_grad
@@ -266,44 +260,39 @@ def dropout(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor
             hook.remove()
 
 
-@instead_of(*SAMPLER, fact=SAMPLING_FACT, test=SAMPLING_TEST, shipped="trlX")
+@instead_of(model, "sample_responses")
 def temperature(right: Function, **call: Any) -> Sequences:
     """Responses are sampled at temperature 0.7 and scored at 1."""
     return replace(right(**call | {"temperature": 0.7}), temperature=1.0)
 
 
-@instead_of(
-    *SAMPLER,
-    fact=SAMPLING_FACT,
-    test=SAMPLING_TEST,
-    shipped="the project that this one replaces; negative KL in TRL #925, #417, #256, #615, #1161, MedicalGPT #374",
-)
+@instead_of(model, "sample_responses")
 def top_p(right: Function, **call: Any) -> Sequences:
     """Responses are sampled with top-p 0.9 and scored without."""
     return replace(right(**call | {"top_p": 0.9}), support=None)
 
 
-@instead_of(*REWARDS, test=REWARDS_TEST)
+@instead_of(utils, "shape_rewards")
 def kl_sign(right: Function, kl_coef: float, **rest: Any) -> Any:
     """The KL term of the reward has the wrong sign, so that distance from the reference is paid."""
     return right(kl_coef=-kl_coef, **rest)
 
 
-@instead_of(Rollout, "metrics", test="tests/test_ppo.py::test_rollout_metrics_equal_their_definitions", shipped="trlX")
+@instead_of(Rollout, "metrics")
 def kl_logged(right: Function, self: Rollout) -> dict[str, float]:
     """The KL that is logged is the k3 estimate with the ratio upside down; the penalty is right."""
     upside_down = self.kl.exp() - 1 - self.kl
     return right(replace(self, logprobs=upside_down, ref_logprobs=torch.zeros_like(upside_down)))
 
 
-@instead_of(parts, "load_models", fact="the reference and the reward are frozen", test=FROZEN_TEST)
+@instead_of(parts, "load_models")
 def reference_is_policy(right: Function, **call: Any) -> Models:
     """The reference is the policy itself and not a copy, so the KL is always 0."""
     models = right(**call)
     return replace(models, reference=models.policy)
 
 
-@instead_of(*ROLLOUT, test=FROZEN_TEST)
+@instead_of(ppo, "collect_rollout")
 def reference_follows(right: Function, models: Models, **rest: Any) -> Rollout:
     """The reference is not frozen: it is the policy of the step before."""
     if models.policy in LAST_WEIGHTS:
@@ -312,45 +301,33 @@ def reference_follows(right: Function, models: Models, **rest: Any) -> Rollout:
     return right(models=models, **rest)
 
 
-@instead_of(reward, "find_label", test="tests/test_reward.py::test_score_equals_the_library")
+@instead_of(reward, "find_label")
 def label_swapped(right: Function, config: Any, **rest: Any) -> int:
     """The label of the reward is found by a wrong index, so the opposite is rewarded."""
     return (right(config=config, **rest) + 1) % int(config.num_labels)
 
 
-@instead_of(
-    utils,
-    "whiten",
-    test="tests/test_utils.py::test_whiten_gives_mean_0_and_std_1_over_the_mask",
-    shipped="trlX; the project that this one replaces",
-)
+@instead_of(utils, "whiten")
 def whiten_padding(right: Function, mask: Tensor, **rest: Any) -> Tensor:
     """Advantages are whitened over padding as well."""
     return right(mask=torch.ones_like(mask), **rest)
 
 
-@instead_of(
-    ppo,
-    "accumulate_gradients",
-    test="tests/test_ppo.py::test_advantages_are_whitened_once_over_the_whole_rollout",
-    shipped="OpenAI's lm-human-preferences, RL4LMs, trlX",
-)
+@instead_of(ppo, "accumulate_gradients")
 def whiten_minibatch(right: Function, minibatch: Batch, **rest: Any) -> Any:
     """Advantages are whitened in each minibatch and not once over the batch."""
     advantages = whiten(minibatch.advantages, minibatch.sequences.response_mask)
     return right(minibatch=replace(minibatch, advantages=advantages), **rest)
 
 
-@instead_of(utils, "compute_gae", test="tests/test_utils.py::test_compute_gae_at_lambda_1_returns_the_reward_to_go")
+@instead_of(utils, "compute_gae")
 def whitened_returns(right: Function, values: Tensor, response_mask: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
     """The critic's targets are computed from whitened advantages."""
     advantages, _ = right(values=values, response_mask=response_mask, **rest)
     return advantages, torch.where(response_mask, whiten(advantages, response_mask) + values, 0)
 
 
-@instead_of(
-    *ROLLOUT, test=FRESH_TEST, shipped="ratios that do not start at 1: TRL #454, trlX #107 and #508, NeMo-Aligner #68"
-)
+@instead_of(ppo, "collect_rollout")
 def stale_logprobs(right: Function, models: Models, **rest: Any) -> Rollout:
     """The ratio is taken against the policy of one step ago."""
     rollout = right(models=models, **rest)
@@ -362,34 +339,20 @@ def stale_logprobs(right: Function, models: Models, **rest: Any) -> Rollout:
     return replace(rollout, logprobs=stale)
 
 
-@instead_of(
-    torch.nn.utils, "clip_grad_norm_", test="tests/test_ppo.py::test_ppo_update_clips_the_gradient", shipped="TRL #3961"
-)
+@instead_of(torch.nn.utils, "clip_grad_norm_")
 def no_clipping(right: Function, parameters: Any, max_norm: float) -> Tensor:
     """The gradient norm is computed and reported, but nothing is clipped."""
     return right(parameters, math.inf)
 
 
-@instead_of(
-    ppo,
-    "ppo_loss",
-    test="tests/test_ppo.py::test_ppo_update_equals_float64_for_every_micro_batch_size",
-    shipped="TRL; trlX sums without dividing",
-    flags=("--micro_batch_size=2",),
-)
+@instead_of(ppo, "ppo_loss", flags=("--micro_batch_size=2",))
 def mean_of_means(right: Function, batch: Batch, cfg: TrainConfig, token_count: Tensor | int, **rest: Any) -> Any:
     """Each micro-batch divides by its own tokens, so tokens of short responses weigh more."""
     own = batch.sequences.response_mask.sum() * cfg.minibatch_size / len(batch)
     return right(batch=batch, cfg=cfg, token_count=own, **rest)
 
 
-@instead_of(
-    checkpoints,
-    "load_checkpoint",
-    test="tests/training/test_session.py::test_n_steps_equal_k_steps_and_a_resume[5-]",
-    shipped="trlX; OpenRLHF in part; TRL #2657 cannot resume",
-    resumed=True,
-)
+@instead_of(checkpoints, "load_checkpoint", resumed=True)
 def resume_forgets(right: Function, optimizer: torch.optim.Optimizer, **rest: Any) -> dict[str, Any]:
     """A resumed run starts with an empty optimiser and the first value of beta."""
     counters = right(optimizer=optimizer, **rest)

@@ -167,11 +167,6 @@ class Signal(NamedTuple):
     square: float
     error: float
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether it is more than two standard errors from zero."""
-        return self.square > 2 * self.error
-
 
 class Products:
     """Products of a way's gradients with each other and with REINFORCE's, batch by batch."""
@@ -207,9 +202,10 @@ class Products:
             return row
         row["signal_to_noise"] = signal.square / noise
         row["standard_error"] = signal.error / noise
-        if signal.is_clear:
-            row["responses"] = batch * noise / signal.square
-        if signal.is_clear and true.is_clear:
+        if signal.square <= 2 * signal.error:
+            return row
+        row["responses"] = batch * noise / signal.square
+        if true.square > 2 * true.error:
             cross = float(np.average(self.cross, weights=np.arange(1, self.count)))
             row["length"] = math.sqrt(signal.square / true.square)
             row["cosine"] = cross / math.sqrt(signal.square * true.square)

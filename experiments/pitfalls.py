@@ -106,10 +106,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
-    """Print what the self-audit says of a bug; without the audit, train with it and print what came of it."""
-    print(f"{name_of(bug)}: {bug.wrong if bug else 'nothing is wrong.'}")
-    if bug and bug.shipped:
-        print(f"Shipped by: {bug.shipped}.")
+    """Print the page's section on a bug and what the self-audit says; or train with it and print what came of it."""
+    print(f"{name_of(bug)}\n\n{bug.section if bug else 'Nothing is wrong.'}\n")
     if cfg.audit:
         show_audit(cfg, bug, seed)
         return

@@ -22,28 +22,15 @@ from config import UserError
 import pandas as pd
 from tqdm import tqdm
 
+from evaluation.table import INTERVALS
 from runtime.files import check_table_path, read_table, remove, write_atomic
 from runtime.terminal import progress_bar
 
 ROOT = Path(__file__).parent.parent
 KEY = ("setting", "seed")  # of a row
 TRAINED, EVALUATED = "trained.txt", "judged.txt"  # notes in a run's folder: the commands that are done
-STEP_COLUMNS = (  # of metrics.csv that are kept; the first three are in every table
-    "step",
-    "episodes",
-    "score_mean",
-    "positive_rate",
-    "kl_seq",
-    "kl_seq_exact",
-    "response_len",
-    "entropy",
-    "approx_kl",
-    "clip_frac",
-    "ratio_max",
-    "value_loss",
-    "explained_var",
-    "grad_norm",
-)
+TIMINGS = ["seconds_generate", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_mb"]
+STEP_COLUMNS = ("step", "episodes", "score_mean", "kl_seq")  # that every table of steps has
 FIGURES = {  # column of the table -> estimate in eval_summary.json
     "n": "n",
     "score": "policy.score_mean",
@@ -71,19 +58,18 @@ RATIOS = {  # column of the table -> two estimates, the first divided by the sec
     "distinct_2_ratio": ("policy.distinct_2", "base.distinct_2"),
     "length_ratio": ("policy.response_len", "base.response_len"),
 }
-LISTS = {  # column of the table, written as JSON -> interval or curve in eval_summary.json
-    "optimal_share_ci": "optimal_share_rate_ci",
-    "best_of_n": "best_of_n",
-    "optimal_curve": "optimal_curve",
-    "positive_ci": "policy.positive_ci",
-    "score_ci": "policy.score_ci",
-    "win_rate_ci": "win_rate_ci",
-    "kl_ci": "kl_seq_exact_ci",
-    "judge_positive_ci": "policy.judge_positive_rate_ci",
-    "base_score_ci": "base.score_ci",
-    "gain_ci": "score_gain_ci",
-    "length_ci": "policy.response_len_ci",
-}
+WITH_INTERVAL = (
+    "score",
+    "base_score",
+    "positive",
+    "win_rate",
+    "gain",
+    "kl",
+    "judge_positive",
+    "length",
+    "optimal_share",
+)
+CURVES = ("best_of_n", "optimal_curve")  # of the table, written as JSON under the same names
 
 
 @dataclass(frozen=True)
@@ -185,16 +171,20 @@ def one_line(row: Mapping[str, Any]) -> str:
 
 def figures(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The columns of a run's row: estimates of its evaluation and, if it logged them, figures of its training."""
-    estimates = dict(summary)
-    for name in ("policy", "base"):
-        estimates |= {f"{name}.{key}": estimate for key, estimate in summary[name].items()}
-    for needed in ("n", "score", "base_score", "win_rate", "gain", "kl", "distinct_rate"):
-        estimates[FIGURES[needed]]  # raises KeyError
+    estimates, intervals = dict[str, Any](), dict[str, Any]()
+    for place, group in (("", summary), ("policy.", summary["policy"]), ("base.", summary["base"])):
+        for key, estimate in group.items():
+            estimates[place + key] = estimate
+            intervals[place + key] = group.get(INTERVALS.get(key, f"{key}_ci"))
+    for column in ("n", "score", "base_score", "win_rate", "gain", "kl", "distinct_rate"):
+        estimates[FIGURES[column]]  # raises KeyError
     row = {column: estimates.get(key) for column, key in FIGURES.items()}
     for column, (above, below) in RATIOS.items():
         row[column] = estimates.get(above, math.nan) / estimates.get(below, math.nan)
-    for column, key in LISTS.items():
-        row[column] = to_json(estimates.get(key))
+    for column in CURVES:
+        row[column] = to_json(estimates.get(column))
+    for column in INTERVALS_OF:
+        row[f"{column}_ci"] = to_json(intervals.get(FIGURES[column]))
     steps = read_steps(folder)
     if steps is not None:
         row |= {
@@ -216,7 +206,7 @@ def read_steps(folder: Path) -> pd.DataFrame | None:
     """The steps of a run's training, if its program logged them as train.py does."""
     with suppress(OSError, ValueError):
         steps = pd.read_csv(folder / "metrics.csv")
-        if len(steps) and {*STEP_COLUMNS[:3], "kl_seq"} <= set(steps):
+        if len(steps) and set(STEP_COLUMNS) <= set(steps):
             return steps
     return None
 
@@ -236,7 +226,7 @@ def store(table: Path, row: dict[str, Any], folder: Path) -> None:
     replace_rows(table, pd.DataFrame([row]))
     steps = read_steps(folder)
     if steps is not None:
-        kept = steps[[name for name in STEP_COLUMNS if name in steps]]
+        kept = steps.drop(columns=TIMINGS, errors="ignore")  # the machine's, not the method's
         replace_rows(steps_path(table), kept.assign(setting=row["setting"], seed=row["seed"]))
 
 

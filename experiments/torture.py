@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError, opt
@@ -50,15 +50,6 @@ class TortureConfig:
     seed: int = opt(0, "Seed of the moments to kill at.")
 
 
-@dataclass
-class Outcome:
-    """How many runs there were, after which steps they were resumed, and what differed at their ends."""
-
-    runs: int = 0
-    resumed: set[int] = field(default_factory=set)
-    lost: list[str] = field(default_factory=list)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Kill and resume, and print what was lost (raises Stopped with code 1 if anything was)."""
     cfg = parse_flags(TortureConfig, argv, __doc__)
@@ -66,15 +57,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("kills must be at least 1, steps at least 2")
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = torture(cfg, Path(folder))
-    print(f"{cfg.kills} kills in {outcome.runs} runs, resumed after steps {sorted(outcome.resumed)}")
-    if outcome.lost:
-        raise Stopped(1, "\n".join(outcome.lost))
+        lost = torture(cfg, Path(folder))
+    if lost:
+        raise Stopped(1, "\n".join(lost))
     print("nothing was lost: every run ended bit for bit like the undisturbed one")
 
 
-def torture(cfg: TortureConfig, folder: Path) -> Outcome:
-    """Kill runs again and again, until so many kills are done and the last run has ended."""
+def torture(cfg: TortureConfig, folder: Path) -> list[str]:
+    """Kill runs again and again, until so many kills are done and the last run has ended; returns what was lost."""
     settings = {**SETTINGS, **make_random_models(SMALL, folder / "models", vocabulary=300), "total_steps": cfg.steps}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     begun = time.monotonic()
@@ -82,11 +72,12 @@ def torture(cfg: TortureConfig, folder: Path) -> Outcome:
     duration = time.monotonic() - begun
     expected = remains(folder / "undisturbed")
 
-    moments, outcome, kills = random.Random(cfg.seed), Outcome(), 0
+    moments = random.Random(cfg.seed)
+    kills, runs, resumed, lost = 0, 0, set[int](), list[str]()
     with progress_bar(title="killing", unit="kill", total=cfg.kills) as bar:
         while kills < cfg.kills:
-            outcome.runs += 1
-            victim = folder / f"run{outcome.runs}"
+            runs += 1
+            victim = folder / f"run{runs}"
             code = None
             while code is None:
                 begun, is_first = time.monotonic(), not victim.exists()
@@ -101,13 +92,14 @@ def torture(cfg: TortureConfig, folder: Path) -> Outcome:
                     process.wait()
                     kills += 1
                     bar.update()
-                    outcome.resumed |= {step_of(checkpoint) for checkpoint in list_checkpoints(victim / "state")[-1:]}
+                    resumed |= {step_of(checkpoint) for checkpoint in list_checkpoints(victim / "state")[-1:]}
             left = remains(victim)
             differing = [name for name in expected if left.get(name) != expected[name]]
             if code or differing:
-                outcome.lost.append(f"run {outcome.runs} ended with code {code}; differing: {', '.join(differing)}")
+                lost.append(f"run {runs} ended with code {code}; differing: {', '.join(differing)}")
             shutil.rmtree(victim, ignore_errors=True)
-    return outcome
+    print(f"{kills} kills in {runs} runs, resumed after steps {sorted(resumed)}")
+    return lost
 
 
 def start(flags: list[str], folder: Path) -> "subprocess.Popen[bytes]":
