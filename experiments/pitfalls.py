@@ -44,7 +44,7 @@ from runtime.saved_run import SavedRun
 from training.diagnostics import Diagnostics
 
 TRAIN = "--preset=tiny --total_steps=12 --lr=2e-4 --eval_every=0 --sample_every=12 --save_every=6"
-EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
+EVALUATE = "--dataset=tiny:reviews --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
 TAIL = 4  # steps at the end over which a curve is averaged
 JUDGED = [  # columns of metrics.csv that may give a bug away; explained_var means nothing once all scores are alike
     "score_mean",

@@ -58,17 +58,7 @@ RATIOS = {  # column of the table -> two estimates, the first divided by the sec
     "distinct_2_ratio": ("policy.distinct_2", "base.distinct_2"),
     "length_ratio": ("policy.response_len", "base.response_len"),
 }
-WITH_INTERVAL = (
-    "score",
-    "base_score",
-    "positive",
-    "win_rate",
-    "gain",
-    "kl",
-    "judge_positive",
-    "length",
-    "optimal_share",
-)
+WITH_CI = ["score", "base_score", "positive", "win_rate", "gain", "kl", "judge_positive", "length", "optimal_share"]
 CURVES = ("best_of_n", "optimal_curve")  # of the table, written as JSON under the same names
 
 
@@ -183,7 +173,7 @@ def figures(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         row[column] = estimates.get(above, math.nan) / estimates.get(below, math.nan)
     for column in CURVES:
         row[column] = to_json(estimates.get(column))
-    for column in INTERVALS_OF:
+    for column in WITH_CI:
         row[f"{column}_ci"] = to_json(intervals.get(FIGURES[column]))
     steps = read_steps(folder)
     if steps is not None:

@@ -13,13 +13,13 @@ DRAW = """
 import sys
 from pathlib import Path
 import pandas as pd
-from evaluation import comparison, report, studies
-from experiments import pitfalls_page
+from evaluation import comparison, report
+from experiments import pictures
 from training.plots import plot_curves
 
 plot_curves(Path("results/tiny_metrics.csv"), Path(sys.argv[1]), "positive")
 print("".join(report.as_image(report.new_figure(1)[0], "empty"))[:10])
-print(studies.table_colour(3))
+print(pictures.table_colour(3))
 """
 
 
