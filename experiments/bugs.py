@@ -1,52 +1,108 @@
 """Classic bugs of PPO on language models, each planted from outside by replacing one function.
 
-Nothing in the product knows of them: `with planted(bug):` puts a wrong function wherever the right one was imported,
-and takes it out again. experiments/pitfalls.py trains with them.
+    python -m experiments.bugs shift --preset tiny --ckpt_dir broken     train.py with a bug, and without the self-audit
+
+Nothing in the product knows of them. A bug is a function here: its docstring says what is wrong, and `instead_of` names
+the function whose place it takes. It gets that function as `right`, and the arguments of each call by name.
 """
 
 import copy
+import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses, transformer_forward, visible_keys
-from ppo import Batch, Models, Rollout, accumulate_gradients, collect_rollout, ppo_loss
-from reward import find_label
-from training.checkpoints import load_checkpoint
-from training.parts import load_models
-from utils import compute_gae, position_ids, shape_rewards, whiten
+import model
+import ppo
+import reward
+import train
+import utils
+from model import GPT2WithValueHead, Sequences, evaluate_both, transformer_forward, visible_keys
+from ppo import Batch, Models, Rollout
+from runtime import cli
+from runtime.cli import parse_config
+from training import audit, checkpoints, parts, plots
+from training.session import Session
+from utils import position_ids, whiten
 
-ROOT = Path(__file__).parent.parent
+PAGE = Path(__file__).parent.parent / "docs" / "pitfalls.md"
+RIGHT = "right"  # the name of training without a bug
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug: what is wrong, which function it replaces by what, and what notices it.
+    """A bug: a function, and owner.replaces, in whose place it stands.
 
-    make returns the wrong function, with fresh state where it needs any. fact is the one of the self-audit that
-    refuses to train, None where it does not notice; test is a test that fails.
+    Its docstring says what is wrong. Everything else stands in its section of docs/pitfalls.md.
     """
 
-    name: str
-    wrong: str
-    right: Any
-    make: Callable[[], Any]
-    fact: str | None
-    test: str
-    shipped: str = ""
+    owner: Any
+    replaces: str
+    function: Function
     flags: tuple[str, ...] = ()  # settings that the bug needs to show
     resumed: bool = False  # it shows only in a run that was stopped half-way and resumed
+
+    @property
+    def name(self) -> str:
+        """The name of its function."""
+        return self.function.__name__
+
+    @cached_property
+    def section(self) -> str:
+        """What the page says of it."""
+        _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"\n### {self.name}\n")
+        return re.split(r"\n##", rest)[0].strip()
+
+    @property
+    def fact(self) -> str | None:
+        """The fact of the self-audit that refuses to train, None where the audit passes the bug."""
+        named = re.search(r'the audit\'s\s"([^"]+)"', self.section)
+        return named[1] if named else None
+
+    @property
+    def test(self) -> str:
+        """A test that fails with it."""
+        named = re.search(r"`(tests/[^`]+)`", self.section)
+        assert named, f"{PAGE} names no test for {self.name}"
+        return named[1]
+
+
+BUGS: list[Bug] = []
+
+
+def instead_of(owner: Any, replaces: str, **more: Any) -> Callable[[Function], Function]:
+    """Add the decorated function to BUGS; `more` are flags and resumed."""
+
+    def add(function: Function) -> Function:
+        BUGS.append(Bug(owner, replaces, function, **more))
+        return function
+
+    return add
+
+
+def find_bug(name: str) -> Bug | None:
+    """The bug of a name, None for the right run (raises UserError)."""
+    if name == RIGHT:
+        return None
+    for bug in BUGS:
+        if bug.name == name:
+            return bug
+    raise UserError(f"bug={name!r} is unknown: choose {', '.join([RIGHT, *(bug.name for bug in BUGS)])}")
 
 
 @contextmanager
@@ -55,68 +111,91 @@ def planted(bug: Bug | None) -> Iterator[None]:
     if bug is None:
         yield
         return
-    with replaced(bug.right, bug.make()):
+    right = inspect.getattr_static(bug.owner, bug.replaces)
+    signature = inspect.signature(right)
+
+    def by_name(*args: Any, **named: Any) -> Any:
+        call = signature.bind(*args, **named)
+        return right(*call.args, **call.kwargs)  # a decorator may take no names
+
+    def wrong(*args: Any, **named: Any) -> Any:
+        return bug.function(by_name, **signature.bind(*args, **named).arguments)
+
+    with replaced(bug.owner, bug.replaces, wrong):
         yield
 
 
 @contextmanager
-def replaced(right: Any, wrong: Any) -> Iterator[None]:
-    """A context in which `wrong` stands wherever a module or class of this project has the function `right`."""
-    places = [(owner, name) for owner in _owners() for name, value in list(vars(owner).items()) if value is right]
-    assert places, f"nothing uses {right}"
-    for owner, name in places:
-        setattr(owner, name, wrong)
-    try:
+def replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
+    """A context in which `other` stands for owner.name: in that class, or in every module that imported it by name."""
+    right, places = getattr(owner, name), [owner]
+    if inspect.ismodule(owner):
+        places = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is right]
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(mock.patch.object(place, name, other))
         yield
-    finally:
-        for owner, name in places:
-            setattr(owner, name, right)
 
 
-def _owners() -> list[Any]:
-    """The modules of this project that are loaded, but this one, and their classes."""
-    modules = []
-    for name, module in list(sys.modules.items()):
-        file = Path(getattr(module, "__file__", None) or "/")
-        if name != __name__ and ROOT in file.parents and "site-packages" not in file.parts:
-            modules.append(module)
-    names = {module.__name__ for module in modules}
-    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    return [*modules, *(kind for kind in classes if kind.__module__ in names)]
+# --- training with a bug --------------------------------------------------------------------------------------------
 
 
-# --- what is sampled and which tokens count -------------------------------------------------------------------------
+def main() -> None:
+    """Train with the bug that the first word names; the others are flags of train.py (raises UserError)."""
+    if len(sys.argv) < 2:
+        raise UserError("name a bug, then flags of train.py: python -m experiments.bugs shift --preset tiny")
+    train_with(find_bug(sys.argv[1]), sys.argv[2:])
 
 
-def _sample_colder(*args: Any, **named: Any) -> Sequences:
-    return replace(sample_responses(*args, **{**named, "temperature": 0.7}), temperature=1.0)
+def train_with(bug: Bug | None, flags: list[str]) -> None:
+    """Train with a bug, without the self-audit and without a picture of the curves."""
+    settings = parse_config(TrainConfig, flags)
+    torch.manual_seed(settings.seed)
+    no_audit = replaced(audit, "audit", lambda *_: None)
+    no_curves = replaced(plots, "plot_curves", lambda *_: None)
+    with planted(bug), no_audit, no_curves:
+        if bug is not None and bug.resumed:
+            with stopped_after(settings.total_steps // 2):
+                train.main(settings)
+            settings = parse_config(TrainConfig, [*flags, "--resume"])
+        train.main(settings)
 
 
-def _sample_top_p(*args: Any, **named: Any) -> Sequences:
-    return replace(sample_responses(*args, **{**named, "top_p": 0.9}), support=None)
+@contextmanager
+def stopped_after(last: int) -> Iterator[None]:
+    """A context in which runs are stopped and saved after a step."""
+    all_steps = Session.steps
+
+    def some_steps(self: Session) -> Iterator[int]:
+        for step in all_steps(self):
+            yield step
+            if step == last:
+                self.save()
+                return
+
+    with replaced(Session, "steps", some_steps):
+        yield
 
 
-def _without_eos(*args: Any, **named: Any) -> Sequences:
-    seqs = sample_responses(*args, **named)
-    ends = (seqs.responses == named["eos_id"]) & (seqs.response_mask.sum(1, keepdim=True) > 1)
-    mask = seqs.response_mask & ~ends
-    return replace(seqs, response_mask=mask, lengths=mask.sum(1))
+# --- the bugs -------------------------------------------------------------------------------------------------------
+
+LAST_WEIGHTS: WeakKeyDictionary[GPT2WithValueHead, dict[str, Tensor]] = WeakKeyDictionary()  # of the step before
 
 
-def _with_padding(*args: Any, **named: Any) -> Sequences:
-    seqs = sample_responses(*args, **named)
-    responses = seqs.responses.masked_fill(~seqs.response_mask, named["eos_id"])
-    tokens = torch.cat([seqs.tokens[:, : seqs.prompt_len], responses], 1)
-    mask = torch.ones_like(seqs.response_mask)
-    return replace(seqs, tokens=tokens, response_mask=mask, lengths=mask.sum(1))
+@instead_of(GPT2WithValueHead, "response_hidden")
+def shift(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+    """A token's log-probability is read from the logits that follow it."""
+    mask = seqs.attention_mask
+    with self.autocast():
+        return transformer_forward(self.lm, seqs.tokens, position_ids(mask), visible_keys(mask), seqs.prompt_len)
 
 
-def _with_prompt(
-    models: Models, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig, kl_coef: float
-) -> Rollout:
-    """The end of the prompt, as many tokens as every prompt has, counts as part of the response."""
-    rollout = collect_rollout(models, prompts, uniforms, cfg, kl_coef)
+@instead_of(ppo, "collect_rollout")
+def prompt_trained(right: Function, models: Models, **rest: Any) -> Rollout:
+    """Tokens of the prompt are trained on, as if the policy had written them."""
+    rollout = right(models=models, **rest)
     seqs = rollout.sequences
+    # the end of the prompt, as many tokens as every prompt has
     extra = int(seqs.attention_mask[:, : seqs.prompt_len].sum(1).min()) - 1
     wide = replace(
         seqs,
@@ -125,339 +204,161 @@ def _with_prompt(
         logprobs=F.pad(seqs.logprobs, (extra, 0)),
         support=None if seqs.support is None else F.pad(seqs.support, (0, 0, extra, 0), value=True),
     )
-    logprobs, ref_logprobs, values, entropy, exact_kl = evaluate_both(models.policy, models.reference, wide)
-    return replace(
-        rollout,
-        sequences=wide,
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        entropy=entropy,
-        exact_kl=exact_kl,
-        partial_scores=F.pad(rollout.partial_scores, (extra, 0), value=math.nan),
-    )
+    evaluation = evaluate_both(models.policy, models.reference, wide)
+    partial_scores = F.pad(rollout.partial_scores, (extra, 0), value=math.nan)
+    return replace(rollout, sequences=wide, partial_scores=partial_scores, **evaluation._asdict())
 
 
-# --- how it is evaluated --------------------------------------------------------------------------------------------
-
-
-def _read_one_late(self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
-    mask = seqs.attention_mask
-    with self.autocast():
-        return transformer_forward(self.lm, seqs.tokens, position_ids(mask), visible_keys(mask), seqs.prompt_len)
-
-
-def _count_padding(self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+@instead_of(GPT2WithValueHead, "response_hidden")
+def positions(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+    """Scoring counts padding on the left in the positions; sampling does not."""
     mask = seqs.attention_mask[:, :-1]
     columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     with self.autocast():
         return transformer_forward(self.lm, seqs.tokens[:, :-1], columns, visible_keys(mask), seqs.prompt_len - 1)
 
 
-def _with_dropout(self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
-    if not self.value_head.weight.requires_grad:  # the reference
-        return _response_hidden(self, seqs)
+@instead_of(model, "sample_responses")
+def eos_untrained(right: Function, eos_id: int, **rest: Any) -> Sequences:
+    """The response mask leaves EOS out, because it has the id of padding."""
+    seqs = right(eos_id=eos_id, **rest)
+    ends = (seqs.responses == eos_id) & (seqs.response_mask.sum(1, keepdim=True) > 1)
+    mask = seqs.response_mask & ~ends
+    return replace(seqs, response_mask=mask, lengths=mask.sum(1))
+
+
+@instead_of(model, "sample_responses")
+def padding_trained(right: Function, eos_id: int, **rest: Any) -> Sequences:
+    """The padding after EOS counts as part of the response."""
+    seqs = right(eos_id=eos_id, **rest)
+    responses = seqs.responses.masked_fill(~seqs.response_mask, eos_id)
+    tokens = torch.cat([seqs.tokens[:, : seqs.prompt_len], responses], 1)
+    mask = torch.ones_like(seqs.response_mask)
+    return replace(seqs, tokens=tokens, response_mask=mask, lengths=mask.sum(1))
+
+
+@instead_of(utils, "shape_rewards")
+def score_place(right: Function, scores: Tensor, **rest: Any) -> Tensor:
+    """The score is paid in the last column, which is padding where a response ended earlier."""
+    rewards: Tensor = right(scores=torch.zeros_like(scores), **rest)
+    rewards[:, -1] += scores
+    return rewards
+
+
+@instead_of(GPT2WithValueHead, "response_hidden")
+def dropout(right: Function, self: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+    """Dropout of 10 % is on while the policy is scored and trained."""
+    is_reference = not self.value_head.weight.requires_grad
+    if is_reference:
+        return right(self, seqs)
     layers = [layer for block in self.lm.transformer.h for layer in (block.attn.c_proj, block.mlp)]
     hooks = [layer.register_forward_hook(lambda _, __, out: torch.dropout(out, 0.1, True)) for layer in layers]
     try:
-        return _response_hidden(self, seqs)
+        return right(self, seqs)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _stale_logprobs() -> Callable[..., Rollout]:
-    old: list[GPT2WithValueHead] = []
-
-    def collect(models: Models, *rest: Any) -> Rollout:
-        rollout = collect_rollout(models, *rest)
-        old.append(_copy(models.policy))
-        acting = old.pop(0) if len(old) > 1 else old[0]
-        return replace(rollout, logprobs=evaluate_both(acting, models.reference, rollout.sequences)[0])
-
-    return collect
+@instead_of(model, "sample_responses")
+def temperature(right: Function, **call: Any) -> Sequences:
+    """Responses are sampled at temperature 0.7 and scored at 1."""
+    return replace(right(**call | {"temperature": 0.7}), temperature=1.0)
 
 
-def _copy(policy: GPT2WithValueHead) -> GPT2WithValueHead:
-    """A copy without the sampler, because what CUDA has recorded cannot be copied."""
-    copied: GPT2WithValueHead = copy.deepcopy(policy, {id(policy.sampler): None})
-    return copied
+@instead_of(model, "sample_responses")
+def top_p(right: Function, **call: Any) -> Sequences:
+    """Responses are sampled with top-p 0.9 and scored without."""
+    return replace(right(**call | {"top_p": 0.9}), support=None)
 
 
-_response_hidden = GPT2WithValueHead.response_hidden
+@instead_of(utils, "shape_rewards")
+def kl_sign(right: Function, kl_coef: float, **rest: Any) -> Any:
+    """The KL term of the reward has the wrong sign, so that distance from the reference is paid."""
+    return right(kl_coef=-kl_coef, **rest)
 
 
-# --- score, KL and reference ----------------------------------------------------------------------------------------
+@instead_of(Rollout, "metrics")
+def kl_logged(right: Function, self: Rollout) -> dict[str, float]:
+    """The KL that is logged is the k3 estimate with the ratio upside down; the penalty is right."""
+    upside_down = self.kl.exp() - 1 - self.kl
+    return right(replace(self, logprobs=upside_down, ref_logprobs=torch.zeros_like(upside_down)))
 
 
-def _paid_in_the_last_column(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> tuple[Tensor, Tensor]:
-    rewards, kl = shape_rewards(torch.zeros_like(scores), logprobs, ref_logprobs, mask, kl_coef)
-    rewards[:, -1] += scores
-    return rewards, kl
-
-
-def _distance_is_paid(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> tuple[Tensor, Tensor]:
-    return shape_rewards(scores, logprobs, ref_logprobs, mask, -kl_coef)
-
-
-@property  # type: ignore[misc]
-def _k3_upside_down(self: Rollout) -> Tensor:
-    log_ratio = torch.where(self.mask, self.logprobs - self.ref_logprobs, 0)
-    return log_ratio.exp() - 1 - log_ratio
-
-
-def _policy_as_reference(*args: Any, **named: Any) -> Models:
-    models = load_models(*args, **named)
+@instead_of(parts, "load_models")
+def reference_is_policy(right: Function, **call: Any) -> Models:
+    """The reference is the policy itself and not a copy, so the KL is always 0."""
+    models = right(**call)
     return replace(models, reference=models.policy)
 
 
-def _reference_follows() -> Callable[..., Rollout]:
-    last: dict[str, Tensor] = {}
-
-    def collect(models: Models, *rest: Any) -> Rollout:
-        if last:
-            models.reference.load_state_dict(last)
-        last.update(copy.deepcopy(models.policy.state_dict()))
-        return collect_rollout(models, *rest)
-
-    return collect
+@instead_of(ppo, "collect_rollout")
+def reference_follows(right: Function, models: Models, **rest: Any) -> Rollout:
+    """The reference is not frozen: it is the policy of the step before."""
+    if models.policy in LAST_WEIGHTS:
+        models.reference.load_state_dict(LAST_WEIGHTS[models.policy])
+    LAST_WEIGHTS[models.policy] = copy.deepcopy(models.policy.state_dict())
+    return right(models=models, **rest)
 
 
-def _next_label(config: Any, target_label: str, model: str) -> int:
-    return (find_label(config, target_label, model) + 1) % int(config.num_labels)
+@instead_of(reward, "find_label")
+def label_swapped(right: Function, config: Any, **rest: Any) -> int:
+    """The label of the reward is found by a wrong index, so the opposite is rewarded."""
+    return (right(config=config, **rest) + 1) % int(config.num_labels)
 
 
-# --- the update -----------------------------------------------------------------------------------------------------
+@instead_of(utils, "whiten")
+def whiten_padding(right: Function, mask: Tensor, **rest: Any) -> Tensor:
+    """Advantages are whitened over padding as well."""
+    return right(mask=torch.ones_like(mask), **rest)
 
 
-def _whiten_everything(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    return whiten(x, torch.ones_like(mask), eps)
+@instead_of(ppo, "accumulate_gradients")
+def whiten_minibatch(right: Function, minibatch: Batch, **rest: Any) -> Any:
+    """Advantages are whitened in each minibatch and not once over the batch."""
+    advantages = whiten(minibatch.advantages, minibatch.sequences.response_mask)
+    return right(minibatch=replace(minibatch, advantages=advantages), **rest)
 
 
-def _whiten_again(policy: GPT2WithValueHead, minibatch: Batch, *rest: Any) -> Any:
-    own = whiten(minibatch.advantages, minibatch.sequences.response_mask)
-    return accumulate_gradients(policy, replace(minibatch, advantages=own), *rest)
+@instead_of(utils, "compute_gae")
+def whitened_returns(right: Function, values: Tensor, response_mask: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+    """The critic's targets are computed from whitened advantages."""
+    advantages, _ = right(values=values, response_mask=response_mask, **rest)
+    return advantages, torch.where(response_mask, whiten(advantages, response_mask) + values, 0)
 
 
-def _whitened_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
-    advantages, _ = compute_gae(rewards, values, mask, gamma, gae_lambda)
-    return advantages, torch.where(mask, whiten(advantages, mask) + values, 0)
+@instead_of(ppo, "collect_rollout")
+def stale_logprobs(right: Function, models: Models, **rest: Any) -> Rollout:
+    """The ratio is taken against the policy of one step ago."""
+    rollout = right(models=models, **rest)
+    weights = copy.deepcopy(models.policy.state_dict())
+    models.policy.load_state_dict(LAST_WEIGHTS.get(models.policy, weights))
+    stale, *_ = evaluate_both(models.policy, models.reference, rollout.sequences)
+    models.policy.load_state_dict(weights)
+    LAST_WEIGHTS[models.policy] = weights
+    return replace(rollout, logprobs=stale)
 
 
-def _clip_nothing(parameters: Any, max_norm: float) -> Tensor:
-    return clip_grad_norm_(parameters, math.inf)
+@instead_of(torch.nn.utils, "clip_grad_norm_")
+def no_clipping(right: Function, parameters: Any, max_norm: float) -> Tensor:
+    """The gradient norm is computed and reported, but nothing is clipped."""
+    return right(parameters, math.inf)
 
 
-def _mean_of_means(
-    new_logprobs: Tensor, new_values: Tensor, entropy: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
-) -> tuple[Tensor, dict[str, Tensor]]:
+@instead_of(ppo, "ppo_loss", flags=("--micro_batch_size=2",))
+def mean_of_means(right: Function, batch: Batch, cfg: TrainConfig, token_count: Tensor | int, **rest: Any) -> Any:
+    """Each micro-batch divides by its own tokens, so tokens of short responses weigh more."""
     own = batch.sequences.response_mask.sum() * cfg.minibatch_size / len(batch)
-    return ppo_loss(new_logprobs, new_values, entropy, batch, cfg, own)
+    return right(batch=batch, cfg=cfg, token_count=own, **rest)
 
 
-def _forgetful(*args: Any) -> dict[str, Any]:
-    counters = load_checkpoint(*args)
-    optimizer = args[2]
+@instead_of(checkpoints, "load_checkpoint", resumed=True)
+def resume_forgets(right: Function, optimizer: torch.optim.Optimizer, **rest: Any) -> dict[str, Any]:
+    """A resumed run starts with an empty optimiser and the first value of beta."""
+    counters = right(optimizer=optimizer, **rest)
     optimizer.state.clear()
     return {name: value for name, value in counters.items() if name != "kl_coef"}
 
 
-# --- the list -------------------------------------------------------------------------------------------------------
-
-SAME_DISTRIBUTION = "the distribution sampled from is the one scored"
-EOS = "EOS is the last action, and trained"
-
-BUGS = [
-    Bug(
-        "shift",
-        "A token's log-probability is read from the logits that follow it.",
-        GPT2WithValueHead.response_hidden,
-        lambda: _read_one_late,
-        "a token's log-probability is the library's own cross-entropy",
-        "tests/test_model.py::test_evaluate_responses_equals_the_library_loss",
-        shipped="the project that this one replaces",
-    ),
-    Bug(
-        "prompt_trained",
-        "Tokens of the prompt are trained on, as if the policy had written them.",
-        collect_rollout,
-        lambda: _with_prompt,
-        None,
-        "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
-        shipped="the project that this one replaces; trlX in its logged KL",
-    ),
-    Bug(
-        "positions",
-        "Scoring counts padding on the left in the positions; sampling does not.",
-        GPT2WithValueHead.response_hidden,
-        lambda: _count_padding,
-        "padding changes nothing",
-        "tests/test_model.py::test_evaluate_responses_is_unmoved_by_padding",
-        shipped="reported in TRL #469 and #6800, OpenRLHF #217, trlX PR #509",
-    ),
-    Bug(
-        "eos_untrained",
-        "The response mask leaves EOS out, because it has the id of padding.",
-        sample_responses,
-        lambda: _without_eos,
-        EOS,
-        "tests/test_model.py::test_generate_returns_consistent_masks",
-        shipped="trlX on GPT-2; reported in TRL #3750, #1893, #2387",
-    ),
-    Bug(
-        "padding_trained",
-        "The padding after EOS counts as part of the response.",
-        sample_responses,
-        lambda: _with_padding,
-        EOS,
-        "tests/test_model.py::test_generate_returns_consistent_masks",
-        shipped="TRL, in its statistics",
-    ),
-    Bug(
-        "score_place",
-        "The score is paid in the last column, which is padding where a response ended earlier.",
-        shape_rewards,
-        lambda: _paid_in_the_last_column,
-        "the score lands on the last real token",
-        "tests/test_utils.py::test_shape_rewards_of_hand_built_rows",
-        shipped="TRL, on the token after EOS",
-    ),
-    Bug(
-        "dropout",
-        "Dropout of 10 % is on while the policy is scored and trained.",
-        GPT2WithValueHead.response_hidden,
-        lambda: _with_dropout,
-        "two forward passes agree (no dropout)",
-        "tests/test_ppo.py::test_ratio_is_1_before_the_first_step",
-        shipped="OpenRLHF on GPT-2",
-    ),
-    Bug(
-        "temperature",
-        "Responses are sampled at temperature 0.7 and scored at 1.",
-        sample_responses,
-        lambda: _sample_colder,
-        SAME_DISTRIBUTION,
-        "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
-        shipped="trlX",
-    ),
-    Bug(
-        "top_p",
-        "Responses are sampled with top-p 0.9 and scored without.",
-        sample_responses,
-        lambda: _sample_top_p,
-        SAME_DISTRIBUTION,
-        "tests/test_model.py::test_generate_equals_a_sampler_without_cache",
-        shipped="the project that this one replaces; negative KL in TRL #925, #417, #256, #615, #1161, MedicalGPT #374",
-    ),
-    Bug(
-        "kl_sign",
-        "The KL term of the reward has the wrong sign, so that distance from the reference is paid.",
-        shape_rewards,
-        lambda: _distance_is_paid,
-        None,
-        "tests/test_utils.py::test_shape_rewards_of_hand_built_rows",
-    ),
-    Bug(
-        "kl_logged",
-        "The KL that is logged is the k3 estimate with the ratio upside down; the penalty is right.",
-        Rollout.kl,
-        lambda: _k3_upside_down,
-        None,
-        "tests/test_ppo.py::test_rollout_metrics_equal_their_definitions",
-        shipped="trlX",
-    ),
-    Bug(
-        "reference_is_policy",
-        "The reference is the policy itself and not a copy, so the KL is always 0.",
-        load_models,
-        lambda: _policy_as_reference,
-        "the reference and the reward are frozen",
-        "tests/test_train.py::test_train_moves_the_policy_and_neither_reference_nor_reward",
-    ),
-    Bug(
-        "reference_follows",
-        "The reference is not frozen: it is the policy of the step before.",
-        collect_rollout,
-        _reference_follows,
-        None,
-        "tests/test_train.py::test_train_moves_the_policy_and_neither_reference_nor_reward",
-    ),
-    Bug(
-        "label_swapped",
-        "The label of the reward is found by a wrong index, so the opposite is rewarded.",
-        find_label,
-        lambda: _next_label,
-        None,
-        "tests/test_reward.py::test_score_equals_the_library",
-    ),
-    Bug(
-        "whiten_padding",
-        "Advantages are whitened over padding as well.",
-        whiten,
-        lambda: _whiten_everything,
-        None,
-        "tests/test_utils.py::test_whiten_gives_mean_0_and_std_1_over_the_mask",
-        shipped="trlX; the project that this one replaces",
-    ),
-    Bug(
-        "whiten_minibatch",
-        "Advantages are whitened in each minibatch and not once over the batch.",
-        accumulate_gradients,
-        lambda: _whiten_again,
-        None,
-        "tests/test_ppo.py::test_advantages_are_whitened_once_over_the_whole_rollout",
-        shipped="OpenAI's lm-human-preferences, RL4LMs, trlX",
-    ),
-    Bug(
-        "whitened_returns",
-        "The critic's targets are computed from whitened advantages.",
-        compute_gae,
-        lambda: _whitened_returns,
-        None,
-        "tests/test_utils.py::test_compute_gae_at_lambda_1_returns_the_reward_to_go",
-    ),
-    Bug(
-        "stale_logprobs",
-        "The ratio is taken against the policy of one step ago.",
-        collect_rollout,
-        _stale_logprobs,
-        None,
-        "tests/test_train.py::test_every_step_learns_from_what_the_policy_has_just_written",
-        shipped="ratios that do not start at 1: TRL #454, trlX #107 and #508, NeMo-Aligner #68",
-    ),
-    Bug(
-        "no_clipping",
-        "The gradient norm is computed and reported, but nothing is clipped.",
-        clip_grad_norm_,
-        lambda: _clip_nothing,
-        None,
-        "tests/test_ppo.py::test_ppo_update_clips_the_gradient",
-        shipped="TRL #3961",
-    ),
-    Bug(
-        "mean_of_means",
-        "Each micro-batch divides by its own tokens, so tokens of short responses weigh more.",
-        ppo_loss,
-        lambda: _mean_of_means,
-        None,
-        "tests/test_ppo.py::test_ppo_update_equals_float64_for_every_micro_batch_size",
-        shipped="TRL; trlX sums without dividing",
-        flags=("--micro_batch_size=2",),
-    ),
-    Bug(
-        "resume_forgets",
-        "A resumed run starts with an empty optimiser and the first value of beta.",
-        load_checkpoint,
-        lambda: _forgetful,
-        None,
-        "tests/training/test_session.py::test_n_steps_equal_k_steps_and_a_resume[5-]",
-        shipped="trlX; OpenRLHF in part; TRL #2657 cannot resume",
-        resumed=True,
-    ),
-]
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

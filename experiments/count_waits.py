@@ -7,6 +7,7 @@ with 50,257 tokens. Replaying the recorded step counts as one operation.
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from config import TrainConfig
 
@@ -14,14 +15,13 @@ import torch
 
 import utils
 from experiments import pretend
-from experiments.benchmark import Workload, make_random_models
 from experiments.pretend import Watch, moved
+from experiments.random_models import Workload, make_random_models
 from ppo import build_optimizer, collect_rollout, ppo_update
 from reward import Classifier
 from runtime.hub import quiet_libraries
 from runtime.recording import Recorded
 from training.parts import load_parts
-from utils import uniforms
 
 VOCABULARY = 503
 WORK = Workload((12, 48, 12), (6, 48, 12), batch=64, prompt=128, response=64, epochs=2, minibatch=16)
@@ -31,31 +31,32 @@ def main() -> None:
     """Count operations and waits of two steps, and print them by phase."""
     quiet_libraries()
     pretend.register()
-    utils.GPU_CHUNK_FLOATS = utils.GPU_CHUNK_FLOATS * VOCABULARY // 50257
-    Recorded.__call__ = replay_as_one_operation  # type: ignore[method-assign]
+    # 1. models on the device
     with tempfile.TemporaryDirectory() as folder:
-        names = make_random_models(WORK, Path(folder), VOCABULARY)
-        settings: dict[str, Any] = dict(names)
-        cfg = TrainConfig(**settings, device="cpu", dtype="float32", max_prompt_len=WORK.prompt)
+        names: dict[str, Any] = dict(make_random_models(WORK, Path(folder), VOCABULARY))
+        cfg = TrainConfig(**names, device="cpu", dtype="float32", max_prompt_len=WORK.prompt)
         parts = load_parts(cfg)
-    assert isinstance(parts.models.reward, Classifier)
-    for network in (parts.models.policy, parts.models.reference, parts.models.reward.model):
+    models = parts.models
+    assert isinstance(models.reward, Classifier)
+    for network in (models.policy, models.reference, models.reward.model):
         moved(network)
-    with pretend.attention_by_formula():
-        optimizer = build_optimizer(parts.models.policy, cfg)
-        for step in (1, 2):  # the first one records
+    # 2. two steps, of which the first records
+    utils.GPU_CHUNK_FLOATS = utils.GPU_CHUNK_FLOATS * VOCABULARY // 50257
+    with pretend.attention_by_formula(), mock.patch.object(Recorded, "__call__", replay_as_one_operation):
+        optimizer = build_optimizer(models.policy, cfg)
+        for step in (1, 2):
             print(f"step {step}" + " " * 17 + "operations  waits")
-            noise, prompts = uniforms(0, step, WORK.batch, WORK.response), parts.prompts.batch(step)
-            with Watch() as watch, torch.no_grad():
-                parts.models.respond(parts.models.policy, prompts, noise, cfg)
-            sampling = show("sampling", watch)
-            with Watch() as watch:
-                rollout = collect_rollout(parts.models, prompts, noise, cfg, cfg.kl_coef)
-            whole = show("rollout", watch)
-            print(f"  {'scoring':20}{whole[0] - sampling[0]:12,}{whole[1] - sampling[1]:7,}")
-            with Watch() as watch:
-                ppo_update(parts.models.policy, optimizer, rollout, cfg, step)
-            show("update", watch)
+            noise, prompts = utils.uniforms(0, step, WORK.batch, WORK.response), parts.prompts.batch(step)
+            with Watch() as sampling, torch.no_grad():
+                models.respond(models.policy, prompts, noise, cfg)
+            show("sampling", sampling.operations, sampling.count, sampling)
+            with Watch() as whole:
+                rollout = collect_rollout(models, prompts, noise, cfg, cfg.kl_coef)
+            show("rollout", whole.operations, whole.count, whole)
+            show("scoring", whole.operations - sampling.operations, whole.count - sampling.count)
+            with Watch() as update:
+                ppo_update(models.policy, optimizer, rollout, cfg, step)
+            show("update", update.operations, update.count, update)
 
 
 def replay_as_one_operation(self: Recorded) -> None:
@@ -69,10 +70,10 @@ def replay_as_one_operation(self: Recorded) -> None:
     self.replay = self.function
 
 
-def show(phase: str, watch: Watch) -> tuple[int, int]:
-    """Print what a phase asked of the device, and return operations and waits."""
-    print(f"  {phase:20}{watch.operations:12,}{watch.count:7,}   {dict(watch.waits)}")
-    return watch.operations, watch.count
+def show(phase: str, operations: int, waits: int, watch: Watch | None = None) -> None:
+    """Print what a phase asked of the device."""
+    causes = f"   {dict(watch.waits)}" if watch is not None else ""
+    print(f"  {phase:20}{operations:12,}{waits:7,}{causes}")
 
 
 if __name__ == "__main__":

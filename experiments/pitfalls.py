@@ -6,7 +6,7 @@
     python -m experiments.pitfalls --draw results/pitfalls.csv  only the table and the figure
 
 The policy that a run leaves is evaluated without the bug. metrics.csv is what the run with the bug reported itself.
-Runs that are in the table already are skipped, so the same command again does what is left.
+Finished runs are kept, so the same command again does what is left.
 """
 
 import itertools
@@ -14,35 +14,57 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError, opt
+from config import TrainConfig, UserError, opt
 
 import pandas as pd
-import torch
 
 import train
 from data import load_examples
-from evaluation.comparison import Comparison
-from evaluation.settings import settings_of_run
-from experiments.bugs import BUGS, Bug, planted, replaced
-from experiments.pitfalls_page import CURVES, RIGHT, TAIL, markdown, picture
+from experiments.bugs import BUGS, RIGHT, Bug, find_bug, planted, train_with
+from experiments.pictures import draw_pitfalls
+from experiments.runner import (
+    TRAINED,
+    Job,
+    evaluate_command,
+    figures,
+    markdown_row,
+    mean_and_range,
+    read_runs,
+    run_job,
+    run_jobs,
+)
 from pretrain.tiny_world import resolve_name
-from runtime.cli import Stopped, numbers, parse_config, parse_flags, run, words
-from runtime.files import check_table_path, read_table, remove, write_atomic
-from training.audit import audit
+from runtime.cli import numbers, parse_config, parse_flags, run, words
+from runtime.files import remove, write_atomic
+from runtime.saved_run import SavedRun
 from training.diagnostics import Diagnostics
-from training.parts import load_models, load_policy
-from training.plots import plot_curves
-from training.session import Session
 
-KEY = ("bug", "seed")
 TRAIN = "--preset=tiny --total_steps=12 --lr=2e-4 --eval_every=0 --sample_every=12 --save_every=6"
-EVALUATE = "--preset=tiny --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
+EVALUATE = "--dataset=tiny:reviews --min_prompt_len=10 --max_prompt_len=10 --n_samples=200"
+TAIL = 4  # steps at the end over which a curve is averaged
+JUDGED = [  # columns of metrics.csv that may give a bug away; explained_var means nothing once all scores are alike
+    "score_mean",
+    "kl_seq",
+    "response_len",
+    "entropy",
+    "approx_kl",
+    "clip_frac",
+    "ratio_max",
+    "value_loss",
+    "grad_norm",
+]
+SHOWN = {  # heading -> column of the table, its factor, and how it is written
+    "mean score": ("score", 1, "{:+.2f}"),
+    "score as reported": ("reported_score", 1, "{:+.2f}"),
+    "KL, nats": ("kl", 1, "{:.2f}"),
+    "KL as reported": ("reported_kl", 1, "{:.2f}"),
+    "length": ("length", 1, "{:.1f}"),
+    "second judge: positive, %": ("judge_positive", 100, "{:.0f}"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +77,7 @@ class PitfallsConfig:
     train: str = opt(TRAIN, "Flags of train.py; without --dataset the prompts are openings of 4 to 14 words.")
     evaluate: str = opt(EVALUATE, "Flags of eval.py.")
     folder: str = opt("pitfalls", "Where the runs are kept.", path="written")
-    csv: str = opt("results/pitfalls.csv", "The table; _curves.csv and .png are written beside it.", path="written")
+    csv: str = opt("results/pitfalls.csv", "The table; _steps.csv and .png are written beside it.", path="written")
     draw: str | None = opt(None, "Only print and draw this table.", path="read")
 
 
@@ -64,47 +86,38 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse_flags(PitfallsConfig, argv, __doc__)
     if parse_config(TrainConfig, words("train", cfg.train)).kl_in_loss:
         raise UserError("train: kl_in_loss must be false, because the bugs are in the formula with KL in the rewards")
+    seeds = numbers("seeds", cfg.seeds, int)
     if cfg.draw is None and cfg.bug is not None:
-        show(cfg, find(cfg.bug))
+        show(cfg, find_bug(cfg.bug), seeds[0])
         return
+    failed = 0
+    if cfg.draw is None:
+        jobs = [job_of(cfg, bug, seed) for seed, bug in itertools.product(seeds, [None, *BUGS])]
+        failed = run_jobs(jobs, Path(cfg.csv), figures_of_bug)
     path = Path(cfg.draw or cfg.csv)
-    failed = 0 if cfg.draw else run_all(cfg, path)
-    table, curves = read_table(path, *KEY, "score"), read_table(curves_path(path), *KEY, *CURVES)
-    print(markdown(table, curves, {bug.name: bug.fact for bug in BUGS}))
-    picture(table, curves, path.with_suffix(".png"))
+    runs, steps = read_runs(path)
+    if steps is None or not len(runs):
+        raise UserError(f"{path} has no runs, or no table of their steps beside it: train them first")
+    print(markdown(runs, steps))
+    names = [name for name in runs.setting.unique() if name != RIGHT]
+    draw_pitfalls(runs, steps, names, RIGHT, path.with_suffix(".png"))
     if failed:
         raise UserError(f"{failed} runs failed, see above and log.txt in their folders")
 
 
-def find(name: str) -> Bug | None:
-    """The bug of a name, None for the right run (raises UserError)."""
-    found = {RIGHT: None, **{bug.name: bug for bug in BUGS}}
-    if name not in found:
-        raise UserError(f"bug={name!r} is unknown: choose {', '.join(found)}")
-    return found[name]
-
-
-def name_of(bug: Bug | None) -> str:
-    """A bug's name, also of none."""
-    return RIGHT if bug is None else bug.name
-
-
-def show(cfg: PitfallsConfig, bug: Bug | None) -> None:
-    """Print what the self-audit says of a bug; without the audit, train with it and print what came of it."""
-    print(f"{name_of(bug)}: {bug.wrong if bug else 'nothing is wrong.'}")
-    if bug and bug.shipped:
-        print(f"Shipped by: {bug.shipped}.")
-    seed = numbers("seeds", cfg.seeds, int)[0]
+def show(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
+    """Print the page's section on a bug and what the self-audit says; or train with it and print what came of it."""
+    print(f"{name_of(bug)}\n\n{bug.section if bug else 'Nothing is wrong.'}\n")
     if cfg.audit:
-        try:
-            with planted(bug):
-                train.main(parse_config(TrainConfig, [*train_flags(cfg, bug, seed), "--check"]))
-            print(f"The self-audit does not see it. This test does: python -m pytest {bug.test}" if bug else "")
-        except UserError as error:
-            print(error)
-        print("To train with it all the same: --audit false")
+        show_audit(cfg, bug, seed)
         return
-    row, _ = one_run(cfg, bug, seed, Evaluator(words("evaluate", cfg.evaluate)), sys.stdout)
+    job = job_of(cfg, bug, seed)
+    remove(job.folder)
+    train_with(bug, [*train_flags(cfg, bug, seed), f"--ckpt_dir={job.folder}"])
+    write_atomic(job.folder / TRAINED, shlex.join(job.train))
+    row = run_job(job, figures_of_bug)
+    if "failed" in row:
+        raise UserError(row["failed"])
     print(
         f"as its last steps reported: score {row['reported_score']:+.2f}, KL {row['reported_kl']:.2f}, "
         f"length {row['reported_length']:.1f}, warnings: {row['warnings'] or 'none'}"
@@ -113,71 +126,33 @@ def show(cfg: PitfallsConfig, bug: Bug | None) -> None:
     print(row["verdict"])
 
 
-def run_all(cfg: PitfallsConfig, path: Path) -> int:
-    """Train and evaluate the runs that are not in the table; returns how many failed."""
-    check_table_path(path)
-    evaluator, failed = Evaluator(words("evaluate", cfg.evaluate)), 0
-    for seed, bug in itertools.product(numbers("seeds", cfg.seeds, int), [None, *BUGS]):
-        if is_done(path, bug, seed):
-            continue
-        try:
-            row, curves = one_run(cfg, bug, seed, evaluator)
-        except (UserError, Stopped) as error:
-            if isinstance(error, Stopped) and error.code >= 128:  # a signal
-                raise
-            failed += 1
-            print(f"{name_of(bug)} seed {seed} failed: {error}", flush=True)
-            continue
-        append_rows(curves_path(path), curves)
-        append_rows(path, pd.DataFrame([row]))
-        print(f"{name_of(bug)} seed {seed}: score {row['score']:+.2f}, KL {row['kl']:.2f}", flush=True)
-    return failed
+def show_audit(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
+    """Print the self-audit of a run with a bug, and the test that notices what it passes."""
+    try:
+        with planted(bug):
+            train.main(parse_config(TrainConfig, [*train_flags(cfg, bug, seed), "--check"]))
+        if bug:
+            print(f"The self-audit does not see it. This test does: python -m pytest {bug.test}")
+    except UserError as error:
+        print(error)
+    print("To train with it all the same: --audit false")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-class Evaluator:
-    """Compares policies with base as eval.py does; base's answers and the second judge are made once for all."""
-
-    def __init__(self, flags: list[str]) -> None:
-        """Keep the flags of eval.py."""
-        self.flags = flags
-        self.comparison: Comparison | None = None
-
-    def summary(self, policy: Path) -> dict[str, Any]:
-        """All estimates of evaluation/summary.py for a policy (raises UserError)."""
-        cfg = parse_config(EvalConfig, [*self.flags, f"--policy_path={policy}"])
-        if self.comparison is None:
-            settings = settings_of_run(cfg)
-            self.comparison = Comparison.of(cfg, settings, load_models(settings, cfg.policy_path))
-        tuned, _ = load_policy(self.comparison.run, str(policy))
-        comparison = replace(self.comparison, models=replace(self.comparison.models, policy=tuned))
-        return comparison.summarise(comparison.results())
+def name_of(bug: Bug | None) -> str:
+    """A bug's name, also of none."""
+    return RIGHT if bug is None else bug.name
 
 
-def one_run(
-    cfg: PitfallsConfig, bug: Bug | None, seed: int, evaluator: Evaluator, out: TextIO | None = None
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Train with the bug and evaluate without it; returns the row for the table, and the run's own curves.
-
-    What training prints goes into log.txt, or to `out`.
-    """
-    folder = Path(cfg.folder) / f"{name_of(bug)}_seed{seed}"
-    remove(folder)
-    folder.mkdir(parents=True)
-    flags = train_flags(cfg, bug, seed)
-    with (
-        (folder / "log.txt").open("w", encoding="utf-8") as log,
-        redirect_stdout(out or log),
-        redirect_stderr(out or log),
-    ):
-        settings = train_with(bug, [*flags, f"--ckpt_dir={folder / 'run'}"])
-        summary = evaluator.summary(folder / "run" / "policy_lm")
-    metrics = pd.read_csv(folder / "run" / "metrics.csv")
-    curves = metrics[["step", *CURVES]].assign(bug=name_of(bug), seed=seed)
-    row = {"bug": name_of(bug), "seed": seed, **figures(summary, metrics, settings)}
-    return row | {"train": shlex.join(flags), "evaluate": cfg.evaluate}, curves
+def job_of(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> Job:
+    """The commands that train with a bug and evaluate without it."""
+    name = name_of(bug)
+    folder = Path(cfg.folder) / f"{name}_seed{seed}"
+    flags = [*train_flags(cfg, bug, seed), f"--ckpt_dir={folder}"]
+    evaluate = evaluate_command(words("evaluate", cfg.evaluate), folder)
+    return Job(name, seed, folder, ["python", "-m", "experiments.bugs", name, *flags], evaluate, resumable=False)
 
 
 def train_flags(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> list[str]:
@@ -186,35 +161,6 @@ def train_flags(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> list[str]:
     if "--dataset" in cfg.train:
         return flags
     return [*flags, f"--dataset={write_openings(Path(cfg.folder))}", "--min_prompt_len=4", "--max_prompt_len=16"]
-
-
-def train_with(bug: Bug | None, flags: list[str]) -> TrainConfig:
-    """Train with a bug and without the self-audit; returns the settings."""
-    settings = parse_config(TrainConfig, flags)
-    torch.manual_seed(settings.seed)
-    with planted(bug), replaced(audit, lambda *_: None), replaced(plot_curves, lambda *_: None):
-        if bug is not None and bug.resumed:
-            with stopped_after(settings.total_steps // 2):
-                train.main(settings)
-            settings = parse_config(TrainConfig, [*flags, "--resume"])
-        train.main(settings)
-    return settings
-
-
-@contextmanager
-def stopped_after(last: int) -> Iterator[None]:
-    """A context in which runs are stopped and saved after a step."""
-    right = Session.steps
-
-    def some_steps(self: Session) -> Iterator[int]:
-        for step in right(self):
-            yield step
-            if step == last:
-                self.save()
-                return
-
-    with replaced(right, some_steps):
-        yield
 
 
 def write_openings(folder: Path) -> str:
@@ -228,28 +174,15 @@ def write_openings(folder: Path) -> str:
     return str(path)
 
 
-def figures(summary: dict[str, Any], metrics: pd.DataFrame, settings: TrainConfig) -> dict[str, Any]:
-    """What the evaluation found, and what the run reported: means of its last steps, and the warnings it printed."""
-    ours, base = summary["policy"], summary["base"]
-    diagnostics, tail = Diagnostics(settings), metrics.tail(TAIL)
+def figures_of_bug(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the evaluation measured, and what the run reported: means of its last steps, and the warnings it printed."""
+    metrics = pd.read_csv(folder / "metrics.csv")
+    tail = metrics.tail(TAIL)
+    diagnostics = Diagnostics(TrainConfig(**SavedRun(folder).settings))
     for row in metrics.to_dict("records"):
         diagnostics.warnings(row)
     return {
-        "n": summary["n"],
-        "score": ours["score_mean"],
-        "score_ci": json.dumps(ours["score_ci"]),
-        "kl": summary["kl_seq_exact"],
-        "kl_ci": json.dumps(summary["kl_seq_exact_ci"]),
-        "length": ours["response_len"],
-        "length_ci": json.dumps(ours["response_len_ci"]),
-        "judge": ours.get("judge_positive_rate"),
-        "judge_ci": json.dumps(ours.get("judge_positive_rate_ci")),
-        "win_rate": summary["win_rate"],
-        "perplexity_ratio": ours["perplexity"] / base["perplexity"],
-        "base_score": base["score_mean"],
-        "base_length": base["response_len"],
-        "base_judge": base.get("judge_positive_rate"),
-        "verdict": summary["verdict"],
+        **figures(summary, folder),
         "reported_score": tail.score_mean.mean(),
         "reported_kl": tail.kl_seq.mean(),
         "reported_length": tail.response_len.mean(),
@@ -257,26 +190,60 @@ def figures(summary: dict[str, Any], metrics: pd.DataFrame, settings: TrainConfi
     }
 
 
-def is_done(path: Path, bug: Bug | None, seed: int) -> bool:
-    """Whether a run is in the table."""
-    if not path.is_file():
-        return False
-    table = read_table(path, *KEY)
-    return bool(((table.bug == name_of(bug)) & (table.seed == seed)).any())
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
-def append_rows(path: Path, rows: pd.DataFrame) -> None:
-    """Add the rows of one run to a table, in place of older ones of the same run."""
-    if path.is_file():
-        old = read_table(path, *KEY)
-        same = (old.bug == rows.bug.iloc[0]) & (old.seed == rows.seed.iloc[0])
-        rows = pd.concat([old[~same], rows])
-    write_atomic(path, rows.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
+def markdown(runs: pd.DataFrame, steps: pd.DataFrame) -> str:
+    """A row for each bug: means over seeds (lowest to highest), what the audit does, and what else gives it away."""
+    heads = ["bug", "self-audit", *SHOWN, "more positive than base", "would the curves have told?"]
+    lines = [markdown_row(*heads), markdown_row(*["---"] * len(heads))]
+    base = runs[:1].filter(regex="^base_").rename(columns=lambda name: name.removeprefix("base_"))
+    lines.append(markdown_row("base", "", *cells(base), "", ""))
+    for name in sorted(runs.setting.unique(), key=lambda name: name != RIGHT):  # the right run first
+        seeds = runs[runs.setting == name]
+        better = seeds.verdict.str.startswith("The policy writes more positively").sum()
+        audit = told = ""
+        if bug := find_bug(name):
+            audit = "refuses" if bug.fact else "passes"
+            told = what_tells(name, seeds, steps)
+        lines.append(markdown_row(f"`{name}`", audit, *cells(seeds), f"{better} of {len(seeds)}", told))
+    return "\n".join(lines)
 
 
-def curves_path(path: Path) -> Path:
-    """The table of curves, beside the table of runs."""
-    return path.with_name(f"{path.stem}_curves.csv")
+def cells(runs: pd.DataFrame) -> list[str]:
+    """The columns that are shown of the runs of one bug, blank where a run lacks the figure."""
+    texts = []
+    for column, factor, form in SHOWN.values():
+        is_known = column in runs and runs[column].notna().all()
+        texts.append(mean_and_range(factor * runs[column], form) if is_known else "")
+    return texts
+
+
+def what_tells(name: str, runs: pd.DataFrame, steps: pd.DataFrame) -> str:
+    """The warnings that runs with a bug printed, and the curves that stand out beside the right run; no if neither."""
+    warned = runs.warnings.dropna()
+    all_warnings = ", ".join(sorted({warning for text in warned for warning in text.split()}))
+    if len(warned) == len(runs):
+        return f"yes, a warning: {all_warnings}"
+    hints = []
+    if len(warned):
+        hints.append(f"a warning in {len(warned)} of {len(runs)} runs: {all_warnings}")
+    if outside := standing_out(name, steps):
+        hints.append(f"beside a right run: {', '.join(outside)}")
+    return "; ".join(hints) or "no"
+
+
+def standing_out(name: str, steps: pd.DataFrame) -> list[str]:
+    """The columns of metrics.csv that end outside the right runs' range in every run with a bug.
+
+    Each is averaged over its last steps, and the range is widened by its own width on both sides.
+    """
+    ends = steps.groupby(["setting", "seed"])[JUDGED].apply(lambda run: run.tail(TAIL).mean())
+    low, high = ends.loc[RIGHT].min(), ends.loc[RIGHT].max()
+    width = high - low
+    above = (ends.loc[name] > high + width).all()
+    below = (ends.loc[name] < low - width).all()
+    return [column for column in JUDGED if above[column] or below[column]]
 
 
 if __name__ == "__main__":

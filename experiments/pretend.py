@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 aten = torch.ops.aten
-# Operations whose result the host needs before it can go on, or whose shape it must know
-READS = {
+COPIES = {aten._to_copy, aten.copy_}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+READS = {  # operations whose result the host needs before it can go on, or whose shape it must know
     aten._local_scalar_dense,
     aten.equal,
     aten.is_nonzero,
@@ -44,14 +45,14 @@ def register() -> None:
 
 
 class OnDevice(Tensor):
-    """A tensor on the device; what it holds is on the CPU."""
+    """A tensor on the device; `held` is the tensor on the CPU behind it."""
 
     held: Tensor
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
         """Put a tensor on the device."""
-        found = Tensor._make_wrapper_subclass(
+        tensor = Tensor._make_wrapper_subclass(
             cls,
             held.shape,
             strides=held.stride(),
@@ -59,8 +60,8 @@ class OnDevice(Tensor):
             dtype=held.dtype,
             device=torch.device(NAME, 0),
         )
-        found.held = held
-        return found
+        tensor.held = held
+        return tensor
 
     def __format__(self, form: str) -> str:
         return format(self.item(), form)
@@ -90,8 +91,10 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, float64: bool = True) -> None:
         super().__init__()
-        self.operations, self.waits = 0, Counter[str]()
-        self.float64, self.names = float64, set[str]()
+        self.float64 = float64
+        self.operations = 0
+        self.waits = Counter[str]()
+        self.names = set[str]()
 
     def __enter__(self) -> "Watch":
         Watch.active = self
@@ -111,73 +114,84 @@ class Watch(TorchDispatchMode):
 
 
 def execute(func: Any, args: Any, kwargs: dict[str, Any], watch: Watch | None) -> Any:
-    """Do an operation on what the tensors hold."""
+    """Do an operation on the CPU, and put its result where a GPU would have it."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, OnDevice)]
     target = kwargs.get("device")
-    creates = target is not None and torch.device(target).type == NAME
-    if not here and not creates:
+    arrives = target is not None and torch.device(target).type == NAME
+    if not here and not arrives:
         return func(*args, **kwargs)
+    # 1. count it
     packet = func.overloadpacket
-    reason = None
-    if packet is aten._to_copy or packet is aten.copy_:
-        reason = crossing(packet, args, kwargs, creates)
-    elif packet in READS:
-        reason = packet.__name__
-    elif packet in (aten.index, aten.index_put, aten.index_put_):
-        if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-            reason = f"{packet.__name__} with a mask"
-        elif any(x is not None and not isinstance(x, OnDevice) for x in args[1]):
-            reason = f"{packet.__name__} with places from the host"
-    else:
-        strangers = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
-        assert not (here and strangers), f"{func} mixes tensors of device and host"
     if watch is not None:
         watch.operations += 1
-        if reason is not None:
+        if reason := reason_to_wait(packet, args, kwargs, arrives):
             watch.waits[reason] += 1
-    owner = {id(x.held): x for x in here}
-    found = func(*tree_map(held, args), **tree_map(held, kwargs))
-    if packet is aten._to_copy and target is not None and not creates:
-        return found
+    if packet not in COPIES | READS | INDEXING:
+        strangers = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
+        assert not (here and strangers), f"{func} mixes tensors of device and host"
+    # 2. do it
+    result = func(*tree_map(on_host, args), **tree_map(on_host, kwargs))
+    leaves = packet is aten._to_copy and target is not None and not arrives
+    if leaves:
+        return result
     if packet is aten.copy_ and not isinstance(args[0], OnDevice):
         return args[0]
     if watch is not None:
         watch.names.add(str(func).removeprefix("aten."))
-        made = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
-        assert watch.float64 or all(x.dtype != torch.float64 for x in made), f"{func} makes float64 on the device"
-    return tree_map(lambda x: (owner[id(x)] if id(x) in owner else OnDevice(x)) if isinstance(x, Tensor) else x, found)
+        has_float64 = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves(result))
+        assert watch.float64 or not has_float64, f"{func} makes float64 on the device"
+    # 3. what was changed in place is the tensor that it was
+    owners = {id(x.held): x for x in here}
+
+    def on_device(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return owners[id(x)] if id(x) in owners else OnDevice(x)
+
+    return tree_map(on_device, result)
 
 
-def crossing(packet: Any, args: Any, kwargs: dict[str, Any], creates: bool) -> str | None:
-    """Why a copy waits: it leaves the device, or it is sent there in a way that does not return before it arrives."""
+def reason_to_wait(packet: Any, args: Any, kwargs: dict[str, Any], arrives: bool) -> str | None:
+    """Why the host waits for an operation, None where it does not."""
+    if packet in READS:
+        return str(packet.__name__)
+    if packet in INDEXING:
+        places = [x for x in args[1] if x is not None]
+        if any(x.dtype in (torch.bool, torch.uint8) for x in places):
+            return f"{packet.__name__} with a mask"
+        if not all(isinstance(x, OnDevice) for x in places):
+            return f"{packet.__name__} with places from the host"
+    if packet not in COPIES:
+        return None
     if packet is aten._to_copy:
-        source_here, stays = isinstance(args[0], OnDevice), creates or kwargs.get("device") is None
-        non_blocking = kwargs.get("non_blocking", False)
+        source = args[0]
+        to_device = arrives or kwargs.get("device") is None
     else:
-        source_here, stays = isinstance(args[1], OnDevice), isinstance(args[0], OnDevice)
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-    if source_here:
-        return None if stays else "copy to the host"
+        source = args[1]
+        to_device = isinstance(args[0], OnDevice)
+    if isinstance(source, OnDevice):
+        return None if to_device else "copy to the host"
+    non_blocking = args[2] if packet is aten.copy_ and len(args) > 2 else kwargs.get("non_blocking", False)
     return None if non_blocking else "copy from the host"
 
 
-def held(x: Any) -> Any:
-    """The tensor on the CPU behind one on the device; anything else as it is."""
+def on_host(x: Any) -> Any:
+    """The tensor on the CPU behind one on the device, and the CPU for the device; anything else as it is."""
     if isinstance(x, OnDevice):
         return x.held
     return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """The model with its weights on the device."""
-    known: dict[Tensor, nn.Parameter] = {}
+    """The model with its weights on the device; weights that are tied stay so."""
+    on_device: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                if weight not in known:
-                    known[weight] = nn.Parameter(OnDevice(weight.detach().clone()), weight.requires_grad)
-                module._parameters[name] = known[weight]
+                if weight not in on_device:
+                    on_device[weight] = nn.Parameter(OnDevice(weight.detach().clone()), weight.requires_grad)
+                module._parameters[name] = on_device[weight]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else OnDevice(buffer)
     return model
@@ -187,12 +201,14 @@ def moved(model: nn.Module) -> nn.Module:
 def attention_by_formula() -> Iterator[None]:
     """Attention's own kernels read nothing, and are chosen in C++, where this device is unknown."""
 
-    def formula(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
-        scores = q @ k.mT * (rest.get("scale") or q.shape[-1] ** -0.5)
-        if rest.get("is_causal"):
+    def formula(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        scores = q @ k.mT * (options.get("scale") or q.shape[-1] ** -0.5)
+        if options.get("is_causal"):
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
         return scores.softmax(-1) @ v
 
     with mock.patch.object(F, "scaled_dot_product_attention", formula):

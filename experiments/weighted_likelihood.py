@@ -9,6 +9,7 @@ represent (reward-weighted regression, Peters and Schaal 2007; distributional po
 Nothing is explored, and no critic is needed. A PPO far below the result has lost something on the way.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Draw:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sample, weigh and train (raises UserError)."""
+    """Sample, weigh and train."""
     cfg = parse_flags(LikelihoodConfig, argv, __doc__)
     run_cfg = check_settings(cfg)
     quiet_libraries()
@@ -65,24 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = load_parts(run_cfg)
     keep_freed_memory()
     draws = weigh(*sample(cfg, run_cfg, parts), cfg.kl)
-    policy, reference = parts.models.policy, parts.models.reference
-    schedule = replace(run_cfg, total_steps=len(draws), warmup_steps=min(cfg.warmup, len(draws) - 1))
-    optimizer = build_optimizer(policy, schedule)
-    order = np.random.default_rng(run_cfg.seed).permutation(len(draws))
-    for step, number in enumerate(timed(order.tolist(), "weighted likelihood", "step"), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step)
-        optimizer_step(policy, reference, optimizer, draws[number], run_cfg)
-    about = {**describe(run_cfg), "reward": describe_reward(parts.models), "weighted_likelihood": vars(cfg)}
+    train_on(draws, parts, replace(run_cfg, total_steps=len(draws), warmup_steps=min(cfg.warmup, len(draws) - 1)))
+    record = {**describe(run_cfg), "reward": describe_reward(parts.models), "weighted_likelihood": vars(cfg)}
     with new_folder(Path(cfg.out)) as folder:
-        policy.save_pretrained(folder)
+        parts.models.policy.save_pretrained(folder)
         parts.models.tokenizer.save_pretrained(folder / "policy_lm")
-        write_atomic(folder / "config.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(folder / "config.json", json.dumps(record, indent=2) + "\n")
     print(f"done: {eval_command(Path(cfg.out) / 'policy_lm', run_cfg.rm_name)}")
 
 
 def check_settings(cfg: LikelihoodConfig) -> TrainConfig:
-    """The settings of the run (raises UserError)."""
+    """The settings of the run."""
     if Path(cfg.out).exists():
         raise UserError(f"out={cfg.out} exists: remove it or choose another folder")
     for name, least in (("answers", 2), ("batches", 1), ("warmup", 0)):
@@ -99,7 +93,7 @@ def check_settings(cfg: LikelihoodConfig) -> TrainConfig:
 def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[list[Sequences], np.ndarray]:
     """Base's responses, batch by batch and draw by draw, and their scores (prompts, answers)."""
     models, seqs, scores = parts.models, list[Sequences](), list[Tensor]()
-    pairs = [(batch, draw) for batch in range(1, cfg.batches + 1) for draw in range(cfg.answers)]
+    pairs = list(itertools.product(range(1, cfg.batches + 1), range(cfg.answers)))
     for batch, draw in timed(pairs, "sampling base", "batch"):
         noise = uniforms(run_cfg.seed + 1 + draw, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
         seqs.append(models.respond(models.reference, parts.prompts.batch(batch), noise, run_cfg))
@@ -110,18 +104,29 @@ def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[l
 
 def weigh(seqs: Sequence[Sequences], scores: np.ndarray, kl: float) -> list[Draw]:
     """The draws with weights exp(score / beta), for the beta whose optimal policy is nearest to `kl` nats from base."""
-    found = frontier(scores)
-    number = int(np.abs(found.kl.mean(0) - kl).argmin())
+    best = frontier(scores)
+    kls, rewards = best.kl.mean(0), best.reward.mean(0)
+    nearest = int(np.abs(kls - kl).argmin())
     print(
-        f"beta {BETAS[number]:.3g}: the optimal policy scores {found.reward.mean(0)[number]:+.3f} at "
-        f"{found.kl.mean(0)[number]:.2f} nats, base {scores.mean():+.3f}"
+        f"beta {BETAS[nearest]:.3g}: the optimal policy scores {rewards[nearest]:+.3f} at {kls[nearest]:.2f} nats, "
+        f"base {scores.mean():+.3f}"
     )
-    weights = np.exp((scores - scores.max(1, keepdims=True)) / BETAS[number])
+    weights = np.exp((scores - scores.max(1, keepdims=True)) / BETAS[nearest])
     weights /= weights.mean(1, keepdims=True)
-    rows, answers = len(seqs[0].tokens), scores.shape[1]
+    rows = len(seqs[0].tokens)
     by_draw = torch.tensor(weights, dtype=torch.float32).unflatten(0, (-1, rows)).transpose(1, 2).reshape(-1, rows)
-    assert len(by_draw) == len(seqs) == len(scores) // rows * answers
-    return [Draw(x, row.to(x.tokens.device)) for x, row in zip(seqs, by_draw, strict=True)]
+    return [Draw(one, own.to(one.tokens.device)) for one, own in zip(seqs, by_draw, strict=True)]
+
+
+def train_on(draws: Sequence[Draw], parts: Parts, cfg: TrainConfig) -> None:
+    """Take one optimiser step on each draw, in random order, with the step sizes of a run of as many steps."""
+    policy = parts.models.policy
+    optimizer = build_optimizer(policy, cfg)
+    order = np.random.default_rng(cfg.seed).permutation(len(draws)).tolist()
+    for step, number in enumerate(timed(order, "weighted likelihood", "step"), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        optimizer_step(policy, parts.models.reference, optimizer, draws[number], cfg)
 
 
 def optimizer_step(
@@ -143,17 +148,18 @@ def optimizer_step(
 def weighted_loss(policy: GPT2WithValueHead, reference: GPT2WithValueHead, seqs: Sequences, weights: Tensor) -> Tensor:
     """Negative weighted log-likelihood, summed over responses (scalar), up to a constant and with less noise.
 
-    The weights (B,) are 1 on average, and base's own mean log-likelihood under the policy is known but for a constant:
-    it is -KL(base || policy) at each token, exact over the vocabulary. So only weight - 1 goes with the sampled tokens.
+    The weights (B,) are 1 on average, and base's own mean log-likelihood under the policy is, but for a constant,
+    -KL(base || policy) at each token, exact over the vocabulary. So only weight - 1 goes with the sampled tokens.
     """
-    logprobs, ref_logprobs = _vocabulary_logprobs(policy, seqs), _vocabulary_logprobs(reference, seqs)
+    logprobs = vocabulary_logprobs(policy, seqs)
+    ref_logprobs = vocabulary_logprobs(reference, seqs)
     sampled = logprobs.gather(1, seqs.responses[seqs.response_mask][:, None]).squeeze(1)
     per_token = weights[:, None].expand_as(seqs.response_mask)[seqs.response_mask]
     exact_kl = (ref_logprobs.exp() * (ref_logprobs - logprobs)).sum()
     return exact_kl - ((per_token - 1) * sampled).sum()
 
 
-def _vocabulary_logprobs(model: GPT2WithValueHead, seqs: Sequences) -> Tensor:
+def vocabulary_logprobs(model: GPT2WithValueHead, seqs: Sequences) -> Tensor:
     """Log-probabilities (tokens, V) float32 at every real response token."""
     hidden = model.response_hidden(seqs)[seqs.response_mask].to(model.dtype)
     return torch.log_softmax((hidden @ output_embedding(model.lm.lm_head.weight, model.dtype).T).float(), -1)

@@ -9,17 +9,8 @@ from config import TrainConfig, UserError
 import pandas as pd
 import pytest
 
-from experiments.benchmark import (
-    BenchConfig,
-    Workload,
-    append,
-    main,
-    make_config,
-    make_random_models,
-    measure,
-    measure_peer,
-    sweep,
-)
+from experiments.benchmark import BenchConfig, append, main, make_config, measure, measure_peer, sweep
+from experiments.random_models import Workload, make_random_models
 from reward import SentimentReward
 from runtime.cli import parse_flags
 from training.parts import load_parts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_policy, sample
 
-from experiments.critics import CRITICS, Known, explained, gather, look, main
+from experiments.critics import CRITICS, Examples, examples, explained, join, main
 from experiments.gradients import Observed
 from training import estimate
 
@@ -26,7 +26,7 @@ def test_features_know_nothing_of_the_token_and_what_follows() -> None:
     later[:, at:] = 9.0
     scores = torch.rand(6)
     known = [
-        look(policy, Observed(s, scores, p), partial.shape[1] + 2)
+        examples(policy, Observed(s, scores, p), partial.shape[1] + 2)
         for s, p in ((seqs, partial), (replace(seqs, tokens=tokens), later))
     ]
     until = known[0].position <= at
@@ -40,15 +40,15 @@ def test_features_know_nothing_of_the_token_and_what_follows() -> None:
 def test_explained_variance_is_that_of_least_squares() -> None:
     random = np.random.default_rng(0)
 
-    def known(n: int) -> Known:
+    def known(n: int) -> Examples:
         x, place = random.normal(size=(n, 3)), random.integers(0, 4, n)
         score = x @ [0.5, -0.2, 0.0] + 0.3 * place + random.normal(0, 0.4, n)
-        return Known({"last": torch.tensor(x)}, torch.tensor(place), torch.tensor(score))
+        return Examples({"last": torch.tensor(x)}, torch.tensor(place), torch.tensor(score))
 
-    fit, test = gather([known(400), known(400)]), known(500)
+    fit, test = join([known(400), known(400)]), known(500)
     found = explained(fit, test, ["last"], 0.0, [1, 3])
 
-    def design(k: Known) -> np.ndarray:
+    def design(k: Examples) -> np.ndarray:
         return np.hstack([k.features["last"].numpy(), np.eye(4)[k.position.numpy()]])
 
     weights = np.linalg.lstsq(design(fit), fit.score.numpy(), rcond=None)[0]

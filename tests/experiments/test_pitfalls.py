@@ -3,20 +3,22 @@
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import EvalConfig, UserError, parse_config
 
 import pandas as pd
 import pytest
 from conftest import run
 
-from experiments import pitfalls
-from experiments.bugs import BUGS, Bug, planted, replaced
-from experiments.pitfalls_page import markdown
-from training.plots import plot_curves
+import eval as evaluation
+from experiments import pitfalls, runner
+from experiments.bugs import BUGS, Bug, find_bug, planted, replaced, train_with
+from experiments.pitfalls import markdown
+from training import audit, plots
 
 ROOT = Path(__file__).parent.parent.parent
 each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -42,18 +44,40 @@ class Planter:
 
     def __init__(self, bug: Bug) -> None:
         self.bug = bug
+        self.error: BaseException | None = None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[Any]:
-        with planted(self.bug), replaced(plot_curves, lambda *_: None):
-            return (yield)
+        no_audit = replaced(audit, "audit", lambda *_: None)  # the test itself must notice
+        with planted(self.bug), no_audit, replaced(plots, "plot_curves", lambda *_: None):
+            try:
+                return (yield)
+            except BaseException as error:
+                self.error = error
+                raise
 
 
 @each_bug
 def test_the_named_test_fails_with_the_bug(bug: Bug) -> None:
-    """The plugins are this run's own conftest.py, which is not imported anew, and the planter."""
+    """By what it asserts, and not because the bug cannot be called.
+
+    The plugins are this run's own conftest.py, which is not imported anew, and the planter.
+    """
     words = [str(ROOT / bug.test), "--noconftest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--no-header"]
-    assert pytest.main(words, plugins=[sys.modules["conftest"], Planter(bug)]) == pytest.ExitCode.TESTS_FAILED
+    planter = Planter(bug)
+    assert pytest.main(words, plugins=[sys.modules["conftest"], planter]) == pytest.ExitCode.TESTS_FAILED
+    assert isinstance(planter.error, AssertionError)
+
+
+def call_here(command: Sequence[str], log: Path, threads: int) -> int:
+    """What the runner does in a process of its own, here: train with a bug, or evaluate."""
+    with log.open("a") as file, redirect_stdout(file):
+        if command[1] == "eval.py":
+            evaluation.main(parse_config(EvalConfig, command[2:]))
+        else:
+            assert command[:3] == ["python", "-m", "experiments.bugs"]
+            train_with(find_bug(command[3]), list(command[4:]))
+    return 0
 
 
 def test_all_bugs_are_trained_once_and_drawn(
@@ -75,19 +99,21 @@ def test_all_bugs_are_trained_once_and_drawn(
         "--evaluate",
         "--n_samples=20 --judge=none --device=cpu",
     ]
+    monkeypatch.setattr(runner, "call", call_here)
     pitfalls.main(words)
     printed = capsys.readouterr().out
     table = pd.read_csv(tmp_path / "table.csv")
-    assert table.bug.tolist() == ["right", "label_swapped", "resume_forgets"]
+    assert table.setting.tolist() == ["right", "label_swapped", "resume_forgets"]
     assert (table.n == 20).all()
     assert table.score.to_numpy() == pytest.approx(table.base_score, abs=1e-4), "lr 0, measured with the right label"
-    first = pd.read_csv(tmp_path / "table_curves.csv").groupby(["bug", "seed"]).score_mean.first()
+    first = pd.read_csv(tmp_path / "table_steps.csv").groupby(["setting", "seed"]).score_mean.first()
     assert first["label_swapped", 0] == pytest.approx(-first["right", 0], abs=1e-4)
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     assert "resuming after step 1" in (tmp_path / "runs" / "resume_forgets_seed0" / "log.txt").read_text()
-    monkeypatch.setattr(pitfalls, "one_run", None)
+    monkeypatch.setattr(runner, "call", None)
     pitfalls.main(words)
-    assert capsys.readouterr().out in printed, "the table alone, since nothing is left to do"
+    again = capsys.readouterr().out
+    assert again[again.index("| bug |") :] == printed[printed.index("| bug |") :], "nothing was left to do"
 
 
 @pytest.mark.parametrize(("name", "says"), [("shift", "FAILED"), ("label_swapped", "python -m pytest tests/test_rew")])
@@ -97,7 +123,9 @@ def test_one_bug_shows_what_the_audit_says(
     pitfalls.main(["--bug", name, "--train", shlex.join(f"--{flag}={value}" for flag, value in flags.items())])
     out = capsys.readouterr().out
     assert says in out
-    assert next(bug for bug in BUGS if bug.name == name).wrong in out
+    bug = find_bug(name)
+    assert bug is not None
+    assert bug.section in out
     assert not Path(flags["ckpt_dir"]).exists()
 
 
@@ -108,15 +136,11 @@ def test_an_unknown_bug_names_the_choices() -> None:
 
 def test_the_page_has_the_table_and_a_section_for_each_bug() -> None:
     page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
-    table, curves = (pd.read_csv(ROOT / "results" / f"pitfalls{end}.csv") for end in ("", "_curves"))
-    assert markdown(table, curves, {bug.name: bug.fact for bug in BUGS}) in page
-    assert set(table.bug) == {"right", *(bug.name for bug in BUGS)}
-    assert table.groupby("bug").seed.nunique().min() >= 3
-    sections = {title: " ".join(body.split()) for title, body in re.findall(r"^### (.*)$((?:\n(?!#).*)*)", page, re.M)}
-    assert sections.keys() == {bug.name for bug in BUGS}
+    table, steps = (pd.read_csv(ROOT / "results" / f"pitfalls{end}.csv") for end in ("", "_steps"))
+    assert markdown(table, steps) in page
+    assert set(table.setting) == {"right", *(bug.name for bug in BUGS)}
+    assert table.groupby("setting").seed.nunique().min() >= 3
+    assert set(re.findall(r"^### (.*)$", page, re.M)) == {bug.name for bug in BUGS}
     for bug in BUGS:
-        assert bug.wrong in sections[bug.name], bug.name
-        assert f"`{bug.test}`" in sections[bug.name], bug.name
-        assert ("the audit's" in sections[bug.name]) == (bug.fact is not None), bug.name
-        assert (bug.fact or "") in sections[bug.name], bug.name
-        assert ("Shipped by" in sections[bug.name]) == bool(bug.shipped), bug.name
+        assert " ".join(bug.section.split()).startswith(bug.function.__doc__), bug.name
+        assert ROOT.joinpath(bug.test.partition("::")[0]).is_file(), bug.name

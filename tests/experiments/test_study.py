@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from evaluation.summary import summarise
-from experiments import study
-from experiments.study import StudyConfig, figures, main, markdown, settings
+from experiments.runner import ROOT, figures, read_runs, succeeded
+from experiments.study import StudyConfig, main, markdown, settings
 from runtime.cli import parse_config
 
 SUMMARY = {
@@ -65,7 +65,7 @@ def test_a_grid_is_every_combination() -> None:
 
 
 def test_figures_are_ratios_to_the_base(tmp_path: Path) -> None:
-    found = figures(SUMMARY, tmp_path / "none.csv")
+    found = figures(SUMMARY, tmp_path)
     assert found["perplexity_ratio"] == pytest.approx(1.1)
     assert found["distinct_2_ratio"] == pytest.approx(0.875)
     assert found["length_ratio"] == pytest.approx(0.8)
@@ -97,7 +97,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
     assert steps[steps.setting == "lr=1"].seed.tolist() == [0, 0, 1, 1]
     assert steps.score_mean.tolist()[:2] == [0.1, 0.2]
     assert "seconds_update" not in steps, "the machine's, not the method's"
-    rows = markdown(table).splitlines()
+    rows = markdown(read_runs(tmp_path / "a.csv")[0]).splitlines()
     assert [row.split(" | ")[:2] for row in rows[2:]] == [["| base", ""], ["| `lr=1`", "2"]], "not what failed"
     commands.clear()
     with pytest.raises(UserError, match=r"judged\.txt names another command"):
@@ -114,7 +114,7 @@ def test_runs_are_trained_evaluated_kept_and_drawn(tmp_path: Path, monkeypatch: 
 
 
 def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
-    one = figures(SUMMARY | {"win_rate_ci": [0.65, 0.75], "optimal_share_rate_ci": [0.5, 0.7]}, Path("none.csv"))
+    one = figures(SUMMARY | {"win_rate_ci": [0.65, 0.75], "optimal_share_rate_ci": [0.5, 0.7]}, Path("none"))
     runs = [
         {**one, "setting": "x", "seed": 0, "episodes": 2560.0},
         {**one, "setting": "y", "seed": 0},
@@ -128,7 +128,7 @@ def test_the_table_has_means_of_several_seeds_and_intervals_of_one() -> None:
     assert y[-1] == "0.141 |", "divided by n - 1"
     others = pd.DataFrame([*runs, {**one, "setting": "z", "seed": 0, "base_positive": 0.4}])
     assert markdown(others).count("| base |") == 2
-    assert markdown(pd.DataFrame([{"setting": "x", "seed": 0, "failed": "code 2"}])).count("\n") == 1
+    assert markdown(succeeded(pd.DataFrame([{"setting": "x", "seed": 0, "failed": "code 2"}]))).count("\n") == 1
 
 
 def cells(line: str) -> list[str]:
@@ -137,17 +137,15 @@ def cells(line: str) -> list[str]:
 
 def test_docs_and_readme_say_what_the_tables_say() -> None:
     """The docs quote the tables whole; each row of the README's table has some of their columns."""
-    rewards = (study.ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
-    assert all(
-        markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")) in rewards for name in ("rewards", "credit")
-    )
-    docs = (study.ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    rewards = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert all(markdown(pd.read_csv(ROOT / "results" / f"{name}.csv")) in rewards for name in ("rewards", "credit"))
+    docs = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     tables = {
-        name: markdown(pd.read_csv(study.ROOT / "results" / f"{name}.csv")).splitlines()
+        name: markdown(pd.read_csv(ROOT / "results" / f"{name}.csv")).splitlines()
         for name in ("study_tiny", "study_imdb")
     }
     assert all(line in docs for lines in tables.values() for line in lines)
-    readme = (study.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(readme) if line.startswith("| data | setting |"))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), readme[start + 2 :]))
     assert 6 <= len(rows) <= 8
@@ -156,7 +154,7 @@ def test_docs_and_readme_say_what_the_tables_say() -> None:
         head, *body = map(cells, tables[{"tiny world": "study_tiny", "film reviews": "study_imdb"}[data]])
         whole = dict(zip(head, next(line for line in body if line[0] == setting), strict=True))
         assert shown == [whole[name] for name in cells(readme[start])[2:]], row
-    for preset in pd.read_csv(study.ROOT / "results" / "presets.csv").to_dict("records"):
+    for preset in pd.read_csv(ROOT / "results" / "presets.csv").to_dict("records"):
         line = next(line for line in docs if f"`--{preset['setting'].replace('=', ' ')}`" in line and "→" in line)
         low, high = (100 * end for end in json.loads(preset["positive_ci"]))
         for quoted in (
@@ -252,7 +250,7 @@ def test_a_run_that_fails_takes_nothing_away(tmp_path: Path, monkeypatch: pytest
     """As when the README's command runs where its models are not, on the table that came with the project."""
     monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2))
     table = tmp_path / "a.csv"
-    table.write_bytes((study.ROOT / "results" / "study_tiny.csv").read_bytes())
+    table.write_bytes((ROOT / "results" / "study_tiny.csv").read_bytes())
     before = table.read_text()
     with pytest.raises(UserError, match="1 of 1 runs failed"):
         main([f"--folder={tmp_path / 'runs'}", f"--csv={table}"])
@@ -303,10 +301,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             main(words)
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.study", "--draw", "nowhere.csv"],
-        capture_output=True,
-        text=True,
-        cwd=study.ROOT,
+        [sys.executable, "-m", "experiments.study", "--draw", "nowhere.csv"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from functools import partial
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import TIMINGS, forked, run
 
-from experiments.torture import TortureConfig, remains, torture_training
+from experiments.torture import TortureConfig, remains, torture
 
 
 class Forked:
@@ -31,12 +32,13 @@ class Forked:
         self.process.kill()
 
 
-def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_random_moments_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("experiments.torture.start", Forked)
     forked(int, Path(os.devnull)).join()  # the first waits for imports
-    runs, _, lost = torture_training(TortureConfig(kills=4, steps=6), tmp_path)
-    assert runs >= 1
-    assert lost == []
+    assert torture(TortureConfig(kills=4, steps=6), tmp_path) == []
+    assert re.match(r"4 kills in [1-9]\d* runs", capsys.readouterr().out)
 
 
 def test_torture_sees_a_difference(tmp_path: Path, flags: dict[str, str]) -> None:

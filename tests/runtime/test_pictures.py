@@ -13,13 +13,13 @@ DRAW = """
 import sys
 from pathlib import Path
 import pandas as pd
-from evaluation import pictures, runs_page, studies
-from experiments import pitfalls_page
+from evaluation import pictures, runs_page
+from experiments import pictures as study_pictures
 from training.plots import plot_curves
 
 plot_curves(Path("results/tiny_metrics.csv"), Path(sys.argv[1]), "positive")
 print("".join(pictures.as_image(pictures.new_figure(1)[0], "empty"))[:10])
-print(studies.table_colour(3))
+print(study_pictures.table_colour(3))
 """
 
 

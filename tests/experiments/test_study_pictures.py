@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from evaluation.studies import markdown, panels, picture
+from experiments.pictures import draw_study, panels
+from experiments.study import markdown
 
 
 def runs() -> pd.DataFrame:
@@ -69,5 +70,5 @@ def test_rewards_of_different_units_get_a_panel_each(tmp_path: Path) -> None:
     assert list(lines["base, held-out prompts"]) == [50, 50]
     assert list(lines["policy, held-out prompts, each seed"]) == [100, 200]
     assert list(lines["batches while training"]) == [1, 2, 3]
-    picture(runs(), steps(), tmp_path / "a.png")
+    draw_study(runs(), steps(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
