@@ -144,6 +144,7 @@ def test_docs_and_readme_say_what_the_tables_say() -> None:
         name: markdown(pd.read_csv(ROOT / "results" / f"{name}.csv")).splitlines()
         for name in ("study_tiny", "study_imdb")
     }
+    docs += (Path(__file__).parents[2] / "docs" / "lab_notes.md").read_text(encoding="utf-8").splitlines()
     assert all(line in docs for lines in tables.values() for line in lines)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(readme) if line.startswith("| data | setting |"))
