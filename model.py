@@ -185,9 +185,9 @@ class GPT2WithValueHead(nn.Module):
     def evaluate_hidden(
         self, hidden: Tensor, seqs: Sequences, with_entropy: bool = True, ref_states: "ReferenceStates | None" = None
     ) -> "Evaluation":
-        """The same from the hidden states (B, R, H), and the exact KL to the reference.
+        """Evaluate the response tokens from their hidden states (B, R, H), differentiable, in float32.
 
-        KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
+        The exact KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
         """
         real = seqs.real_tokens()
         shape = seqs.response_mask.shape
@@ -210,7 +210,7 @@ class GPT2WithValueHead(nn.Module):
             logprobs=put_tokens(logprobs, real, shape),
             values=self.values(hidden),
             entropy=put_tokens(entropy, real, shape),
-            kl=put_tokens(kl, real, shape),
+            exact_kl=put_tokens(kl, real, shape),
         )
 
     def chunk(self, seqs: Sequences) -> list[slice]:
@@ -246,16 +246,19 @@ class GPT2WithValueHead(nn.Module):
 
 
 class Evaluation(NamedTuple):
-    """What a policy says of response tokens: all (B, R), float32, in nats; kl is the exact KL to the reference."""
+    """What a policy says of response tokens: all (B, R), float32, in nats, and values in units of the reward.
+
+    exact_kl is KL(policy || reference) over the whole vocabulary.
+    """
 
     logprobs: Tensor
     values: Tensor
     entropy: Tensor
-    kl: Tensor
+    exact_kl: Tensor
 
 
 class PairedEvaluation(NamedTuple):
-    """What policy and reference say of the same response tokens: all (B, R), float32, in nats."""
+    """What policy and reference say of the same response tokens: all (B, R), float32, in nats, and values as above."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -274,7 +277,7 @@ class ReferenceStates:
     @classmethod
     @torch.no_grad()
     def of(cls, reference: GPT2WithValueHead, seqs: Sequences) -> "ReferenceStates":
-        """Those for some responses."""
+        """Run the reference on some responses."""
         return cls(reference.response_hidden(seqs), reference)
 
 
@@ -454,9 +457,10 @@ class Sampler:
 
 
 class UnfinishedResponses:
-    """Unfinished responses. `step` adds a token to each; its tensors keep shape and place, and nothing in it waits.
+    """Unfinished responses. `next_token` adds a token to each: it runs `step`, or replays it on CUDA.
 
-    So CUDA can record one step and replay it, in this rollout and in the next.
+    On a GPU all tensors keep shape and place, and nothing in a step waits. So CUDA can record one step and replay it,
+    in this rollout and in the next.
     """
 
     def __init__(self, policy: GPT2WithValueHead, prompt_len: int, shape: torch.Size, decoding: Decoding) -> None:
@@ -484,14 +488,14 @@ class UnfinishedResponses:
         self.uniforms = torch.zeros(shape, dtype=widest_float(device), device=device)
         self.visible = torch.zeros_like(self.attention_mask)
         self.newest = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.newest)  # of the newest token
+        self.positions = torch.zeros_like(self.newest)  # of the newest token; before the first, of the prompt's last
         self.cache = _Cache(policy, batch, prompt_len + width)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # response tokens so far
 
     def fits(self, prompt_len: int, shape: torch.Size, decoding: Decoding) -> bool:
         """Whether this memory and the step recorded in it can be used again."""
         own = (self.prompt_len, self.shape, self.decoding)
-        return own == (prompt_len, shape, decoding) and self.weights.are_in_place()
+        return own == (prompt_len, shape, decoding) and self.weights.have_not_moved()
 
     def clear(self) -> None:
         """Forget the responses, and take the policy's weights as they are now; nothing moves to another place."""
@@ -518,7 +522,7 @@ class UnfinishedResponses:
 
     def step(self) -> None:
         """Read the newest tokens and draw the next."""
-        self.cache.columns = self.t + (self.prompt_len - 1)
+        self.cache.columns = self.t + (self.prompt_len - 1)  # of the newest token, drawn but not yet read
         self.visible.index_fill_(1, self.cache.columns, True)
         hidden = self.read(self.newest, self.positions, self.visible[:, None, None, :])
         self.draw(hidden)
@@ -543,7 +547,7 @@ class UnfinishedResponses:
         self.attention_mask[self.rows, column] = self.alive
         self.logprobs[self.rows, self.t] = torch.where(self.alive, logprob, 0)
         if self.support is not None:
-            possible = logits[:, :vocabulary].isfinite()
+            possible = logits[:, :vocabulary].isfinite()  # and everything where a response has ended: no -inf there
             self.support[self.rows, self.t] = possible | ~self.alive[:, None]
         self.alive.logical_and_(token != self.decoding.eos_id)
         self.newest.copy_(token[:, None])
@@ -551,7 +555,7 @@ class UnfinishedResponses:
         self.t += 1
 
     def drop_finished(self) -> None:
-        """Drop the responses that have ended, once fewer than three in four are left."""
+        """Drop the responses that have ended, once fewer than three in four are left; not where steps are recorded."""
         if 4 * int(self.alive.sum()) >= 3 * len(self.alive):
             return
         unfinished = self.alive.nonzero().squeeze(1)
@@ -608,12 +612,12 @@ class SamplingWeights:
         if policy.dtype != torch.float32:
             self.lm = projections_in(policy.dtype, policy.lm)
         self.embedding = output_embedding(policy.lm.lm_head.weight, policy.dtype)
-        self.place = policy.lm.lm_head.weight.data_ptr()
+        self.address = policy.lm.lm_head.weight.data_ptr()  # of one weight: a model moves as a whole
 
-    def are_in_place(self) -> bool:
+    def have_not_moved(self) -> bool:
         """Whether weights and precision are those of a step that was recorded."""
-        in_place = self.policy.lm.lm_head.weight.data_ptr() == self.place
-        return in_place and self.policy.dtype == self.embedding.dtype
+        same_address = self.policy.lm.lm_head.weight.data_ptr() == self.address
+        return same_address and self.policy.dtype == self.embedding.dtype
 
     def update(self) -> None:
         """Take the policy's weights as they are now."""
@@ -629,6 +633,7 @@ def projections_in(dtype: torch.dtype, lm: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """The same model with its projections stored in another precision; it shares all other weights."""
     projections = [module for module in lm.modules() if isinstance(module, Conv1D)]
     own = {id(weight) for module in projections for weight in module.parameters()}
+    # what deepcopy is told to have copied already, it takes as it is
     shared = {id(weight): weight for weight in lm.parameters() if id(weight) not in own}
     copied = copy.deepcopy(lm, shared)
     for module in copied.modules():

@@ -1,7 +1,8 @@
 """Proximal policy optimisation, written out: the rollout, the clipped loss, the update, the KL controller.
 
 References: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
-(KL in the per-token reward, adaptive beta, 1909.08593). Tensors are float32 (B, R) unless said otherwise.
+(KL in the per-token reward, adaptive beta, 1909.08593). Tensors are float32 (B, R) unless said otherwise: B responses
+of up to R tokens.
 """
 
 import math
@@ -50,7 +51,7 @@ from utils import (
 class Models:
     """The models behind a rollout: the policy, its frozen reference and the reward, with the policy's tokenizer.
 
-    score_scale says in which units scores are paid; sampler keeps a GPU's memory from rollout to rollout.
+    score_scale standardises scores before they become rewards; sampler keeps a GPU's memory from rollout to rollout.
     """
 
     policy: GPT2WithValueHead
@@ -91,18 +92,18 @@ class Models:
             return partial_scores
         # 1. what is scored: the first tokens of each response that goes on after them
         prompts, responses = seqs.token_lists
-        places = []
-        starts = []
+        places = []  # row, and column of the last token scored
+        prefixes = []
         for length in range(cfg.reward_every, partial_scores.shape[1], cfg.reward_every):
             for row, response in enumerate(responses):
                 if len(response) > length:
                     before = prompts[row] if cfg.reward_on_prompt else []
                     places.append((row, length - 1))
-                    starts.append(before + response[:length])
+                    prefixes.append(before + response[:length])
         if not places:
             return partial_scores
-        # 2. their scores, each at the last token that it has seen
-        texts = decode(self.tokenizer, starts)
+        # 2. their scores, each at the last token of its prefix
+        texts = decode(self.tokenizer, prefixes)
         prompt_texts = seqs.prompt_texts(self.tokenizer)
         scores = score_responses(self.reward, texts, [prompt_texts[row] for row, _ in places], cfg.rm_name)
         rows, columns = torch.tensor(places).T.to(device, non_blocking=True)
@@ -112,12 +113,14 @@ class Models:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """What was observed when each prompt was answered once; advantages and returns are derived from it.
+    """What was observed when each prompt got one response; advantages and returns are derived from it.
 
-    logprobs, ref_logprobs, values, exact_kl and entropy are (B, R), in nats; partial_scores (B, R) are scores of the
-    unfinished responses, NaN where there is none; scores (B,) are in the reward's own units, and score_scale turns them
-    into what is paid. has_label says whether they are 2 P(label) - 1. With ref_states the price of KL is part of the
-    loss, and the rewards are scores alone. seconds says how long each phase took.
+    logprobs, ref_logprobs, exact_kl and entropy are (B, R), in nats. logprobs are evaluated as the update will evaluate
+    them, so that the ratio starts at 1; the sampler's own, in sequences, serve the self-check. values (B, R) are in
+    units of the reward. partial_scores (B, R) are scores of the unfinished responses, NaN where there is none; scores
+    (B,) are in the reward's own units, and score_scale standardises them. has_label says whether they are
+    2 P(label) - 1. With ref_states the price of KL is part of the loss, and the rewards are scores alone. seconds says
+    how long each phase took.
     """
 
     sequences: Sequences
@@ -189,6 +192,7 @@ class Rollout:
             "kl_seq": self.kl.sum(1).mean(),
             "kl_seq_exact": self.exact_kl.sum(1).mean(),
             "kl_token": masked_mean(self.kl, self.mask),
+            # what PPO maximises, also where the price of KL is in the loss
             "reward_mean": (self.score_scale.standardize(self.scores) - self.kl_coef * self.kl.sum(1)).mean(),
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
@@ -223,7 +227,11 @@ def collect_rollout(
         partial_scores = models.partial_scores(seqs, cfg)
     rollout = Rollout(
         sequences=seqs,
-        **evaluation._asdict(),
+        logprobs=evaluation.logprobs,
+        ref_logprobs=evaluation.ref_logprobs,
+        values=evaluation.values,
+        exact_kl=evaluation.exact_kl,
+        entropy=evaluation.entropy,
         partial_scores=partial_scores,
         scores=scores,
         kl_coef=kl_coef,
@@ -241,7 +249,9 @@ LARGEST_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the loss compares the new policy with: everything (B, R), but for hidden states (B, R, H).
+    """Rows of a rollout as the loss needs them: all rows, a minibatch, a micro-batch or a chunk of one.
+
+    Everything is (B, R), but for hidden states (B, R, H). returns are what the value head should have said.
 
     kl_price (scalar) is beta / std(advantages), the cost of one nat on the scale of the whitened advantages. ref_states
     is None where the rewards have KL.
@@ -306,13 +316,13 @@ def ppo_loss(
     return loss / token_count, sums
 
 
-def kl_loss(kl: Tensor, batch: Batch, token_count: Tensor | int) -> Tensor:
+def kl_loss(exact_kl: Tensor, batch: Batch, token_count: Tensor | int) -> Tensor:
     """The price of the exact KL to the reference at the tokens of a batch, summed / token_count (scalar).
 
-    kl (B, R) is KL(policy || reference) over the whole vocabulary, differentiable; a nat costs batch.kl_price. Its
-    optimum is not quite that of KL in the rewards: see docs/facts.md.
+    exact_kl (B, R) is KL(policy || reference) over the whole vocabulary, differentiable; a nat costs batch.kl_price.
+    The optimum is not quite that of KL in the rewards: see docs/facts.md.
     """
-    return torch.where(batch.sequences.response_mask, batch.kl_price * kl, 0).sum() / token_count
+    return torch.where(batch.sequences.response_mask, batch.kl_price * exact_kl, 0).sum() / token_count
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -331,7 +341,8 @@ def ppo_update(
     """Improve the policy on one rollout: ppo_epochs passes in new random order, one optimiser step per minibatch.
 
     Changes policy, optimizer and scaler in place. A minibatch whose loss or gradient is not finite changes nothing and
-    is counted. Returns averages over all real tokens of all minibatches, on every rank the same.
+    is counted. Returns the update's columns of metrics.csv: averages over all real tokens of all minibatches, the
+    largest ratio and counts, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
     for group in optimizer.param_groups:
@@ -341,7 +352,7 @@ def ppo_update(
     batch, explained_var = estimate_advantages(rollout, cfg)
     stats = UpdateStats(rollout.mask.device)
     for epoch in range(cfg.ppo_epochs):
-        epoch_stats = UpdateStats(rollout.mask.device)
+        epoch_stats = UpdateStats(rollout.mask.device)  # apart, for target_kl
         for rows in permutation(cfg.seed, step, epoch, len(batch)).split(cfg.minibatch_size):
             # loss and backward
             policy.zero_grad()
@@ -353,7 +364,8 @@ def ppo_update(
             scaler.unscale_(optimizer)
             minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             # step
-            epoch_stats.add(step_if_finite(optimizer, minibatch_stats, scaler))
+            counted = step_if_finite(optimizer, minibatch_stats, scaler)
+            epoch_stats.add(counted)
         stats.add(epoch_stats)
         if cfg.target_kl is not None and epoch_stats.mean("approx_kl") > cfg.target_kl:
             break
@@ -370,13 +382,15 @@ def ppo_update(
 def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, float]:
     """Whitened advantages and the value head's returns, with what of the rollout the loss needs.
 
-    Also returns how much of the rewards still to come critic and partial scores explain: 1 all, 0 nothing.
+    Also returns explained_var, the share of the variance of the reward still to come that value head and partial scores
+    together explain: 1 all, 0 nothing.
     """
     mask = rollout.mask
     rewards = rollout.rewards()
     expected = rollout.expected_scores()
-    baseline = expected + rollout.values  # the value head predicts the residual of the partial-score baseline
+    baseline = expected + rollout.values  # what partial scores tell, and the value head's correction
     advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    # with lambda 1 advantage + baseline is the reward still to come, whatever the baseline
     _, reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, gae_lambda=1.0)
     batch = Batch(
         sequences=rollout.sequences,
@@ -395,10 +409,11 @@ def accumulate_gradients(
 ) -> "UpdateStats":
     """Add to the policy's gradient that of the (scaled) loss on this rank's rows of a minibatch; returns statistics.
 
-    A micro-batch is one pass through the transformer. The loss above its hidden states is a sum over tokens, so it is
-    backpropagated to them chunk by chunk: the logits of all tokens, 50,257 each for GPT-2, never exist at once.
+    A micro-batch is one pass through the transformer. As a function of the last hidden states the loss is a sum over
+    tokens, so each chunk is backpropagated to these states, and then their gradient once through the transformer: the
+    logits of all tokens, 50,257 each for GPT-2, never exist at once.
     """
-    token_count = minibatch.sequences.response_mask.sum()
+    token_count = minibatch.sequences.response_mask.sum()  # of all ranks' rows
     own = minibatch.select(rank_slice(len(minibatch)))
     stats = UpdateStats(token_count.device)
     for micro in own.split(cfg.micro_batch_size or cfg.minibatch_size):
@@ -419,14 +434,15 @@ def total_loss(
     new = policy.evaluate_hidden(hidden, batch.sequences, cfg.ent_coef > 0, batch.ref_states)
     loss, sums = ppo_loss(new.logprobs, new.values, new.entropy, batch, cfg, token_count)
     if batch.ref_states is not None:
-        loss = loss + kl_loss(new.kl, batch, token_count)
+        loss = loss + kl_loss(new.exact_kl, batch, token_count)
     return loss, sums
 
 
 def step_if_finite(optimizer: Optimizer, minibatch_stats: "UpdateStats", scaler: GradScaler) -> "UpdateStats":
-    """Take an optimiser step, unless loss or gradient is not finite; returns what there is to count.
+    """Take an optimiser step, unless loss or gradient is not finite; returns the statistics, or the count of a skip.
 
-    Where only the scaled gradient is not finite the loss scale was too large, and the scaler lowers it.
+    Where only the scaled gradient is not finite the loss scale was too large, and the scaler lowers it. Whether a step
+    is taken is decided here and not by scaler.step, because the loss counts, too.
     """
     counted = UpdateStats(minibatch_stats.ratio_max.device)
     if minibatch_stats.is_finite():
@@ -444,7 +460,8 @@ def step_if_finite(optimizer: Optimizer, minibatch_stats: "UpdateStats", scaler:
 class UpdateStats:
     """Running sums of an update, so that every statistic is a mean over all its tokens.
 
-    They stay tensors on their device until they are read: reading a number waits for the GPU.
+    They stay tensors on their device until the end of the update: reading a number waits for the GPU. grad_norms is the
+    sum over optimiser steps.
     """
 
     NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "tokens")
@@ -478,7 +495,7 @@ class UpdateStats:
             self.ratio_max = torch.full_like(self.ratio_max, all_reduce_max(float(self.ratio_max)))
 
     def is_finite(self) -> bool:
-        """Whether every sum and gradient is a number: the one time that a minibatch waits for the GPU."""
+        """Whether every sum and gradient is a number: the one time that a minibatch in one process waits."""
         return bool(torch.stack([*self.sums.values(), self.ratio_max, self.grad_norms]).isfinite().all())
 
     def overflowed(self, scaler: GradScaler) -> bool:
@@ -513,7 +530,7 @@ def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Step size of step 1, 2, …: it rises over warmup_steps, then falls linearly towards 0 or stays constant."""
+    """The learning rate of PPO step 1, 2, …: it rises over warmup_steps, then falls linearly to 0 or is constant."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":

@@ -38,7 +38,10 @@ SAMPLES = 4  # prompts per entry in samples.csv
 
 
 def main(cfg: TrainConfig) -> Path:
-    """Train, and return the run folder (raises UserError on wrong input, before anything is written)."""
+    """Train, or with --check only check the facts; returns the run folder.
+
+    Raises UserError: on wrong input before anything is written, and where a reward fails, after saving.
+    """
     quiet_libraries()
     with process_group(cfg.device):
         if was_started_by(torchrun_job(), Path(cfg.ckpt_dir)):  # torchrun has replaced a process that died
@@ -62,32 +65,32 @@ def main(cfg: TrainConfig) -> Path:
 
 def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
     """Take the steps that are left."""
-    policy, optimizer = parts.models.policy, session.optimizer
+    policy = parts.models.policy
     if cfg.eval_every and not session.evaluated:
-        session.add_evaluation(evaluate_held_out(parts, cfg, session.kl.coef))
+        session.add_evaluation(evaluate_held_out(parts, cfg, session.kl_controller.coef))
 
     for step in session.steps():
         # act and score
         noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
-        rollout = collect_rollout(parts.models, parts.prompts.batch(step), noise, cfg, session.kl.coef)
+        rollout = collect_rollout(parts.models, parts.prompts.batch(step), noise, cfg, session.kl_controller.coef)
         # learn
-        update = ppo_update(policy, optimizer, rollout, cfg, step, session.scaler)
-        # report
+        update = ppo_update(policy, session.optimizer, rollout, cfg, step, session.scaler)
+        # report, and steer beta
         session.report(step, rollout, update)
         # keep
-        if session.is_due(cfg.sample_every):
+        if session.is_due(cfg.sample_every):  # sampled in the main process only
             session.add_samples(partial(sample_rows, parts, rollout, cfg, step))
         if session.is_due(cfg.eval_every):
-            session.add_evaluation(evaluate_held_out(parts, cfg, session.kl.coef))
+            session.add_evaluation(evaluate_held_out(parts, cfg, session.kl_controller.coef))
         if session.is_due(cfg.save_every):
             session.save()
 
 
 def evaluate_held_out(parts: Parts, cfg: TrainConfig, kl_coef: float) -> dict[str, float]:
-    """Averages over the held-out prompts, always sampled with the same random numbers; kl_coef is that of this step."""
-    ids, mask = parts.held_out.batch(1)
+    """Averages over the held-out prompts, always with the same random numbers; kl_coef is that of the next step."""
+    ids, mask = parts.held_out.batch(1)  # all of them
     noise = uniforms(cfg.seed, 0, len(ids), cfg.max_new_tokens)
-    whole = replace(cfg, reward_every=0, kl_in_loss=False)  # averages need no partial scores and no gradient
+    whole = replace(cfg, reward_every=0, kl_in_loss=False)  # averages need no partial scores and no loss
     rollouts = []
     for rows in torch.arange(len(ids)).tensor_split(math.ceil(len(ids) / cfg.batch_size)):
         rollouts.append(collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef))

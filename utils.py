@@ -17,6 +17,8 @@ from torch import Tensor
 from runtime.device import on_cpu, widest_float
 
 T = TypeVar("T")
+SAMPLING = 1  # what a random draw is for
+SHUFFLING = 2
 CHUNK_FLOATS = 16_000_000  # logits in memory at a time, 64 MB in float32: large products, and little memory
 GPU_CHUNK_FLOATS = 100_000_000  # a GPU has more to do at a time before it is busy
 MIN_ROWS_TO_PREDICT = 8  # responses that a regression needs to predict scores from
@@ -28,12 +30,12 @@ BLOCK = 256  # tokens: vocabularies are rounded up to whole blocks, and sampled 
 
 def uniforms(seed: int, step: int, rows: int, width: int) -> Tensor:
     """The random numbers of one step's sampling, (rows, width) float64 in [0, 1): one per response token."""
-    return torch.from_numpy(np.random.default_rng([seed, step, 1]).random((rows, width)))
+    return torch.from_numpy(np.random.default_rng([seed, step, SAMPLING]).random((rows, width)))
 
 
 def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
     """The order (n,) in which one epoch of one step's update visits its responses."""
-    return torch.from_numpy(np.random.default_rng([seed, step, 2, epoch]).permutation(n))
+    return torch.from_numpy(np.random.default_rng([seed, step, SHUFFLING, epoch]).permutation(n))
 
 
 # --- dataclasses of tensors ------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
         entropy = torch.zeros_like(logprobs)
         if with_entropy:
-            probs = all_logprobs.exp()  # overwritten, because the backward pass needs the logs
+            probs = all_logprobs.exp()  # a copy to overwrite: the backward pass needs the logs
             entropy = -_sum_of_products(probs, all_logprobs, support, vocabulary)
         else:
             ctx.mark_non_differentiable(entropy)
@@ -245,8 +247,9 @@ class _TokenLogprobs(torch.autograd.Function):
         factor = -grad_logprobs[:, None]
         if grad_entropy is not None:
             log_p_and_entropy = (all_logprobs + entropy[:, None]).nan_to_num(neginf=0.0)
-            factor = factor - grad_entropy[:, None] * log_p_and_entropy
+            factor = factor - grad_entropy[:, None] * log_p_and_entropy  # -(log p_j + h)
         if grad_kl is not None:
+            # log p_j - log q_j - KL
             factor = torch.addcmul(factor - (grad_kl * kl)[:, None], grad_kl[:, None], log_ratio)
         grad = all_logprobs.exp()
         grad *= factor
@@ -354,8 +357,9 @@ def expected_scores(scores: Tensor, partial_scores: Tensor, response_mask: Tenso
     scored. A regression over the other responses, one per column, turns them into expected final scores. Before the
     first of them the mean of the other scores is expected.
 
-    This is a critic: nothing in it depends on the tokens to come. With lambda 1 it changes the noise of the advantages
-    and nothing else. Below 1 its errors bias them, as any critic's do: what it foresees k tokens late counts lambda^k.
+    This is a critic: nothing in it depends on the tokens to come. With lambda 1 any critic leaves the expected gradient
+    as it is, and changes its noise alone. Below 1 its errors bias the gradient: a score that it foresees only k tokens
+    after its cause counts lambda^k there.
     """
     expected = torch.zeros(response_mask.shape, device=scores.device)
     # 1. the columns in which enough responses were scored before they ended
@@ -385,11 +389,11 @@ def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
     # 1. the slope of all pairs
     total = centred.square().sum() + 1
     slope = (centred * deviation).sum() / total
-    # 2. each slope without the pair itself
+    # 2. each slope without the pair itself: slope - c e / (S (1 - h)), where h = 1 / n + c^2 / S is the pair's leverage
     error = deviation - slope * centred
     leverage_left = 1 - 1 / n - centred.square() / total
     slopes = slope - centred * error / (total * leverage_left)
-    # 3. what the line through the other pairs says
+    # 3. what the line through the other pairs says; x less the mean of the other x is c n / (n - 1)
     mean_of_others = (y.sum() - y) / (n - 1)
     return mean_of_others + slopes.clamp(0, 1) * centred * n / (n - 1)
 

@@ -99,7 +99,7 @@ class Session:
         self.step: int = counters["step"]  # the last one taken
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
-        self.kl = KLController(counters["kl_coef"], cfg.adaptive_kl_target, cfg.adaptive_kl_gain)
+        self.kl_controller = KLController(counters["kl_coef"], cfg.adaptive_kl_target, cfg.adaptive_kl_gain)
         self.scaler = build_scaler(parts.models.policy)
         if counters.get("loss_scale"):
             self.scaler.load_state_dict(counters["loss_scale"])
@@ -137,7 +137,7 @@ class Session:
         row = {
             "step": step,
             "episodes": step * self.cfg.batch_size,
-            "kl_coef": self.kl.coef,
+            "kl_coef": self.kl_controller.coef,
             **rollout.metrics(),
             **update,
             **rollout.seconds,
@@ -148,9 +148,9 @@ class Session:
         if self.folder is not None:
             self.folder.append_metrics(row)
         score = f"{score_title(self.label)} {show_score(row['score_mean'], self.label)}"
-        postfix = f"{score}, KL {row['kl_seq']:.2f}, beta {self.kl.coef:.3g}"
+        postfix = f"{score}, KL {row['kl_seq']:.2f}, beta {self.kl_controller.coef:.3g}"
         self.bar.set_postfix_str(postfix, refresh=False)
-        self.kl.update(row["kl_seq"])
+        self.kl_controller.update(row["kl_seq"])
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) happens after this one; the last one counts."""
@@ -186,7 +186,7 @@ class Session:
         self.folder.save(
             {
                 "step": self.step,
-                "kl_coef": self.kl.coef,
+                "kl_coef": self.kl_controller.coef,
                 "failed_steps": self.failed_steps,
                 "score_scale": asdict(self.parts.models.score_scale),
                 "loss_scale": self.scaler.state_dict(),

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, UserError, parse_config
+from config import EvalConfig, UserError
 
 import pandas as pd
 import pytest
@@ -18,6 +18,7 @@ import eval as evaluation
 from experiments import pitfalls, runner
 from experiments.bugs import BUGS, Bug, find_bug, planted, replaced, train_with
 from experiments.pitfalls import markdown
+from runtime.cli import parse_config
 from training import audit, plots
 
 ROOT = Path(__file__).parent.parent.parent
