@@ -1,6 +1,6 @@
 """Classic bugs of PPO on language models, each planted from outside by replacing one function.
 
-    python -m experiments.bugs shift --preset tiny --ckpt_dir broken     train.py with a bug, and without the self-audit
+    python -m experiments.bugs shift --preset tiny --ckpt_dir runs/shift     train.py with a bug and no self-audit
 
 Nothing in the product knows of them. A bug is a function here: its docstring says what is wrong, and `instead_of` names
 the function whose place it takes. It gets that function as `right`, and the arguments of each call by name.
