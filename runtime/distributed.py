@@ -17,7 +17,6 @@ from config import UserError
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from runtime.cli import Stopped, was_launched
 from runtime.device import enough_memory, lacks_memory, resolve_device
@@ -257,17 +256,17 @@ def main_process_first(work: Callable[[], T]) -> T:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Put the sum over all ranks in place of every gradient, in one collective.
+    """Put the sum over all ranks in place of every gradient.
 
-    Loss and gradient of a minibatch are sums over its rows, so this is the gradient of one process with all rows.
+    Loss and gradient of a minibatch are sums over its rows, so this is the gradient of one process with all rows. Through
+    gloo this takes less time tensor by tensor than as one collective of all of them, which has to copy them.
     """
     if world_size() == 1:
         return
-    gradients = []
+    pending = []
     for parameter in model.parameters():
         if parameter.grad is None:  # of a rank without rows
             parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    summed = parameters_to_vector(gradients)
-    dist.all_reduce(summed)
-    vector_to_parameters(summed, gradients)
+        pending.append(dist.all_reduce(parameter.grad, async_op=True))
+    for collective in pending:
+        collective.wait()
