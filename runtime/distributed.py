@@ -258,8 +258,8 @@ def main_process_first(work: Callable[[], T]) -> T:
 def sum_gradients(model: nn.Module) -> None:
     """Put the sum over all ranks in place of every gradient.
 
-    Loss and gradient of a minibatch are sums over its rows, so this is the gradient of one process with all rows. Through
-    gloo this takes less time tensor by tensor than as one collective of all of them, which has to copy them.
+    Loss and gradient of a minibatch are sums over its rows, so this is the gradient of one process with all rows.
+    Tensor by tensor gloo is quicker than with one collective of all of them, which has to copy them.
     """
     if world_size() == 1:
         return
