@@ -116,11 +116,11 @@ class Rollout:
     """What was observed when each prompt got one response; advantages and returns are derived from it.
 
     logprobs, ref_logprobs, exact_kl and entropy are (B, R), in nats. logprobs are evaluated as the update will evaluate
-    them, so that the ratio starts at 1; the sampler's own, in sequences, serve the self-check. values (B, R) are in
-    units of the reward. partial_scores (B, R) are scores of the unfinished responses, NaN where there is none; scores
-    (B,) are in the reward's own units, and score_scale standardises them. has_label says whether they are
-    2 P(label) - 1. With ref_states the price of KL is part of the loss, and the rewards are scores alone. seconds says
-    how long each phase took.
+    them, so that the ratio starts at 1; the sampler's own, in sequences, serve the self-check. values (B, R) are the
+    value head's: a correction to expected_scores(), and their sum is the baseline. scores (B,) and partial_scores
+    (B, R), those of the unfinished responses, NaN where there is none, are as the reward gave them; score_scale
+    standardises them. has_label says whether they are 2 P(label) - 1. With ref_states the price of KL is part of the
+    loss, and the rewards are scores alone. seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -144,7 +144,7 @@ class Rollout:
         assert self.scores.shape == self.mask.shape[:1]
 
     def widened(self, width: int) -> "Rollout":
-        """The same rollout with responses padded on the right to `width` tokens."""
+        """The same rollout with responses padded on the right to `width` tokens; scores stay as they are."""
         return map_tensors(lambda x: pad_right(x, width - self.mask.shape[1]), self)
 
     def gathered(self) -> "Rollout":
@@ -168,7 +168,11 @@ class Rollout:
         return shape_rewards(scores, self.kl, self.mask, 0.0 if kl_in_loss else self.kl_coef)
 
     def expected_scores(self) -> Tensor:
-        """The score to expect before each token (B, R), as partial scores tell it; 0 where there are none."""
+        """The final score to expect before each token (B, R), predicted from the response's partial scores.
+
+        The regression is fitted on the other responses' scores; before the first partial score their mean is expected.
+        0 without partial scores.
+        """
         scores = self.score_scale.standardize(self.scores)
         partial_scores = self.score_scale.standardize(self.partial_scores)
         return expected_scores(scores, partial_scores, self.mask)
@@ -251,7 +255,7 @@ LARGEST_LOG_RATIO = 20.0
 class Batch:
     """Rows of a rollout as the loss needs them: all rows, a minibatch, a micro-batch or a chunk of one.
 
-    Everything is (B, R), but for hidden states (B, R, H). returns are what the value head should have said.
+    Everything is (B, R), but for hidden states (B, R, H). returns are targets of the value head.
 
     kl_price (scalar) is beta / std(advantages), the cost of one nat on the scale of the whitened advantages. ref_states
     is None where the rewards have KL.
@@ -409,9 +413,9 @@ def accumulate_gradients(
 ) -> "UpdateStats":
     """Add to the policy's gradient that of the (scaled) loss on this rank's rows of a minibatch; returns statistics.
 
-    A micro-batch is one pass through the transformer. As a function of the last hidden states the loss is a sum over
-    tokens, so each chunk is backpropagated to these states, and then their gradient once through the transformer: the
-    logits of all tokens, 50,257 each for GPT-2, never exist at once.
+    A micro-batch is one pass through the transformer. The loss is a sum over tokens, so the heads run on a few rows (a
+    chunk) at a time, which collects the gradient of the last hidden states; one backward pass then takes it through the
+    transformer. The logits of all tokens, 50,257 each for GPT-2, never exist at once.
     """
     token_count = minibatch.sequences.response_mask.sum()  # of all ranks' rows
     own = minibatch.select(rank_slice(len(minibatch)))
@@ -431,7 +435,7 @@ def total_loss(
     policy: GPT2WithValueHead, hidden: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss of some rows from their hidden states (B, R, H), plus the price of KL where the rewards lack it."""
-    new = policy.evaluate_hidden(hidden, batch.sequences, cfg.ent_coef > 0, batch.ref_states)
+    new = policy.evaluate_hidden(hidden, batch.sequences, with_entropy=cfg.ent_coef > 0, ref_states=batch.ref_states)
     loss, sums = ppo_loss(new.logprobs, new.values, new.entropy, batch, cfg, token_count)
     if batch.ref_states is not None:
         loss = loss + kl_loss(new.exact_kl, batch, token_count)
@@ -495,7 +499,7 @@ class UpdateStats:
             self.ratio_max = torch.full_like(self.ratio_max, all_reduce_max(float(self.ratio_max)))
 
     def is_finite(self) -> bool:
-        """Whether every sum and gradient is a number: the one time that a minibatch in one process waits."""
+        """Whether every sum and gradient is a number: with one process the only wait for the GPU in a minibatch."""
         return bool(torch.stack([*self.sums.values(), self.ratio_max, self.grad_norms]).isfinite().all())
 
     def overflowed(self, scaler: GradScaler) -> bool:

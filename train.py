@@ -44,7 +44,8 @@ def main(cfg: TrainConfig) -> Path:
     """
     quiet_libraries()
     with process_group(cfg.device):
-        if was_started_by(torchrun_job(), Path(cfg.ckpt_dir)):  # torchrun has replaced a process that died
+        # this very call of torchrun started the run, a process died, and torchrun has replaced it: go on
+        if was_started_by(torchrun_job(), Path(cfg.ckpt_dir)):
             cfg = replace(cfg, resume=NEWEST)
         with raise_on_all_ranks():
             cfg = resolve(cfg)
@@ -66,7 +67,7 @@ def main(cfg: TrainConfig) -> Path:
 def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
     """Take the steps that are left."""
     policy = parts.models.policy
-    if cfg.eval_every and not session.evaluated:
+    if cfg.eval_every and not session.evaluated:  # a new run: the policy as it is before its first step
         session.add_evaluation(evaluate_held_out(parts, cfg, session.kl_controller.coef))
 
     for step in session.steps():

@@ -744,6 +744,7 @@ def test_too_little_memory_and_an_interruption_pass_through(
     def fail(responses: list[str]) -> None:
         raise error
 
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)  # also in the background
     monkeypatch.setattr(any_result, "function", fail)
     with pytest.raises(type(error)):
         any_result(GIVEN)
