@@ -206,12 +206,10 @@ class GPT2WithValueHead(nn.Module):
             ref_hidden,
             ref_embedding,
         )
-        return Evaluation(
-            logprobs=put_tokens(logprobs, real, shape),
-            values=self.values(hidden),
-            entropy=put_tokens(entropy, real, shape),
-            exact_kl=put_tokens(kl, real, shape),
-        )
+        logprobs = put_tokens(logprobs, real, shape)
+        entropy = put_tokens(entropy, real, shape)
+        exact_kl = torch.zeros_like(logprobs) if ref_states is None else put_tokens(kl, real, shape)
+        return Evaluation(logprobs, self.values(hidden), entropy, exact_kl)
 
     def chunk(self, seqs: Sequences) -> list[slice]:
         """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time.

@@ -59,7 +59,7 @@ def plane(runs: pd.DataFrame, steps: pd.DataFrame | None) -> Any:
             alpha = 0.2 if seeds.seed.nunique() > 1 else 0
             draw_seeds(during, seeds.groupby("episodes").score_mean, colours.get(setting), alpha, smooth=5)
         during.set_xscale("log")
-    title = "batches while training (running mean of 5 steps; band: lowest to highest seed)"
+    title = "while training: running mean of 5 steps, lowest to highest seed"
     during.set(xlabel="episodes", title=title)
     for axis in (after, during):
         axis.grid(alpha=0.3)
