@@ -14,7 +14,9 @@ import multiprocessing
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -72,10 +74,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """A test that hangs fails after five minutes, with a traceback that shows where."""
+    """A test that hangs fails after five minutes, and says where each of its threads is."""
 
     def fail(*_: object) -> None:
-        pytest.fail("this test has taken five minutes: it hangs")  # no error that the program could take for its own
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"{names.get(ident)}:\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        ]
+        # no error that the program could take for its own
+        pytest.fail("\n".join(["this test has taken five minutes: it hangs", *stacks]), pytrace=False)
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(300)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,18 @@ def reward_sha256(reward: Reward) -> str:
     return str(getattr(reward, "sha256", ""))
 
 
+GIT_SECONDS = 10  # git may wait for a disk of another machine; a run does not
+
+
+@cache
 def git_commit() -> str | None:
-    """The commit of this code, where it is a git checkout and git is installed."""
+    """The commit of this code, where it is a git checkout, git is installed and answers in time."""
+    command = ["git", "rev-parse", "HEAD"]
+    here = Path(__file__).parent
     try:
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False)
-    except OSError:
+        done = subprocess.run(
+            command, cwd=here, capture_output=True, encoding="utf-8", check=False, timeout=GIT_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

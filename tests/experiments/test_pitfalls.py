@@ -67,7 +67,7 @@ def test_the_named_test_fails_with_the_bug(bug: Bug) -> None:
     words = [str(ROOT / bug.test), "--noconftest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--no-header"]
     planter = Planter(bug)
     assert pytest.main(words, plugins=[sys.modules["conftest"], planter]) == pytest.ExitCode.TESTS_FAILED
-    assert isinstance(planter.error, AssertionError)
+    assert isinstance(planter.error, AssertionError), planter.error
 
 
 def call_here(command: Sequence[str], log: Path, threads: int) -> int:

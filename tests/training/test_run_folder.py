@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import TrainConfig, UserError
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import train
 from experiments.torture import remains
 from runtime.cli import parse_config
-from training import earlier_run, run_folder
+from training import earlier_run, run_folder, run_record
 from training.checkpoints import list_checkpoints
 from training.earlier_run import inspect_run_folder
 from training.run_folder import RunFolder, open_run_folder
@@ -292,10 +294,32 @@ def test_a_hub_name_is_not_taken_for_a_folder(monkeypatch: pytest.MonkeyPatch, t
         inspect_run_folder(TrainConfig(ckpt_dir=str(tmp_path), policy_name="gpt2"))
 
 
+@pytest.fixture
+def no_commit_yet() -> Iterator[None]:
+    """The commit is read once in a process; here it is read anew, and again afterwards."""
+    run_record.git_commit.cache_clear()
+    yield
+    run_record.git_commit.cache_clear()
+
+
+@pytest.mark.usefixtures("no_commit_yet")
 def test_train_needs_no_git(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     folder = run({**flags, "total_steps": "1"})
     assert json.loads((folder / "config.json").read_text())["git_commit"] is None
+
+
+@pytest.mark.usefixtures("no_commit_yet")
+@pytest.mark.skipif(os.name == "nt", reason="a script of the shell")
+def test_train_does_not_wait_for_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexec sleep 60\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(run_record, "GIT_SECONDS", 0.2)
+    begun = time.monotonic()
+    assert run_record.git_commit() is None
+    assert time.monotonic() - begun < 30
 
 
 def test_a_hub_name_with_another_commit_is_refused_on_resume(
