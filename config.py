@@ -168,11 +168,20 @@ class TrainConfig:
         0.5, "GAE's lambda; 1 gives every token the full return. Set it to 1 with reward_every 0.", UNIT
     )
     clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.", POSITIVE)
-    value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.", POSITIVE)
-    value_coef: float = opt(0.1, "Weight of the value loss.", AT_LEAST_0)
     ent_coef: float = opt(0.0, "Weight of the entropy bonus.", AT_LEAST_0)
     max_grad_norm: float = opt(1.0, "Gradients are scaled down to this norm.", POSITIVE)
     target_kl: float | None = opt(None, "Stop a step's epochs once approx_kl passes this, nats per token.", POSITIVE)
+    critic: Literal["shared", "own"] = opt(
+        "shared",
+        "shared: a value head on the policy; own: a network of its own, which starts as the reference.",
+        heading="Critic",
+    )
+    critic_lr: float = opt(1e-4, "AdamW step size of a critic of its own.", POSITIVE)
+    critic_first_steps: int = opt(
+        0, "First steps in which a critic of its own learns and the policy does not; part of total_steps.", AT_LEAST_0
+    )
+    value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.", POSITIVE)
+    value_coef: float = opt(0.1, "Weight of the value loss.", AT_LEAST_0)
 
     save_every: int = opt(
         50,
@@ -205,6 +214,15 @@ class TrainConfig:
         if self.warmup_steps >= self.total_steps and self.warmup_steps:
             raise UserError(
                 f"warmup_steps={self.warmup_steps} must be less than total_steps={self.total_steps}: lower it"
+            )
+        if self.critic == "shared":
+            for name in ("critic_lr", "critic_first_steps"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise UserError(f"{name} is that of a critic of its own: set critic=own, too, or leave it out")
+        if self.critic_first_steps + self.warmup_steps >= self.total_steps and self.critic_first_steps:
+            raise UserError(
+                f"critic_first_steps={self.critic_first_steps} leaves the policy none of total_steps="
+                f"{self.total_steps}: lower it"
             )
         if self.gamma < 1 and self.reward_every:
             raise UserError(

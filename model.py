@@ -1,4 +1,4 @@
-"""The policy: GPT-2 with a scalar value head. It samples responses, evaluates them, and is saved and loaded.
+"""The policy: GPT-2 with a critic. It samples responses, evaluates them, and is saved and loaded.
 
 Only this file turns masks into positions, and only this file aligns logits and values with response tokens. The
 Hugging Face model owns the weights; dropout is always off.
@@ -133,7 +133,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[st
 
 
 class GPT2WithValueHead(nn.Module):
-    """GPT-2 and a linear value head on its last hidden state, which starts at exactly zero."""
+    """GPT-2 and a linear value head on its last hidden state, which starts at exactly zero.
+
+    With own_critic another GPT-2 with a value head is the critic, and this one's head is not used.
+    """
 
     def __init__(self, lm: GPT2LMHeadModel, dtype: torch.dtype = torch.float32) -> None:
         """Weights stay float32; dtype is that of matrix products."""
@@ -143,7 +146,13 @@ class GPT2WithValueHead(nn.Module):
         self.value_head = nn.Linear(lm.config.n_embd, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.own_critic: GPT2WithValueHead | None = None
         self.eval()
+
+    @property
+    def critic(self) -> "GPT2WithValueHead":
+        """The model whose value head gives the values: this one itself, unless it has a critic of its own."""
+        return self if self.own_critic is None else self.own_critic
 
     def train(self, mode: bool = True) -> "GPT2WithValueHead":
         """Stays in evaluation mode: with dropout the ratio of PPO would not start at 1."""
@@ -173,12 +182,16 @@ class GPT2WithValueHead(nn.Module):
         """The critic's values (B, R) before each token is chosen, in float32."""
         return F.linear(hidden.float(), self.value_head.weight, self.value_head.bias).squeeze(-1)
 
+    def critic_hidden(self, seqs: Sequences, hidden: Tensor) -> Tensor:
+        """The hidden states (B, R, H) behind the values: the policy's, `hidden`, or those of a critic of its own."""
+        return hidden if self.own_critic is None else self.own_critic.response_hidden(seqs)
+
     def evaluate_responses(self, seqs: Sequences, with_entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies (B, R) of the response tokens, differentiable, in float32."""
         hidden = self.response_hidden(seqs)
+        values = self.critic.values(self.critic_hidden(seqs, hidden))
         chunks = [self.evaluate_hidden(hidden[rows], seqs.select(rows), with_entropy) for rows in self.chunk(seqs)]
         logprobs = torch.cat([chunk.logprobs for chunk in chunks])
-        values = torch.cat([chunk.values for chunk in chunks])
         entropy = torch.cat([chunk.entropy for chunk in chunks])
         return logprobs, values, entropy
 
@@ -187,7 +200,7 @@ class GPT2WithValueHead(nn.Module):
     ) -> "Evaluation":
         """Evaluate the response tokens from their hidden states (B, R, H), differentiable, in float32.
 
-        The exact KL is 0 where no states of the reference are given. All but the values are 0 outside the mask.
+        The exact KL is 0 where no states of the reference are given. All is 0 outside the mask.
         """
         real = seqs.real_tokens()
         shape = seqs.response_mask.shape
@@ -209,7 +222,7 @@ class GPT2WithValueHead(nn.Module):
         logprobs = put_tokens(logprobs, real, shape)
         entropy = put_tokens(entropy, real, shape)
         exact_kl = torch.zeros_like(logprobs) if ref_states is None else put_tokens(kl, real, shape)
-        return Evaluation(logprobs, self.values(hidden), entropy, exact_kl)
+        return Evaluation(logprobs, entropy, exact_kl)
 
     def chunk(self, seqs: Sequences) -> list[slice]:
         """Slices of the rows whose logits, utils.CHUNK_FLOATS numbers at most, are in memory at a time.
@@ -238,25 +251,30 @@ class GPT2WithValueHead(nn.Module):
         return model
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write folder/policy_lm, a plain Hugging Face model, and folder/value_head.safetensors."""
+        """Write folder/policy_lm, a plain Hugging Face model, and folder/value_head.safetensors.
+
+        A critic's own network is in the checkpoints alone.
+        """
         self.lm.save_pretrained(folder / "policy_lm")
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
 
 class Evaluation(NamedTuple):
-    """What a policy says of response tokens: all (B, R), float32, in nats, and values in units of the reward.
+    """What a policy says of response tokens: all (B, R), float32, in nats.
 
     exact_kl is KL(policy || reference) over the whole vocabulary.
     """
 
     logprobs: Tensor
-    values: Tensor
     entropy: Tensor
     exact_kl: Tensor
 
 
 class PairedEvaluation(NamedTuple):
-    """What policy and reference say of the same response tokens: all (B, R), float32, in nats, and values as above."""
+    """What policy, reference and critic say of the same response tokens: all (B, R), float32.
+
+    All are in nats, but for the values, which are in units of the reward.
+    """
 
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -284,6 +302,13 @@ def load_reference(
 ) -> GPT2WithValueHead:
     """Load the frozen reference: the same class as the policy, without gradients."""
     return GPT2WithValueHead(load_gpt2(name, setting, revision), dtype).requires_grad_(False)
+
+
+def add_own_critic(policy: GPT2WithValueHead, reference: GPT2WithValueHead) -> None:
+    """Give a policy a critic of its own: a copy of the reference that is trained, with a value head that is zero."""
+    lm = copy.deepcopy(reference.lm).requires_grad_(True)
+    policy.own_critic = GPT2WithValueHead(lm, reference.dtype).to(lm.device)
+    policy.value_head.requires_grad_(False)
 
 
 # --- GPT-2's forward pass -------------------------------------------------------------------------------------------
@@ -366,7 +391,7 @@ def evaluate_both(
         )
         chunks.append([put_tokens(x, real, chunk.response_mask.shape) for x in compared])
     logprobs, ref_logprobs, entropy, exact_kl = map(torch.cat, zip(*chunks, strict=True))
-    values = torch.where(seqs.response_mask, policy.values(hidden), 0)
+    values = torch.where(seqs.response_mask, policy.critic.values(policy.critic_hidden(seqs, hidden)), 0)
     return PairedEvaluation(logprobs, ref_logprobs, values, entropy, exact_kl)
 
 

@@ -8,6 +8,7 @@ of up to R tokens.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from config import TrainConfig
 
@@ -37,6 +38,7 @@ from utils import (
     inverse_std,
     map_tensors,
     masked_mean,
+    mean_error_of_others,
     pad_right,
     permutation,
     shape_rewards,
@@ -117,7 +119,7 @@ class Rollout:
 
     logprobs, ref_logprobs, exact_kl and entropy are (B, R), in nats. logprobs are evaluated as the update will evaluate
     them, so that the ratio starts at 1; the sampler's own, in sequences, serve the self-check. values (B, R) are the
-    value head's: a correction to expected_scores(), and their sum is the baseline. scores (B,) and partial_scores
+    critic's: a correction to expected_scores(), and their sum is the baseline. scores (B,) and partial_scores
     (B, R), those of the unfinished responses, NaN where there is none, are as the reward gave them; score_scale
     standardises them. has_label says whether they are 2 P(label) - 1. With ref_states the price of KL is part of the
     loss, and the rewards are scores alone. seconds says how long each phase took.
@@ -349,8 +351,7 @@ def ppo_update(
     largest ratio and counts, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, step)
+    set_learning_rates(optimizer, cfg, step)
 
     # advantages
     batch, explained_var = estimate_advantages(rollout, cfg)
@@ -366,7 +367,7 @@ def ppo_update(
             minibatch_stats.all_reduce()
             # clip
             scaler.unscale_(optimizer)
-            minibatch_stats.grad_norms = clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+            minibatch_stats.grad_norms = clip_gradients(optimizer, cfg.max_grad_norm)
             # step
             counted = step_if_finite(optimizer, minibatch_stats, scaler)
             epoch_stats.add(counted)
@@ -384,24 +385,28 @@ def ppo_update(
 
 
 def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, float]:
-    """Whitened advantages and the value head's returns, with what of the rollout the loss needs.
+    """Whitened advantages and the critic's returns, with what of the rollout the loss needs.
 
-    Also returns explained_var, the share of the variance of the reward still to come that value head and partial scores
-    together explain: 1 all, 0 nothing.
+    A critic of its own is fitted to the reward still to come, whatever gae_lambda is for the advantages (decoupled GAE,
+    VC-PPO, arXiv 2503.01491). Also returns explained_var, the share of the variance of the reward still to come that
+    the baseline explains: 1 all, 0 nothing.
     """
     mask = rollout.mask
     rewards = rollout.rewards()
     expected = rollout.expected_scores()
-    baseline = expected + rollout.values  # what partial scores tell, and the value head's correction
-    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    baseline = expected + rollout.values  # what partial scores tell, and the critic's correction
     # with lambda 1 advantage + baseline is the reward still to come, whatever the baseline
     _, reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, gae_lambda=1.0)
+    if cfg.critic == "own":
+        baseline = baseline + mean_error_of_others(reward_to_go, baseline, mask)
+    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    targets = reward_to_go if cfg.critic == "own" else returns
     batch = Batch(
         sequences=rollout.sequences,
         logprobs=rollout.logprobs,
         values=rollout.values,
         advantages=whiten(advantages, mask),
-        returns=returns - expected,
+        returns=targets - expected,
         kl_price=rollout.kl_coef * inverse_std(advantages, mask),
         ref_states=rollout.ref_states,
     )
@@ -415,7 +420,8 @@ def accumulate_gradients(
 
     A micro-batch is one pass through the transformer. The loss is a sum over tokens, so the heads run on a few rows (a
     chunk) at a time, which collects the gradient of the last hidden states; one backward pass then takes it through the
-    transformer. The logits of all tokens, 50,257 each for GPT-2, never exist at once.
+    transformer. The logits of all tokens, 50,257 each for GPT-2, never exist at once. A critic of its own collects the
+    gradient of its hidden states in the same way.
     """
     token_count = minibatch.sequences.response_mask.sum()  # of all ranks' rows
     own = minibatch.select(rank_slice(len(minibatch)))
@@ -423,23 +429,39 @@ def accumulate_gradients(
     for micro in own.split(cfg.micro_batch_size or cfg.minibatch_size):
         hidden = policy.response_hidden(micro.sequences)
         states = hidden.detach().requires_grad_()
+        critic_hidden = policy.critic_hidden(micro.sequences, hidden)
+        critic_states = states if critic_hidden is hidden else critic_hidden.detach().requires_grad_()
         for rows in policy.chunk(micro.sequences):
-            loss, sums = total_loss(policy, states[rows], micro.select(rows), cfg, token_count)
+            loss, sums = total_loss(policy, states[rows], critic_states[rows], micro.select(rows), cfg, token_count)
             scaler.scale(loss).backward()
             stats.add_sums(sums)
         hidden.backward(states.grad)
+        if critic_hidden is not hidden:
+            critic_hidden.backward(critic_states.grad)
     return stats
 
 
 def total_loss(
-    policy: GPT2WithValueHead, hidden: Tensor, batch: Batch, cfg: TrainConfig, token_count: Tensor | int
+    policy: GPT2WithValueHead,
+    hidden: Tensor,
+    critic_hidden: Tensor,
+    batch: Batch,
+    cfg: TrainConfig,
+    token_count: Tensor | int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss of some rows from their hidden states (B, R, H), plus the price of KL where the rewards lack it."""
+    """PPO's loss of some rows from hidden states (B, R, H), plus the price of KL where the rewards lack it."""
     new = policy.evaluate_hidden(hidden, batch.sequences, with_entropy=cfg.ent_coef > 0, ref_states=batch.ref_states)
-    loss, sums = ppo_loss(new.logprobs, new.values, new.entropy, batch, cfg, token_count)
+    new_values = policy.critic.values(critic_hidden)
+    loss, sums = ppo_loss(new.logprobs, new_values, new.entropy, batch, cfg, token_count)
     if batch.ref_states is not None:
         loss = loss + kl_loss(new.exact_kl, batch, token_count)
     return loss, sums
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale gradients down to a norm, those of a critic of its own apart; returns the norms before."""
+    norms = [clip_grad_norm_(group["params"], max_norm) for group in optimizer.param_groups]
+    return torch.stack(norms)
 
 
 def step_if_finite(optimizer: Optimizer, minibatch_stats: "UpdateStats", scaler: GradScaler) -> "UpdateStats":
@@ -464,8 +486,8 @@ def step_if_finite(optimizer: Optimizer, minibatch_stats: "UpdateStats", scaler:
 class UpdateStats:
     """Running sums of an update, so that every statistic is a mean over all its tokens.
 
-    They stay tensors on their device until the end of the update: reading a number waits for the GPU. grad_norms is the
-    sum over optimiser steps.
+    They stay tensors on their device until the end of the update: reading a number waits for the GPU. grad_norms are
+    sums over optimiser steps: the policy's and, if it has a network of its own, the critic's.
     """
 
     NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "tokens")
@@ -473,7 +495,7 @@ class UpdateStats:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in self.NAMES}
         self.ratio_max = torch.zeros((), device=device)
-        self.grad_norms = torch.zeros((), device=device)
+        self.grad_norms = torch.zeros(1, device=device)
         self.steps = 0
         self.skipped = 0
         self.overflows = 0
@@ -500,7 +522,8 @@ class UpdateStats:
 
     def is_finite(self) -> bool:
         """Whether every sum and gradient is a number: with one process the only wait for the GPU in a minibatch."""
-        return bool(torch.stack([*self.sums.values(), self.ratio_max, self.grad_norms]).isfinite().all())
+        losses = torch.stack([*self.sums.values(), self.ratio_max])
+        return bool(torch.cat([losses, self.grad_norms]).isfinite().all())
 
     def overflowed(self, scaler: GradScaler) -> bool:
         """Whether only the scaled gradient is not finite, and a lower factor is left to try."""
@@ -516,7 +539,7 @@ class UpdateStats:
         return {
             **{name: self.mean(name) for name in self.NAMES if name != "tokens"},
             "ratio_max": float(self.ratio_max),
-            "grad_norm": float(self.grad_norms) / self.steps if self.steps else math.nan,
+            "grad_norm": float(self.grad_norms[0]) / self.steps if self.steps else math.nan,
             "updates": self.steps,
             "skipped": self.skipped,
             "overflows": self.overflows,
@@ -524,8 +547,16 @@ class UpdateStats:
 
 
 def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over policy and critic, with eps 1e-5 as in OpenAI's PPO and without weight decay."""
-    return torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    """AdamW over policy and critic, with eps 1e-5 as in OpenAI's PPO and without weight decay.
+
+    A critic of its own is the second group. Its gradients are small beside 1e-5, so its eps is Adam's 1e-8.
+    """
+    critic_weights = [] if policy.own_critic is None else list(policy.own_critic.parameters())
+    others = set(policy.parameters()) - set(critic_weights)
+    groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p in others]}]
+    if critic_weights:
+        groups.append({"params": critic_weights, "lr": cfg.critic_lr, "eps": 1e-8})
+    return torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
 
 
 def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
@@ -533,13 +564,25 @@ def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
     return GradScaler(policy.lm.device.type, enabled=policy.dtype == torch.float16)
 
 
+def set_learning_rates(optimizer: Optimizer, cfg: TrainConfig, step: int) -> None:
+    """Give the policy the learning rate of this step; that of a critic of its own is constant."""
+    optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
+
+
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """The learning rate of PPO step 1, 2, …: it rises over warmup_steps, then falls linearly to 0 or is constant."""
+    """The learning rate of PPO step 1, 2, …: 0 while a critic of its own learns first, then the schedule.
+
+    It rises over warmup_steps, then falls linearly to 0 or is constant.
+    """
+    if step <= cfg.critic_first_steps:
+        return 0.0
+    step -= cfg.critic_first_steps
+    total_steps = cfg.total_steps - cfg.critic_first_steps
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":
         return cfg.lr
-    return cfg.lr * (1 - (step - 1 - cfg.warmup_steps) / (cfg.total_steps - cfg.warmup_steps))
+    return cfg.lr * (1 - (step - 1 - cfg.warmup_steps) / (total_steps - cfg.warmup_steps))
 
 
 @dataclass

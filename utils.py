@@ -398,6 +398,16 @@ def leave_one_out_predict(x: Tensor, y: Tensor) -> Tensor:
     return mean_of_others + slopes.clamp(0, 1) * centred * n / (n - 1)
 
 
+def mean_error_of_others(targets: Tensor, predictions: Tensor, response_mask: Tensor) -> Tensor:
+    """What the other responses say that a prediction lacks (B, 1): the mean of their mean errors; all are (B, R).
+
+    A critic that is fitted to the past lags behind a policy that improves, and would credit the last tokens of every
+    response, whatever they are. No row depends on its own target. 0 for a single response.
+    """
+    errors = torch.where(response_mask, targets - predictions, 0).sum(1) / response_mask.sum(1)
+    return ((errors.sum() - errors) / max(len(errors) - 1, 1))[:, None]
+
+
 @on_cpu
 def compute_gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float

@@ -265,6 +265,8 @@ def sum_gradients(model: nn.Module) -> None:
         return
     pending = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:  # of a rank without rows
             parameter.grad = torch.zeros_like(parameter)
         pending.append(dist.all_reduce(parameter.grad, async_op=True))

@@ -40,7 +40,16 @@ COUNTS = {
 }
 
 
-FROM_ZERO = {"micro_batch_size", "reward_every", "top_k", "warmup_steps", "seed", "eval_every", "frontier"}
+FROM_ZERO = {
+    "micro_batch_size",
+    "reward_every",
+    "top_k",
+    "warmup_steps",
+    "seed",
+    "eval_every",
+    "frontier",
+    "critic_first_steps",
+}
 
 
 REAL_FROM_ZERO = {"lr", "kl_coef", "value_coef", "ent_coef"}
@@ -55,6 +64,7 @@ REAL_POSITIVE = {
     "max_grad_norm",
     "target_kl",
     "kl_budget",
+    "critic_lr",
 }
 
 

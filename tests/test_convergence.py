@@ -18,8 +18,8 @@ from conftest import EOS, make_policy, make_rollout, same_weights, weights_of
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model import GPT2WithValueHead, sample_responses
-from ppo import Models, collect_rollout, ppo_update
+from model import GPT2WithValueHead, Sequences, add_own_critic, sample_responses
+from ppo import Models, build_optimizer, collect_rollout, ppo_update
 from reward import PythonReward, ScoreScale
 from utils import uniforms
 
@@ -66,7 +66,7 @@ def is_close(p: Tensor, q: Tensor) -> bool:
 def train(policy: GPT2WithValueHead, reference: GPT2WithValueHead, rewards: Tensor, cfg: TrainConfig) -> None:
     """The whole of PPO on the language, paid with the rewards (85,) of its responses."""
     number = {y: i for i, y in enumerate(RESPONSES)}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = build_optimizer(policy, cfg)
     prompts = torch.full((cfg.batch_size, 1), PROMPT)
     for step in range(1, cfg.total_steps + 1):
         u = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
@@ -166,6 +166,75 @@ def test_kl_in_the_loss_reaches_its_own_optimum() -> None:
     for wrong in (start, torch.log_softmax(start + rewards / BETA, 0)):
         assert variation(learned, wrong) > 0.1
         assert divergence(learned, wrong) > 5 * MOST_KL
+
+
+@torch.no_grad()
+def true_values(policy: GPT2WithValueHead, rewards: Tensor) -> dict[tuple[int, ...], float]:
+    """The mean reward from each prefix on, under a policy: a sum over all responses that begin with it."""
+    probability = log_distribution(policy).exp()
+    values = {}
+    for prefix in {y[:n] for y in RESPONSES for n in range(len(y))}:
+        rows = [i for i, y in enumerate(RESPONSES) if y[: len(prefix)] == prefix]
+        values[prefix] = float(probability[rows] @ rewards[rows].double() / probability[rows].sum())
+    return values
+
+
+@torch.no_grad()
+def learned_values(policy: GPT2WithValueHead) -> dict[tuple[int, ...], float]:
+    """What the policy's critic says before each token of each response."""
+    values = {}
+    for y in RESPONSES:
+        tokens = torch.tensor([[PROMPT, *y]])
+        real = torch.ones(1, len(y), dtype=torch.bool)
+        seqs = Sequences.of(tokens, torch.ones_like(tokens).bool(), real, torch.zeros(1, len(y)))
+        by_token = policy.critic.values(policy.critic.response_hidden(seqs))[0].tolist()
+        values |= {y[:n]: value for n, value in enumerate(by_token)}
+    return values
+
+
+OWN_CRITIC = {
+    "batch_size": 512,
+    "minibatch_size": 512,
+    "ppo_epochs": 4,
+    "lr": 3e-3,
+    "kl_coef": BETA,
+    "critic": "own",
+    "critic_lr": 1e-3,
+    "critic_first_steps": 20,
+    "warmup_steps": 10,
+    "value_coef": 1.0,
+}
+
+
+def test_a_critic_of_its_own_learns_the_true_values() -> None:
+    """While the policy stands still, each value becomes the mean reward that follows."""
+    policy, reference = make_policy(VOCAB), make_policy(VOCAB)
+    add_own_critic(policy, reference)
+    rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    still = {"lr": 0.0, "warmup_steps": 0, "critic_first_steps": 0, "critic_lr": 3e-4, "total_steps": 60}
+    train(policy, reference, rewards, TrainConfig(**{**OWN_CRITIC, **still}, gae_lambda=0.5))
+    values, exact = learned_values(policy), true_values(reference, rewards)
+    assert values.keys() == exact.keys()
+    start = log_distribution(reference).exp()
+    errors = []
+    for prefix in exact:
+        reached = float(start[[i for i, y in enumerate(RESPONSES) if y[: len(prefix)] == prefix]].sum())
+        errors.append((reached, (values[prefix] - exact[prefix]) ** 2, exact[prefix] ** 2))
+    weights, squares, zeros = map(torch.tensor, zip(*errors, strict=True))
+    share = float(weights @ squares / (weights @ zeros))
+    assert share < 0.03, "of the error of values that are all zero"
+
+
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.9])
+def test_ppo_with_a_critic_of_its_own_reaches_the_known_optimum(gae_lambda: float) -> None:
+    policy, reference = make_policy(VOCAB), make_policy(VOCAB)
+    add_own_critic(policy, reference)
+    rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    train(policy, reference, rewards, TrainConfig(**OWN_CRITIC, total_steps=140, gae_lambda=gae_lambda))
+    start, learned = log_distribution(reference), log_distribution(policy)
+    best = torch.log_softmax(start + rewards / BETA, 0)
+    assert is_close(learned, best), (variation(learned, best), divergence(learned, best))
+    assert not is_close(start, best)
 
 
 def test_a_python_reward_reaches_the_known_optimum(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import PromptStream, load_examples, load_prompts, split_held_out
-from model import GPT2WithValueHead, load_reference
+from model import GPT2WithValueHead, add_own_critic, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
 from reward import Classifier, Reward, full_label, load_reward
@@ -84,6 +84,8 @@ def load_models(cfg: TrainConfig, policy_path: str | None = None) -> Models:
     reference = load_base(cfg)
     check_same_tokens(cfg, tokenizer, policy_path)
     check_fit(policy, reference, tokenizer, cfg.max_prompt_len + cfg.max_new_tokens)
+    if cfg.critic == "own" and policy_path is None:
+        add_own_critic(policy, reference)
     return Models(policy, reference, load_run_reward(cfg), tokenizer)
 
 
