@@ -7,7 +7,7 @@ browser of samples. The page itself is report.html within page.html; this module
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,15 @@ CURVES = ("score_mean", "kl_seq_exact", "entropy")
 
 
 def write_report(
-    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], home: SavedRun | None, path: Path
+    results: pd.DataFrame,
+    summary: dict[str, Any],
+    groups: Mapping[str, Sequence[Sequence[str]]],
+    home: SavedRun | None,
+    path: Path,
 ) -> None:
-    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table rows of three texts.
+    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, groups of the printed table.
 
-    home is the run that made the policy, if known.
+    A row of a group is three texts. home is the run that made the policy, if known.
     """
     images = {
         "Scores": scores_image(results, summary["label"]),
@@ -51,7 +55,7 @@ def write_report(
     fields = {
         "n": str(summary["n"]),
         "verdict": html.escape(summary["verdict"]),
-        "table": html_table(table, ["", "policy", "base"]),
+        "table": "\n".join(html_table(rows, [group, "policy", "base"]) for group, rows in groups.items()),
         "figures": "\n".join(f'<h2>{title}</h2>\n<div class="wide">{x}</div>' for title, x in images.items() if x),
         "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
         "scale": json.dumps(score_range(results, summary)),

@@ -531,7 +531,7 @@ def test_eval_compares_on_a_python_reward_in_its_own_units(
     for name, factor in (("kl", 1), ("score_mean", 1000)):
         theirs = np.array(summary["optimal_curve"][name])
         assert thousands["optimal_curve"][name] == pytest.approx((factor * theirs).tolist(), rel=1e-3, abs=1e-6)
-    assert "score mean" in said.out
+    assert "mean score" in said.out
     page = (tmp_path / "1" / "eval_report.html").read_text()
     for words in ("sentiment", "positive"):
         assert words not in said.out

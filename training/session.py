@@ -259,7 +259,7 @@ def before_after(eval_csv: Path, label: str | None) -> str:
     """The first and the last evaluation, side by side; label is the one whose probability is scored, if any."""
     table = pd.read_csv(eval_csv)
     rows = [
-        ("score_mean", f"{score_title(label)} mean", "9.4g" if label is None else "9.2f"),
+        ("score_mean", f"mean {score_title(label)}", "9.4g" if label is None else "9.2f"),
         ("positive_rate", f"share {label}", "9.2f"),
         ("kl_seq_exact", "KL, nats", "9.2f"),
         ("entropy", "entropy, nats per token", "9.2f"),
