@@ -173,7 +173,7 @@ def table(summary: dict[str, Any]) -> str:
         lines.append("")
         for row in (Row(group, "policy", base), *rows):
             lines += aligned(row)
-    return "\n".join([*lines, "", *textwrap.wrap(summary["verdict"], BASE_ENDS)])
+    return "\n".join([*lines, "", *textwrap.wrap(summary["verdict"], BASE_ENDS, break_on_hyphens=False)])
 
 
 def aligned(row: Row) -> list[str]:
