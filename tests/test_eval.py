@@ -536,7 +536,7 @@ def test_eval_compares_on_a_python_reward_in_its_own_units(
     for words in ("sentiment", "positive"):
         assert words not in said.out
         assert words not in page.replace("standardize", "").split("<footer>")[0]
-    assert summary["verdict"] in said.out
+    assert summary["verdict"] in " ".join(said.out.split())
     assert "is not the reward" in said.out, "the run was paid by a classifier"
     assert f"{summary['policy']['score_mean']:.4g} against {summary['base']['score_mean']:.4g} on average" in said.out
 
