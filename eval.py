@@ -23,7 +23,7 @@ from evaluation.comparison import TO_LOWER, Comparison, evaluate, note_changed_m
 from evaluation.files import ResultFiles
 from evaluation.prompts import evaluation_split
 from evaluation.settings import RUN_SETTINGS, settings_of_run
-from evaluation.table import table, table_rows
+from evaluation.table import table, table_groups
 from runtime.cli import parse_config
 from runtime.cli import run as run_script
 from runtime.device import keep_freed_memory
@@ -60,7 +60,7 @@ def main(cfg: EvalConfig) -> dict[str, Any]:
         print(f"\nwritten: {files.table}, {files.summary}, and to look at: {files.report}")
         home, policy = SavedRun.of_policy(cfg.policy_path), Path(cfg.policy_path)
         if home is not None and policy.is_dir():
-            add_results(home.folder, policy, summary, list(table_rows(summary)))
+            add_results(home.folder, policy, summary, table_groups(summary))
         return summary
 
 

@@ -68,7 +68,7 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
     """Take the steps that are left."""
     policy = parts.models.policy
     if cfg.eval_every and not session.evaluated:  # a new run: the policy as it is before its first step
-        session.add_evaluation(evaluate_held_out(parts, cfg, session.kl_controller.coef))
+        session.add_evaluation(partial(evaluate_held_out, parts, cfg, session.kl_controller.coef))
 
     for step in session.steps():
         # act and score
@@ -82,7 +82,7 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
         if session.is_due(cfg.sample_every):  # sampled in the main process only
             session.add_samples(partial(sample_rows, parts, rollout, cfg, step))
         if session.is_due(cfg.eval_every):
-            session.add_evaluation(evaluate_held_out(parts, cfg, session.kl_controller.coef))
+            session.add_evaluation(partial(evaluate_held_out, parts, cfg, session.kl_controller.coef))
         if session.is_due(cfg.save_every):
             session.save()
 

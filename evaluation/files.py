@@ -12,7 +12,7 @@ from config import EvalConfig, UserError
 import pandas as pd
 
 from evaluation.report import write_report
-from evaluation.table import table_rows
+from evaluation.table import table_groups
 from runtime.files import write_atomic
 from runtime.saved_run import SavedRun
 
@@ -86,7 +86,7 @@ class ResultFiles:
         try:
             write_atomic(self.table, results.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n"))
             write_atomic(self.summary, json.dumps(summary, indent=2) + "\n")
-            write_report(results, summary, table_rows(summary), home, self.report)
+            write_report(results, summary, table_groups(summary), home, self.report)
         except OSError as error:
             raise self._unwritable(error) from None
 

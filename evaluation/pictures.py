@@ -1,6 +1,6 @@
 """Pictures of evaluations: scores, curves, and score against KL, for the report, the page of runs and the tools.
 
-Colours are readable on white and on black.
+Colours and texts are readable on white and on black.
 """
 
 import base64
@@ -14,12 +14,10 @@ import numpy as np
 import pandas as pd
 
 from reward import score_title
-from runtime.pictures import blank_figure
+from runtime.pictures import BLUE, GREY, ORANGE, blank_figure, line_style, point_style
 from runtime.saved_run import SavedRun
 
-GREY, POLICY, BEST = "#808890", "#3a86c8", "#e08a1e"
-COLOURS = (POLICY, BEST, "#2a9d64", "#d0504a", "#9b6bd1", "#22a6b3", "#d565a8", "#9a8a28", "#7d868f", "#b0714a")
-LINES = ("-", "--", ":")  # of the first ten runs, the next ten, and so on
+POLICY, BEST = BLUE, ORANGE
 Size = tuple[float, float]  # inches
 EVALUATED = ("kl_seq_exact", "score_mean")  # columns of eval.csv: a run's own evaluations while training
 CURVES = {  # column of metrics.csv -> title; the first one is that of the score
@@ -74,21 +72,40 @@ def as_image(figure: Any, what: str) -> str:
     return f'<img alt="{what}" src="data:image/svg+xml;base64,{encoded}">'
 
 
-def line_style(number: int) -> dict[str, Any]:
-    """How the lines of one of several runs are drawn."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
-
-
 # --- panels ---------------------------------------------------------------------------------------------------------
 
 
 def draw_curve(axis: Any, metrics: pd.DataFrame, column: str, score: str, **style: Any) -> None:
     """Draw a column of metrics.csv over episodes, thin as measured, thick as a running mean; score is its title."""
-    values = metrics.set_index("episodes")[column]
-    if column == "explained_var":
-        values = values.clip(lower=-1)
+    values = curve(metrics, column)
     axis.plot(values, **style, alpha=0.4, linewidth=0.8)
-    axis.plot(values.ewm(span=max(2, len(values) // 10)).mean(), **style, linewidth=1.8)
+    axis.plot(running_mean(values), **style, linewidth=1.8)
+    name_curve(axis, column, score)
+
+
+def draw_seeds(axis: Any, runs: Sequence[pd.DataFrame], column: str, score: str, **style: Any) -> None:
+    """Draw a column of several runs of one setting: their mean over a band from the lowest to the highest."""
+    means = pd.concat([running_mean(curve(metrics, column)) for metrics in runs])
+    by_episodes = means.groupby(level=0)
+    axis.plot(by_episodes.mean(), **style, linewidth=1.8)
+    low, high = by_episodes.min(), by_episodes.max()
+    axis.fill_between(low.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    name_curve(axis, column, score)
+
+
+def curve(metrics: pd.DataFrame, column: str) -> pd.Series:
+    """A column of metrics.csv over episodes; the value fit, which can fall without bound, is cut at -1."""
+    values = metrics.set_index("episodes")[column]
+    return values.clip(lower=-1) if column == "explained_var" else values
+
+
+def running_mean(values: pd.Series) -> pd.Series:
+    """The mean of about the last tenth."""
+    return values.ewm(span=max(2, len(values) // 10)).mean()
+
+
+def name_curve(axis: Any, column: str, score: str) -> None:
+    """Write what a panel shows."""
     axis.set_title(CURVES[column] or score, fontsize=10)
     axis.set_xlabel("episodes")
 
@@ -157,16 +174,18 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     base = summary["base"]["score_mean"]
     alone = table.run.nunique() == 1
     for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
-        points, style = unordered.sort_values("alpha"), line_style(number)
+        points, style, mark = unordered.sort_values("alpha"), line_style(number), point_style(number)
         name = "between base and policy, and beyond" if alone else str(run)
         axis.plot([0, *points.kl], [base, *points.score], **style, label=name)
         draw_points(axis, points, color=style["color"], marker=".", alpha=1 if alone else 0.4)
         trained = points[points.alpha == 1]
-        axis.plot(trained.kl, trained.score, "o", color=style["color"], markersize=8)
+        axis.plot(trained.kl, trained.score, linestyle="", markersize=8, **mark)
         if alone:
             annotate(axis, points.alpha, points.kl, points.score)
     axis.plot(0, base, "s", color=GREY, label="base", clip_on=False)
-    axis.set_title(f"{summary['n']} held-out prompts, 95 % intervals; circles are the policies as trained", fontsize=10)
+    axis.set_title(
+        f"{summary['n']} held-out prompts, 95 % intervals; large marks are the policies as trained", fontsize=10
+    )
     label_plane(axis, score_title(summary["label"]))
     axis.set_xlim(left=0, right=max(1.15 * table.kl_high.max(), 0.1))
     add_legends(figure)
@@ -178,12 +197,12 @@ def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
     rows = math.ceil(len(tables) / 2)
     figure, axes = new_figure(len(tables), rows, (13, 3.8 * rows), share=True)
     runs = dict.fromkeys(run for table in tables.values() for run in table.run)
-    styles = {run: line_style(number) for number, run in enumerate(runs)}
+    styles = {run: line_style(number) | point_style(number) for number, run in enumerate(runs)}
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         for run, unordered in table.groupby("run", sort=False):
             points = unordered.sort_values("alpha")
-            axis.plot(points.kl, 100 * points.optimal_share, marker=".", **styles[run], label=str(run))
+            axis.plot(points.kl, 100 * points.optimal_share, **styles[run], label=str(run))
         axis.set(title=title, xlabel="KL to base, nats per response", ylabel="% of the best gain")
-        axis.set_xlim(left=0)
+    axes[0].set_xlim(left=0)  # of all panels, when all lines are there: it is no longer fitted to what is drawn later
     add_legends(figure)
     figure.savefig(path, dpi=120)

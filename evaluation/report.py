@@ -7,7 +7,7 @@ browser of samples. The page itself is report.html within page.html; this module
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pandas as pd
 
 from evaluation.pictures import (
     EVALUATED,
-    GREY,
     POLICY,
     as_image,
     draw_best_possible,
@@ -29,6 +28,7 @@ from evaluation.pictures import (
 )
 from reward import score_title
 from runtime.files import write_atomic
+from runtime.pictures import GREY
 from runtime.saved_run import SavedRun
 
 FOLDER = Path(__file__).parent
@@ -36,11 +36,15 @@ CURVES = ("score_mean", "kl_seq_exact", "entropy")
 
 
 def write_report(
-    results: pd.DataFrame, summary: dict[str, Any], table: Sequence[Sequence[str]], home: SavedRun | None, path: Path
+    results: pd.DataFrame,
+    summary: dict[str, Any],
+    groups: Mapping[str, Sequence[Sequence[str]]],
+    home: SavedRun | None,
+    path: Path,
 ) -> None:
-    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, table rows of three texts.
+    """Write the page: results as in eval_results.csv, summary as in eval_summary.json, groups of the printed table.
 
-    home is the run that made the policy, if known.
+    A row of a group is three texts. home is the run that made the policy, if known.
     """
     images = {
         "Scores": scores_image(results, summary["label"]),
@@ -51,7 +55,7 @@ def write_report(
     fields = {
         "n": str(summary["n"]),
         "verdict": html.escape(summary["verdict"]),
-        "table": html_table(table, ["", "policy", "base"]),
+        "table": "\n".join(html_table(rows, [group, "policy", "base"]) for group, rows in groups.items()),
         "figures": "\n".join(f'<h2>{title}</h2>\n<div class="wide">{x}</div>' for title, x in images.items() if x),
         "settings": html.escape(", ".join(f"{name} {value}" for name, value in settings.items())),
         "scale": json.dumps(score_range(results, summary)),
@@ -118,8 +122,8 @@ def scores_image(results: pd.DataFrame, label: str | None) -> str:
     scores = results[["policy_score", "base_score"]].to_numpy()
     low, high = (-1, 1) if label is not None else (scores.min(), scores.max())
     bins = np.linspace(low, high if high > low else low + 1, 41).tolist()
-    for name, colour in (("base", GREY), ("policy", POLICY)):
-        axis.hist(results[f"{name}_score"], bins, color=colour, alpha=0.6, label=name)
+    for name, colour, hatch in (("base", GREY, "///"), ("policy", POLICY, "")):
+        axis.hist(results[f"{name}_score"], bins, color=colour, edgecolor=colour, alpha=0.6, hatch=hatch, label=name)
     axis.set(xlabel="score" if label is None else "score, -1 to 1", ylabel="responses")
     return as_image(figure, "Histogram of scores")
 
@@ -134,7 +138,7 @@ def frontier_image(summary: dict[str, Any], home: SavedRun | None) -> str:
     if path is not None:
         axis.plot(path["kl_seq_exact"], path["score_mean"], ".-", color=POLICY, alpha=0.6, label="during training")
     draw_points(axis, pd.DataFrame([place_of(summary)]), color=POLICY, marker="*", markersize=11, label="policy")
-    label_plane(axis, "score")
+    label_plane(axis, score_title(summary["label"]))
     return as_image(figure, "Reward against KL")
 
 

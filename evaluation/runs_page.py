@@ -15,22 +15,24 @@ import pandas as pd
 from evaluation.pictures import (
     CURVES,
     EVALUATED,
-    GREY,
     add_legends,
     as_image,
     draw_best_possible,
     draw_curve,
     draw_points,
+    draw_seeds,
     label_plane,
-    line_style,
     new_figure,
     place_of,
 )
 from evaluation.report import html_table, write_page
 from evaluation.table import ANY_UNIT
 from reward import score_title
+from runtime.pictures import GREY, LINES, MARKERS, line_style, point_style
 
 MISSING = "–"
+BORDERS = dict(zip(LINES, ("solid", "dashed", "dotted"), strict=True))  # a line on the page
+GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖", strict=True))  # a marker on the page
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ def write_runs(runs: Sequence[ComparedRun], notes: Sequence[str], page: Path) ->
     picture(runs).savefig(page.with_suffix(".png"), dpi=120)
 
 
+def groups_of(runs: Sequence[ComparedRun]) -> list[list[ComparedRun]]:
+    """The runs of each setting, which differ in nothing but their seed; they have one colour, line and marker."""
+    groups: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        setting = {name: value for name, value in run.settings.items() if name != "seed"}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
 def score_of(runs: Sequence[ComparedRun]) -> str:
     """What the scores of these runs are called, all of them."""
     titles = {score_title(run.label) for run in runs}
@@ -70,7 +81,7 @@ def score_of(runs: Sequence[ComparedRun]) -> str:
 
 
 def runs_table(runs: Sequence[ComparedRun]) -> str:
-    """A row for each run and each of its evaluations."""
+    """A row for each run and each of its evaluations, setting by setting."""
     score = score_of(runs)
     columns = [
         "run",
@@ -82,11 +93,10 @@ def runs_table(runs: Sequence[ComparedRun]) -> str:
         "win-rate, %",
     ]
     rows = []
-    for number, run in enumerate(runs):
-        mark = f'<span class="mark" style="background: {line_style(number)["color"]}"></span>'
+    for number, run in ((number, run) for number, group in enumerate(groups_of(runs)) for run in group):
         end = run.metrics.tail(max(1, len(run.metrics) // 10))
         trained = [
-            f"{mark}{html.escape(run.name)}",
+            f"{page_mark(number)}{html.escape(run.name)}",
             f"{run.metrics.episodes.iloc[-1]:,.0f}",
             score_format(run.label).format(end.score_mean.mean()),
             f"{end.kl_seq_exact.mean():.2f}",
@@ -94,6 +104,14 @@ def runs_table(runs: Sequence[ComparedRun]) -> str:
         evaluated = [evaluation_cells(summary) for summary in run.evaluations] or [["", "", ""]]
         rows += [[*trained, *cells] for cells in evaluated]
     return html_table(rows, columns, escape=False)
+
+
+def page_mark(number: int) -> str:
+    """Line and marker of a setting, beside the names of its runs."""
+    line = line_style(number)
+    border = f"border-bottom-style: {BORDERS[line['linestyle']]}"
+    glyph = GLYPHS[point_style(number)["marker"]]
+    return f'<span class="mark" data-marker="{glyph}" style="color: {line["color"]}; {border}"></span>'
 
 
 def evaluation_cells(summary: dict[str, Any]) -> list[str]:
@@ -152,9 +170,13 @@ def curve_images(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def draw_curves(axis: Any, runs: Sequence[ComparedRun], column: str) -> None:
-    """Draw one column of metrics.csv of every run."""
-    for number, run in enumerate(runs):
-        draw_curve(axis, run.metrics, column, f"mean {score_of(runs)}", **line_style(number))
+    """Draw one column of metrics.csv of every setting."""
+    score = f"mean {score_of(runs)}"
+    for number, group in enumerate(groups_of(runs)):
+        if len(group) == 1:
+            draw_curve(axis, group[0].metrics, column, score, **line_style(number))
+        else:
+            draw_seeds(axis, [run.metrics for run in group], column, score, **line_style(number))
 
 
 def plane_image(runs: Sequence[ComparedRun]) -> str:
@@ -169,16 +191,15 @@ def plane_image(runs: Sequence[ComparedRun]) -> str:
 def draw_plane(axis: Any, runs: Sequence[ComparedRun]) -> None:
     """Draw each run's path over its own held-out prompts, and eval.py's points with their 95 % intervals."""
     kl, score = EVALUATED
-    for number, run in enumerate(runs):
-        style = line_style(number)
+    for number, run in ((number, run) for number, group in enumerate(groups_of(runs)) for run in group):
         if run.path is not None:
-            axis.plot(run.path[kl], run.path[score], **style, marker=".", alpha=0.45, linewidth=1)
+            axis.plot(run.path[kl], run.path[score], **line_style(number), marker=".", alpha=0.6, linewidth=1)
         if run.evaluations:
             points = pd.DataFrame(map(place_of, run.evaluations))
-            draw_points(axis, points, color=style["color"], marker="*", markersize=11)
+            draw_points(axis, points, **point_style(number), markersize=8)
     axis.plot([], [], ".-", color=GREY, alpha=0.6, label="evaluations while training")
     if any(run.evaluations for run in runs):
-        axis.plot([], [], "*", color=GREY, markersize=9, label="eval.py, with 95 % intervals")
+        axis.errorbar([], [], [], [], "o", color=GREY, markersize=8, capsize=2, label="eval.py, with 95 % intervals")
     draw_most_certain(axis, runs)
     label_plane(axis, score_of(runs))
 
@@ -193,13 +214,21 @@ def draw_most_certain(axis: Any, runs: Sequence[ComparedRun]) -> None:
 
 
 def picture(runs: Sequence[ComparedRun]) -> Any:
-    """All panels in one figure, with the runs' names below."""
+    """All panels in one figure, with the names of each setting's runs below."""
     figure, (*axes, plane) = new_figure(len(CURVES) + 1, rows=2, size=(13, 7))
     for axis, column in zip(axes, CURVES, strict=True):
         draw_curves(axis, runs, column)
     draw_plane(plane, runs)
     plane.set_title("reward against KL, held-out prompts", fontsize=10)
     add_legends(figure)
-    lines = [axes[0].plot([], [], **line_style(number), label=run.name)[0] for number, run in enumerate(runs)]
+    groups = groups_of(runs)
+    lines = [
+        axes[0].plot([], [], **line_style(number) | point_style(number), label=", ".join(run.name for run in group))[0]
+        for number, group in enumerate(groups)
+    ]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=9, frameon=False)
+    key = "batches while training: thin as measured, thick as a running mean"
+    if any(len(group) > 1 for group in groups):
+        key += "; of several seeds the mean, in a band from the lowest to the highest"
+    figure.suptitle(key, fontsize=10, color=GREY)
     return figure

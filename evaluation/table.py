@@ -1,5 +1,6 @@
 """The evaluation in words and figures: the verdict on one line, the table."""
 
+import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,34 +8,42 @@ import numpy as np
 from reward import score_title
 
 PERCENT, SIGNED, PLAIN, LONG = "{:.1f}", "{:+.3f}", "{:.2f}", "{:.3f}"
-TABLE = {  # key in eval_summary.json -> its title in the table, and its format; {…} are filled in from the summary
-    "score_mean": ("{title} mean{range}", SIGNED),
-    "positive_rate": ("{label} responses, %", PERCENT),
-    "log_odds": ("log-odds of {label}", PLAIN),
-    "judge_mean": ("second judge, -1 to 1", SIGNED),
-    "judge_positive_rate": ("second judge: {judge_label}, %", PERCENT),
-    "perplexity": ("perplexity under base", PLAIN),
-    "human_perplexity": ("perplexity on human text", PLAIN),
-    "distinct_1": ("distinct words, equal lengths", LONG),
-    "distinct_2": ("distinct pairs, equal lengths", LONG),
-    "distinct_3": ("distinct triples, equal lengths", LONG),
-    "distinct_rate": ("distinct responses, %", PERCENT),
-    "repetition_rate": ("repeated triples, %", PERCENT),
-    "response_len": ("response length, tokens", PLAIN),
-    "eos_rate": ("responses that end themselves, %", PERCENT),
-}
-PAIRED = {
-    "score_gain": ("{title} gain", SIGNED),
-    "win_rate": ("win-rate, % (a tie is half)", PERCENT),
-    "judge_gain": ("gain, second judge", SIGNED),
-    "judge_gain_expected": ("  expected at such scores", SIGNED),
-    "judge_gap_rate": ("gain in positives not confirmed, %", PERCENT),
-    "response_len_expected": ("length expected at such scores", PLAIN),
-    "kl_seq": ("KL to base, nats per response", PLAIN),
-    "kl_seq_exact": ("  the same, exact per token", PLAIN),
-    "kl_token": ("KL to base, nats per token", LONG),
-    "kl_token_exact": ("  the same, exact", LONG),
-    "optimal_share_rate": ("% of the best gain at this KL", PERCENT),
+# Group -> key in eval_summary.json -> title of the row, in which {…} are filled in from the summary, and format.
+# A title stands alone, and leaves room for its figures on a line of 80 columns
+GROUPS = {
+    "Score": {
+        "score_mean": ("mean {title}{range}", SIGNED),
+        "positive_rate": ("{label} responses, %", PERCENT),
+        "log_odds": ("log-odds of {label}", PLAIN),
+        "score_gain": ("{title} gain over base", SIGNED),
+        "win_rate": ("win-rate, % (a tie is half)", PERCENT),
+        "optimal_share_rate": ("% of the best gain at this KL", PERCENT),
+    },
+    "Second judge": {
+        "judge_mean": ("second judge: mean, -1 to 1", SIGNED),
+        "judge_positive_rate": ("second judge: {judge_label}, %", PERCENT),
+        "judge_gain": ("second judge: gain over base", SIGNED),
+        "judge_gain_expected": ("second judge: gain expected", SIGNED),
+        "judge_gap_rate": ("second judge: gain not confirmed, %", PERCENT),
+    },
+    "Text": {
+        "perplexity": ("perplexity of responses under base", PLAIN),
+        "human_perplexity": ("perplexity of human text", PLAIN),
+        "distinct_1": ("distinct words, equal length", LONG),
+        "distinct_2": ("distinct word pairs, equal length", LONG),
+        "distinct_3": ("distinct word triples, equal length", LONG),
+        "distinct_rate": ("distinct responses, %", PERCENT),
+        "repetition_rate": ("repeated word triples, %", PERCENT),
+        "response_len": ("response length, tokens", PLAIN),
+        "response_len_expected": ("response length expected, tokens", PLAIN),
+        "eos_rate": ("responses that end with EOS, %", PERCENT),
+    },
+    "KL": {
+        "kl_seq": ("KL to base, nats per response", PLAIN),
+        "kl_seq_exact": ("exact KL to base, nats per response", PLAIN),
+        "kl_token": ("KL to base, nats per token", LONG),
+        "kl_token_exact": ("exact KL to base, nats per token", LONG),
+    },
 }
 SAME_THING = 0.2  # judge_slope: with less, the second judge measures something else than the reward
 FEW = 30  # prompts: with fewer, intervals are narrower than they should be
@@ -113,17 +122,19 @@ def change_of_length(summary: dict[str, Any]) -> list[str]:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
+POLICY_ENDS, BASE_ENDS = 56, 80  # columns of a terminal
+
 
 class Row(NamedTuple):
-    """A row of the table; paired figures are in the policy column."""
+    """A row of the table; figures that compare the two models are in the policy's column."""
 
     title: str
     policy: str
     base: str
 
 
-def table_rows(summary: dict[str, Any]) -> list[Row]:
-    """The rows of the table, of the figures that the summary has."""
+def table_groups(summary: dict[str, Any]) -> dict[str, list[Row]]:
+    """The rows of the table under the titles of their groups, of the figures that the summary has."""
     ours, base, label = summary["policy"], summary["base"], summary["label"]
     blanks = {
         "title": score_title(label),
@@ -131,14 +142,17 @@ def table_rows(summary: dict[str, Any]) -> list[Row]:
         "label": label,
         "judge_label": summary["judge_label"],
     }
-    rows = []
-    for key, (title, form) in TABLE.items():
-        if key in ours and key in base:
-            rows.append(Row(title.format(**blanks), shown(key, form, ours, label), shown(key, form, base, label)))
-    for key, (title, form) in PAIRED.items():
-        if key in summary:
-            rows.append(Row(title.format(**blanks), shown(key, form, summary, label), ""))
-    return rows
+    groups = {}
+    for group, figures in GROUPS.items():
+        rows = []
+        for key, (title, form) in figures.items():
+            if key in ours and key in base:
+                rows.append(Row(title.format(**blanks), shown(key, form, ours, label), shown(key, form, base, label)))
+            elif key in summary:
+                rows.append(Row(title.format(**blanks), shown(key, form, summary, label), ""))
+        if rows:
+            groups[group] = rows
+    return groups
 
 
 def shown(key: str, form: str, estimates: dict[str, Any], label: str | None) -> str:
@@ -152,7 +166,23 @@ def shown(key: str, form: str, estimates: dict[str, Any], label: str | None) -> 
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a table of fixed-width columns, policy beside base, and the verdict."""
-    rows = [Row("", "policy", "base"), *table_rows(summary)]
-    lines = [f"{row.title:34}{row.policy:>30}{row.base:>30}".rstrip() for row in rows]
-    return "\n".join([f"{summary['n']} prompts, 95 % intervals in brackets", "", *lines, "", summary["verdict"]])
+    """The summary as a table for a terminal of 80 columns, group by group, and the verdict."""
+    lines = [f"{summary['n']} prompts, 95 % intervals in brackets"]
+    for group, rows in table_groups(summary).items():
+        base = "base" if any(row.base for row in rows) else ""
+        lines.append("")
+        for row in (Row(group, "policy", base), *rows):
+            lines += aligned(row)
+    return "\n".join([*lines, "", *textwrap.wrap(summary["verdict"], BASE_ENDS, break_on_hyphens=False)])
+
+
+def aligned(row: Row) -> list[str]:
+    """A row with its figures at the right end of their columns; one that finds no room there begins another line."""
+    lines = [row.title]
+    for figure, end in ((row.policy, POLICY_ENDS), (row.base, BASE_ENDS)):
+        if not figure:
+            continue
+        if len(lines[-1]) + 1 + len(figure) > end:
+            lines.append("")
+        lines[-1] += figure.rjust(end - len(lines[-1]))
+    return lines

@@ -9,20 +9,20 @@ import numpy as np
 import pandas as pd
 
 from evaluation.pictures import draw_best_possible
-from runtime.pictures import blank_figure, table_colour
+from runtime.pictures import BLUE, VERMILLION, blank_figure, line_style, point_style
 
 ACROSS = 7  # bugs in a row
 PANELS = {"score_mean": ("score", 1.1), "kl_seq": ("kl", 8.0)}  # column of the steps -> of the runs, and where axes end
 
 
-def draw_seeds(axis: Any, by_step: Any, colour: Any, alpha: float = 0.2, smooth: int = 1, **label: str) -> None:
+def draw_seeds(axis: Any, by_step: Any, color: str, alpha: float = 0.2, smooth: int = 1, **style: str) -> None:
     """Draw what the seeds have at each step, their mean over a band from lowest to highest.
 
     by_step is a column grouped by step; each line is a running mean over `smooth` steps.
     """
     mean, low, high = (by_step.agg(name).rolling(smooth, 1).mean() for name in ("mean", "min", "max"))
-    axis.plot(mean, color=colour, **label)
-    axis.fill_between(mean.index, low, high, color=colour, alpha=alpha)
+    axis.plot(mean, color=color, **style)
+    axis.fill_between(mean.index, low, high, color=color, alpha=alpha)
 
 
 # --- studies --------------------------------------------------------------------------------------------------------
@@ -42,10 +42,11 @@ def plane(runs: pd.DataFrame, steps: pd.DataFrame | None) -> Any:
     figure = blank_figure(13, 5.8)
     after, during = figure.subplots(1, 2, sharey=True)
     settings = runs.setting.unique()
-    colours = {setting: table_colour(number) for number, setting in enumerate(settings)}
-    for setting in settings:
+    numbers = {setting: number for number, setting in enumerate(settings)}
+    for setting, number in numbers.items():
         seeds = runs[runs.setting == setting]
-        after.plot(seeds.kl, seeds.score, "o", color=colours[setting], label=str(setting))
+        after.plot(seeds.kl, seeds.score, linestyle="", **point_style(number))
+        after.plot([], [], label=str(setting), **line_style(number) | point_style(number))
     with_best = runs[runs.optimal_curve.notna() & (runs.optimal_curve != "null")]
     if len(with_best):
         one = with_best.iloc[0]
@@ -57,7 +58,8 @@ def plane(runs: pd.DataFrame, steps: pd.DataFrame | None) -> Any:
     if steps is not None:
         for setting, seeds in steps.groupby("setting", sort=False):
             alpha = 0.2 if seeds.seed.nunique() > 1 else 0
-            draw_seeds(during, seeds.groupby("episodes").score_mean, colours.get(setting), alpha, smooth=5)
+            style = line_style(numbers.setdefault(setting, len(numbers)))
+            draw_seeds(during, seeds.groupby("episodes").score_mean, alpha=alpha, smooth=5, **style)
         during.set_xscale("log")
     title = "while training: running mean of 5 steps, lowest to highest seed"
     during.set(xlabel="episodes", title=title)
@@ -75,10 +77,10 @@ def panels(runs: pd.DataFrame, steps: pd.DataFrame) -> Any:
     for setting, axis in zip(settings, axes, strict=False):
         seeds = runs[runs.setting == setting]
         by_step = steps[steps.setting == setting].groupby("episodes").score_mean
-        draw_seeds(axis, by_step, "tab:blue", label="batches while training")
+        draw_seeds(axis, by_step, BLUE, label="batches while training")
         axis.axhline(seeds.base_score.mean(), color="black", linestyle=":", label="base, held-out prompts")
         ends = [by_step.mean().index.max() * 1.04] * len(seeds)
-        axis.plot(ends, seeds.score, "o", color="tab:orange", label="policy, held-out prompts, each seed")
+        axis.plot(ends, seeds.score, "D", color=VERMILLION, label="policy, held-out prompts, each seed")
         figures = f"win-rate {seeds.win_rate.mean():.0%}, KL {seeds.kl.mean():.1f} nats"
         axis.set_title(f"{setting.removeprefix('rm_name=')}\n{figures}", fontsize=10)
         axis.set_xlabel("episodes")
@@ -125,11 +127,14 @@ def draw_bug(axis: Any, column: str, bug: str, right: str, runs: pd.DataFrame, s
     numbers = sorted(steps.step.unique())
     low, high = by_step[right].min(), by_step[right].max()
     axis.fill_between(low.index, low, high, color="0.8", label="right runs, as they reported")
-    draw_seeds(axis, by_step[bug], "tab:red", alpha=0.25, label="runs with the bug, as they reported")
+    draw_seeds(axis, by_step[bug], VERMILLION, alpha=0.25, label="runs with the bug, as they reported")
     measured, end = PANELS[column]
-    for name, colour, label in ((right, "0.4", "right runs, measured"), (bug, "tab:blue", "with the bug, measured")):
+    for name, marker, colour, label in (
+        (right, "o", "0.4", "right runs, measured"),
+        (bug, "D", BLUE, "with the bug, measured"),
+    ):
         values = runs[runs.setting == name][measured].clip(-0.95 * end, 0.95 * end)
-        axis.plot([max(numbers) + 1] * len(values), values, "o", color=colour, markersize=4, label=label)
+        axis.plot([max(numbers) + 1] * len(values), values, marker, color=colour, markersize=4, label=label)
     axis.set_ylim(-end, end)
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xticks(numbers[3::4])

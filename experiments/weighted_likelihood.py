@@ -91,7 +91,7 @@ def check_settings(cfg: LikelihoodConfig) -> TrainConfig:
 
 
 def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[list[Sequences], np.ndarray]:
-    """Base's responses, batch by batch and draw by draw, and their scores (prompts, answers)."""
+    """Base's responses, batch by batch and draw by draw, and their scores (prompts, draws)."""
     models, seqs, scores = parts.models, list[Sequences](), list[Tensor]()
     pairs = list(itertools.product(range(1, cfg.batches + 1), range(cfg.answers)))
     for batch, draw in timed(pairs, "sampling base", "batch"):

@@ -9,6 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Colours that colour-blind readers can tell apart (Okabe and Ito 2008)
+BLUE, VERMILLION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+ORANGE = "#E69F00"
+GREY = "#757575"  # of texts: readable on white and on black
+# Colour, line and marker of the first series, the second, and so on: 5, 3 and 7 of them make 105 that differ
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, SKY)
+LINES = ("-", "--", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
 
 @contextmanager
 def _without_backend() -> Iterator[None]:
@@ -27,8 +36,11 @@ def blank_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def table_colour(number: int) -> Any:
-    """One of 20 colours, which begin anew after the last."""
-    with _without_backend():
-        from matplotlib import colormaps
-    return colormaps["tab20"](number % 20)
+def line_style(number: int) -> dict[str, str]:
+    """Colour and line of one of several series."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number % len(LINES)]}
+
+
+def point_style(number: int) -> dict[str, str]:
+    """Colour and marker of one of several series."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}

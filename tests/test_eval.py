@@ -108,17 +108,17 @@ def test_too_little_memory_names_what_to_lower(
 
 
 def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path, gpt2_dir: Path) -> None:
-    """Of the base on the policy's answers and of both on what the authors wrote; also under another decoding."""
+    """Of the base on the policy's responses and of both on what the authors wrote; also under another decoding."""
     t, _ = run_eval(finished_run, tmp_path, "--top_k", "20", "--temperature", "0.7")
     tokenizer = AutoTokenizer.from_pretrained(gpt2_dir)
     reviews = [f"{100 + i} {text}" for i, text in enumerate(CORPUS[:20])]
     models = {"base": str(gpt2_dir), "policy": str(finished_run / "policy_lm")}
     loaded = {name: GPT2LMHeadModel.from_pretrained(folder).eval() for name, folder in models.items()}
 
-    def nll(name: str, prompt: list[int], answer: list[int]) -> float:
-        labels = torch.tensor([[-100] * len(prompt) + answer])
+    def nll(name: str, prompt: list[int], response: list[int]) -> float:
+        labels = torch.tensor([[-100] * len(prompt) + response])
         with torch.no_grad():
-            return float(loaded[name](torch.tensor([prompt + answer]), labels=labels).loss) * len(answer)
+            return float(loaded[name](torch.tensor([prompt + response]), labels=labels).loss) * len(response)
 
     for row in t.head(6).itertuples():
         review = next(text for text in reviews if text.startswith(row.prompt.split()[0] + " "))
@@ -127,9 +127,9 @@ def test_perplexities_equal_the_library_loss(finished_run: Path, tmp_path: Path,
         assert row.human_len == len(written)
         for name, found in (("policy", row.human_nll_policy), ("base", row.human_nll_base)):
             assert found == pytest.approx(nll(name, prompt, written), abs=2e-3)
-        answer = tokenizer(row.base_text).input_ids
-        if len(answer) == row.base_len:  # the text gives the tokens back, and no EOS was left out
-            assert row.base_nll_base == pytest.approx(nll("base", prompt, answer), abs=2e-3)
+        response = tokenizer(row.base_text).input_ids
+        if len(response) == row.base_len:  # the text gives the tokens back, and no EOS was left out
+            assert row.base_nll_base == pytest.approx(nll("base", prompt, response), abs=2e-3)
 
 
 def test_the_second_judge_is_fitted_on_labels_or_named(
@@ -531,12 +531,12 @@ def test_eval_compares_on_a_python_reward_in_its_own_units(
     for name, factor in (("kl", 1), ("score_mean", 1000)):
         theirs = np.array(summary["optimal_curve"][name])
         assert thousands["optimal_curve"][name] == pytest.approx((factor * theirs).tolist(), rel=1e-3, abs=1e-6)
-    assert "score mean" in said.out
+    assert "mean score" in said.out
     page = (tmp_path / "1" / "eval_report.html").read_text()
     for words in ("sentiment", "positive"):
         assert words not in said.out
         assert words not in page.replace("standardize", "").split("<footer>")[0]
-    assert summary["verdict"] in said.out
+    assert summary["verdict"] in " ".join(said.out.split())
     assert "is not the reward" in said.out, "the run was paid by a classifier"
     assert f"{summary['policy']['score_mean']:.4g} against {summary['base']['score_mean']:.4g} on average" in said.out
 

@@ -77,7 +77,7 @@ def test_train_evaluates_on_prompts_that_it_never_trains_on(
     assert not held_out & {tuple(prompt) for prompt in parts.prompts.prompts}
     assert len(parts.prompts.prompts) + 3 == 40
     printed = capsys.readouterr().out
-    assert re.search(r"sentiment mean +-?\d\.\d\d +-?\d\.\d\d", printed), "a table before and after"
+    assert re.search(r"mean sentiment +-?\d\.\d\d +-?\d\.\d\d", printed), "a table before and after"
     without = run({**flags, "ckpt_dir": str(folder) + "2"}, "--eval_every", "0")
     assert not (without / "eval.csv").exists()
 

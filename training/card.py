@@ -5,7 +5,7 @@ its resume write the same one. Of folders and files on this machine it has the l
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,12 @@ def write_card(run_dir: Path, policy_dir: Path) -> None:
     write_atomic(policy_dir / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def add_results(run_dir: Path, policy_dir: Path, summary: dict[str, Any], rows: Iterable[Sequence[str]]) -> None:
+def add_results(
+    run_dir: Path, policy_dir: Path, summary: dict[str, Any], groups: Mapping[str, Iterable[Sequence[str]]]
+) -> None:
     """Put an evaluation between the marks of the policy's card and into its metadata; all else in it stays.
 
-    summary is that of eval_summary.json, rows are those of the printed table. A folder that cannot be written, or a
+    summary is that of eval_summary.json, groups those of the printed table. A folder that cannot be written, or a
     card that cannot be read, is only noted.
     """
     path = policy_dir / "README.md"
@@ -81,7 +83,7 @@ def add_results(run_dir: Path, policy_dir: Path, summary: dict[str, Any], rows: 
         card = ModelCard.load(path)
         card.data.model_name = card.data.model_name or title_of(SavedRun(run_dir).record)
         card.data.eval_results = eval_results(summary)
-        results = _results(summary, rows)
+        results = _results(summary, groups)
         card.text = RESULTS.sub(lambda _: results, card.text)
         write_atomic(path, str(card))
         print(f"model card: {path}")
@@ -187,7 +189,7 @@ def _course(metrics: pd.DataFrame, evaluations: pd.DataFrame) -> str:
 # --- an evaluation --------------------------------------------------------------------------------------------------
 
 
-def _results(summary: dict[str, Any], rows: Iterable[Sequence[str]]) -> str:
+def _results(summary: dict[str, Any], groups: Mapping[str, Iterable[Sequence[str]]]) -> str:
     """The verdict and the table of an evaluation, and how it was made."""
     settings = summary["settings"]
     decoding = ", ".join(f"{name} {settings[name]:g}" for name in ("temperature", "top_k", "top_p", "max_new_tokens"))
@@ -198,7 +200,8 @@ def _results(summary: dict[str, Any], rows: Iterable[Sequence[str]]) -> str:
         f"{summary['n']} prompts from {dataset}, the same random numbers for policy and base; {decoding}; seed "
         f"{settings['seed']}. Brackets are 95 % intervals."
     )
-    return f"{summary['verdict']}\n\n{made}\n\n{markdown_table(('', 'policy', 'base'), rows)}"
+    tables = [markdown_table((group, "policy", "base"), rows) for group, rows in groups.items()]
+    return "\n\n".join([summary["verdict"], made, *tables])
 
 
 def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
@@ -211,7 +214,7 @@ def eval_results(summary: dict[str, Any]) -> list[EvalResult]:
     figures = [
         ("score_mean", f"mean {score_title(label)}", ours["score_mean"], ours["score_ci"]),
         ("win_rate", "win-rate against base", summary["win_rate"], summary["win_rate_ci"]),
-        ("kl_to_base", "KL to base, nats per response", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
+        ("kl_to_base", "exact KL to base, nats per response", summary["kl_seq_exact"], summary["kl_seq_exact_ci"]),
     ]
     if "positive_rate" in ours:
         positive = ("positive_rate", f"share of {label} responses", ours["positive_rate"], ours["positive_ci"])

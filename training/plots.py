@@ -1,13 +1,18 @@
 """Pictures of a run."""
 
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from reward import score_title
 from runtime.files import read_table, rename
-from runtime.pictures import blank_figure
+from runtime.pictures import BLUE, blank_figure, line_style
 
-VALUE_FIT = "value fit (1 perfect; low where scores hardly differ)"
+VALUE_FIT = "value fit (1: perfect)"
 LOWEST_FIT = -1.0  # it can fall without bound
+WORDS = {"kl_seq": "sampled tokens", "kl_seq_exact": "exact"}
+HELD_OUT: dict[str, Any] = {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""}
 
 
 def panels(label: str | None) -> dict[str, list[str]]:
@@ -26,28 +31,53 @@ def panels(label: str | None) -> dict[str, list[str]]:
 
 
 def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
-    """Draw the columns of metrics.csv over steps: thin as measured, thick as a running mean."""
+    """Draw the columns of metrics.csv over steps, and the averages over held-out prompts of eval.csv beside it."""
     columns_of = panels(label)
     drawn = [column for columns in columns_of.values() for column in columns]
     table = read_table(metrics_csv, "step", *drawn).set_index("step")
     cut = table.index[table["explained_var"] < LOWEST_FIT]
     table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
-    figure = blank_figure(12, 6)
+    figure = blank_figure(12, 6.4)
     axes = dict(zip(columns_of, figure.subplots(2, 3, sharex=True).flat, strict=True))
     for title, axis in axes.items():
-        for column, colour in zip(columns_of[title], ("tab:blue", "tab:orange"), strict=False):
-            axis.plot(table[column], color=colour, alpha=0.35, linewidth=1)
+        for number, column in enumerate(columns_of[title]):
+            style = line_style(number)
+            axis.plot(table[column], color=style["color"], alpha=0.4, linewidth=1)
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()
-            axis.plot(smooth, color=colour, linewidth=2, label=column)
-        if len(columns_of[title]) > 1:
-            axis.legend(fontsize=8)
+            axis.plot(smooth, **style, linewidth=2, label=WORDS.get(column))
         axis.set_title(title, fontsize=10)
+        axis.set_xlabel("PPO step", fontsize=9)
         axis.grid(alpha=0.3)
     axes[VALUE_FIT].set_ylim(LOWEST_FIT - 0.1, 1.05)
     if len(cut):
-        axes[VALUE_FIT].plot(cut, [LOWEST_FIT] * len(cut), "v", color="tab:blue", markersize=4, label="below −1")
-        axes[VALUE_FIT].legend(fontsize=8)
-    figure.supxlabel("PPO step", fontsize=10)
+        axes[VALUE_FIT].plot(cut, [LOWEST_FIT] * len(cut), "v", color=BLUE, markersize=4, label="below −1")
+    held_out = metrics_csv.with_name("eval.csv")
+    if held_out.exists():
+        draw_held_out(axes, columns_of, pd.read_csv(held_out).set_index("step"))
+    for axis in axes.values():
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    add_key(figure, held_out.exists())
     partial = picture.with_name(f".{picture.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     rename(partial, picture)
+
+
+def draw_held_out(axes: dict[str, Any], columns_of: dict[str, list[str]], evaluations: pd.DataFrame) -> None:
+    """Draw the last column of each panel that evaluations have, which is the exact one where there are two of KL."""
+    for title, axis in axes.items():
+        column = columns_of[title][-1]
+        if column in evaluations:
+            axis.plot(evaluations[column], **HELD_OUT)
+
+
+def add_key(figure: Any, with_held_out: bool) -> None:
+    """Say below all panels what thin lines, thick lines and points are."""
+    axis = figure.axes[0]
+    handles = [
+        *axis.plot([], [], color=BLUE, alpha=0.4, linewidth=1, label="thin: each batch"),
+        *axis.plot([], [], color=BLUE, linewidth=2, label="thick: running mean"),
+    ]
+    if with_held_out:
+        handles += axis.plot([], [], **HELD_OUT, label="held-out prompts; step 0 is the base")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)

@@ -36,7 +36,7 @@ def with_score_scale(parts: Parts, cfg: TrainConfig, saved: ScoreScale | None) -
 def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
     """Mean and standard deviation of the scores of the reference's responses to the first prompts of the run.
 
-    Every rank answers its share, and all get the same scale (raises UserError on all where the reward fails on one).
+    Every rank responds to its share, and all get the same scale (raises UserError on all if the reward fails on one).
     """
     models = parts.models
     batches = []

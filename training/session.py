@@ -33,6 +33,7 @@ from training.commands import eval_command, resume_command
 from training.earlier_run import EarlierRun
 from training.estimate import duration, note_slow_run
 from training.parts import Parts
+from training.phase_times import OF_STEP, PhaseTimes
 from training.ranks import broadcast_state
 from training.run_folder import RunFolder, open_run_folder
 from training.signals import StopRequest, stop_signals
@@ -46,6 +47,7 @@ def open_session(cfg: TrainConfig, parts: Parts, earlier: EarlierRun) -> Iterato
 
     Raises UserError on wrong input, Stopped after a signal (128 + its number) or where the run cannot go on (1).
     """
+    times = PhaseTimes()
     keep_freed_memory()
     optimizer = build_optimizer(parts.models.policy, cfg)
     with ExitStack() as resources:
@@ -57,7 +59,7 @@ def open_session(cfg: TrainConfig, parts: Parts, earlier: EarlierRun) -> Iterato
         own_counters = {} if folder is None else folder.counters
         counters = broadcast_state(parts.models.policy, optimizer, own_counters)
         announce(cfg, parts, counters["step"], earlier.checkpoint)
-        session = Session(cfg, parts, folder, optimizer, counters)
+        session = Session(cfg, parts, folder, optimizer, counters, times)
         resources.enter_context(stop_signals(session.stop))
         resources.enter_context(session.bar)
         with enough_memory("batch_size or max_new_tokens"):  # outside: an update cut short by it is not saved
@@ -89,14 +91,22 @@ class Session:
     """The run as the loop sees it; every rank has one, and the main process's has the run folder."""
 
     def __init__(
-        self, cfg: TrainConfig, parts: Parts, folder: RunFolder | None, optimizer: Optimizer, counters: dict[str, Any]
+        self,
+        cfg: TrainConfig,
+        parts: Parts,
+        folder: RunFolder | None,
+        optimizer: Optimizer,
+        counters: dict[str, Any],
+        times: PhaseTimes,
     ) -> None:
         self.cfg = cfg
         self.parts = parts
         self.folder = folder
         self.optimizer = optimizer
+        self.times = times
         self.label = parts.models.reward.label
         self.step: int = counters["step"]  # the last one taken
+        self.first_step = self.step + 1  # of this start
         self.failed_steps: int = counters["failed_steps"]
         self.evaluated: bool = counters["evaluated"]
         self.kl_controller = KLController(counters["kl_coef"], cfg.adaptive_kl_target, cfg.adaptive_kl_gain)
@@ -105,12 +115,10 @@ class Session:
             self.scaler.load_state_dict(counters["loss_scale"])
         self.saved_step: int | None = None
         self.stop = StopRequest(self.what_is_left, self.what_is_kept)
-        self.started = time.perf_counter()
         self.step_under_way: int | None = None
         self.step_started = 0.0
         self.seconds_last_step: float | None = None
         self.seconds_last_save = 0.0
-        self.seconds_saving = 0.0
         self.bar = progress_bar(title="training", unit="step", initial=self.step, total=cfg.total_steps)
 
     # --- what the loop calls ---
@@ -142,7 +150,8 @@ class Session:
             **update,
             **rollout.seconds,
         }
-        seconds = sum(row[f"seconds_{phase}"] for phase in ("generate", "score", "update"))
+        self.times.add_step(row)
+        seconds = sum(row[column] for column in OF_STEP)
         row["tokens_per_second"] = int(rollout.mask.sum()) / seconds
         row["peak_memory_mb"] = peak_memory_mb(self.cfg.device)
         if self.folder is not None:
@@ -171,29 +180,31 @@ class Session:
         if self.step < self.cfg.total_steps:  # the last picture is drawn when saving
             self.folder.plot(self.step)
 
-    def add_evaluation(self, row: dict[str, float]) -> None:
-        """Keep an evaluation on the held-out prompts, and the policy if it is the best so far."""
+    def add_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Make an evaluation on the held-out prompts, on all ranks, and keep it, and the policy if it is the best."""
+        with self.times.measured("evaluating"):
+            row = evaluate()
         self.evaluated = True
         if self.folder is not None:
-            self.folder.append_evaluation(self.step, row)
+            with self.times.measured("saving"):
+                self.folder.append_evaluation(self.step, row)
 
     def save(self) -> None:
         """Save a checkpoint and the policy as they are after the last step taken."""
         self.saved_step = self.step
         if self.folder is None:
             return
+        counters = {
+            "step": self.step,
+            "kl_coef": self.kl_controller.coef,
+            "failed_steps": self.failed_steps,
+            "score_scale": asdict(self.parts.models.score_scale),
+            "loss_scale": self.scaler.state_dict(),
+        }
         begun = time.perf_counter()
-        self.folder.save(
-            {
-                "step": self.step,
-                "kl_coef": self.kl_controller.coef,
-                "failed_steps": self.failed_steps,
-                "score_scale": asdict(self.parts.models.score_scale),
-                "loss_scale": self.scaler.state_dict(),
-            }
-        )
+        with self.times.measured("saving"):
+            self.folder.save(counters)
         self.seconds_last_save = time.perf_counter() - begun
-        self.seconds_saving += self.seconds_last_save
 
     # --- how it ends ---
 
@@ -230,8 +241,7 @@ class Session:
             return
         if cfg.eval_every:
             print(before_after(self.folder.path / "eval.csv", self.label))
-        share = self.seconds_saving / (time.perf_counter() - self.started)
-        print(f"saving took {self.seconds_saving:.1f} s, {share:.1%} of the time")
+        print(self.times.line(self.first_step))
         command = eval_command(self.folder.path / "policy_lm", cfg.rm_name)
         print(f"done: see {cfg.ckpt_dir}/curves.png and samples.csv; compare with the base: {command}")
 
@@ -259,7 +269,7 @@ def before_after(eval_csv: Path, label: str | None) -> str:
     """The first and the last evaluation, side by side; label is the one whose probability is scored, if any."""
     table = pd.read_csv(eval_csv)
     rows = [
-        ("score_mean", f"{score_title(label)} mean", "9.4g" if label is None else "9.2f"),
+        ("score_mean", f"mean {score_title(label)}", "9.4g" if label is None else "9.2f"),
         ("positive_rate", f"share {label}", "9.2f"),
         ("kl_seq_exact", "KL, nats", "9.2f"),
         ("entropy", "entropy, nats per token", "9.2f"),

@@ -10,7 +10,7 @@ from evaluation.summary import distinct, distinct_responses, equally_long, ngram
 
 
 def test_a_gamed_reward_is_flagged_and_an_honest_one_is_not() -> None:
-    """Answers that the reward calls positive: once they are, once they only trip the reward up."""
+    """Responses that the reward calls positive: once they are, once they only trip the reward up."""
     rng = np.random.default_rng(0)
     n = 400
     base = np.where(rng.random(n) < 0.5, 0.8, -0.8)
@@ -87,8 +87,8 @@ def test_scores_of_any_unit_are_bounded_by_what_both_models_have_shown() -> None
     assert policy["response_len_ci"] == pytest.approx([30 - 25 * unseen, 30])
 
 
-def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() -> None:
-    """Half of base's answers are short and liked; a policy that only tells them apart writes nothing else."""
+def test_short_responses_are_reported_beside_the_length_expected_at_such_scores() -> None:
+    """Half of base's responses are short and liked; a policy that only tells them apart writes nothing else."""
     n, names = 400, ("policy", "base")
     liked = np.arange(n) % 2 == 0
     frame = {f"{m}_{c}": np.ones(n) for m in names for c in ("log_odds", "eos", "nll_base")} | {
@@ -111,7 +111,7 @@ def test_short_answers_are_reported_beside_the_length_expected_at_such_scores() 
 
 
 def test_the_best_possible_is_certain_where_the_curve_is_flat() -> None:
-    """Every fourth answer of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
+    """Every fourth response of base is a perfect one, so 64 draws find the ceiling, or chase a long tail."""
     n, rng = 100, np.random.default_rng(0)
     frame = {f"{m}_{c}": np.ones(n) for m in ("policy", "base") for c in ("log_odds", "eos", "nll_base", "len")} | {
         "policy_score": np.full(n, 0.9),

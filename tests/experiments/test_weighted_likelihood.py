@@ -68,7 +68,7 @@ def test_it_finds_the_optimal_policy() -> None:
 
 
 def test_weights_are_those_of_the_optimal_policy_at_the_kl_asked_for() -> None:
-    """Draw d of batch b answers prompts 4 b to 4 b + 3; the KL of the weights is found again from their definition."""
+    """Draw d of batch b is to prompts 4 b to 4 b + 3; the KL of the weights is found again from their definition."""
     scores = np.random.default_rng(0).uniform(-1, 1, (8, 16))
     seqs = [sample(make_policy(), rows=4, seed=i) for i in range(32)]
     draws = weigh(seqs, scores, 0.5)

@@ -19,7 +19,7 @@ from training.plots import plot_curves
 
 plot_curves(Path("results/tiny_metrics.csv"), Path(sys.argv[1]), "positive")
 print("".join(pictures.as_image(pictures.new_figure(1)[0], "empty"))[:10])
-print(study_pictures.table_colour(3))
+print(study_pictures.line_style(3))
 """
 
 

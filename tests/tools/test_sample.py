@@ -116,7 +116,7 @@ def test_lines_from_a_pipe_are_prompts_and_nothing_is_shaded(
     assert "\x1b" not in out
     monkeypatch.setattr(sys, "stdin", io.StringIO("The plot\nThe plot\n"))
     first, _, second, _ = sampled(capsys, str(finished_run))
-    assert first["response"] != second["response"], "a prompt that is asked again gets another answer"
+    assert first["response"] != second["response"], "a prompt that is asked again gets another response"
 
 
 def test_notes_do_not_get_among_the_objects(gpt2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +165,7 @@ def ask(folder: Path, slave: str) -> None:
 
 @pytest.mark.parametrize(("end", "code"), [(b"\x04", 0), (None, 130)])
 def test_prompts_are_asked_for_until_the_end(end: bytes | None, code: int, finished_run: Path) -> None:
-    """At a terminal: shaded answers, an error that ends nothing, Ctrl-D or Ctrl-C."""
+    """At a terminal: shaded responses, an error that ends nothing, Ctrl-D or Ctrl-C."""
     master, slave = pty.openpty()
     process = PROCESSES.Process(target=ask, args=(finished_run, os.ttyname(slave)), daemon=True)
     process.start()

@@ -117,7 +117,7 @@ def test_results_are_added_where_there_is_no_card_and_keep_a_page_without_marks(
     _, summary = run_eval(finished_run, tmp_path)
     assert ModelCard.load(path).data.eval_results == eval_results(summary)
     path.write_text("---\nlicense: mit\n---\nMy own page.\n")
-    add_results(finished_run, path.parent, summary, [("score", "1", "0")])
+    add_results(finished_run, path.parent, summary, {"Score": [("mean score", "1", "0")]})
     card = ModelCard.load(path)
     assert card.text == "My own page.\n"
     assert (card.data.license, card.data.eval_results) == ("mit", eval_results(summary))

@@ -62,7 +62,7 @@ def test_a_python_reward_trains_in_its_own_units(python: dict[str, str], capsys:
     scale = f"(score {-about['mean']:+.4g}) / {about['std']:.4g}"
     assert scale in printed.out
     assert "paid on their last token, with gae_lambda 1" in printed.out
-    assert "score mean" in printed.out
+    assert "mean score" in printed.out
     assert "sentiment" not in printed.out + printed.err
     assert "positive" not in printed.out + printed.err
     paid = (metrics.score_mean - about["mean"]) / about["std"]
