@@ -78,7 +78,7 @@ class Models:
         )
 
     def score(self, seqs: Sequences, columns: Columns, cfg: TrainConfig) -> Scores:
-        """Scores (B,) of the responses; columns are those of their prompts (raises UserError where the reward fails)."""
+        """Scores of the responses; columns are those of their prompts (raises UserError where the reward fails)."""
         responses = seqs.texts(self.tokenizer, cfg.reward_on_prompt)
         context = Context(seqs.token_lists[1], columns)
         return score_responses(self.reward, responses, seqs.prompt_texts(self.tokenizer), cfg.rm_name, context)
@@ -113,7 +113,7 @@ class Models:
         scores = score_responses(self.reward, texts, [prompt_texts[row] for row in rows], cfg.rm_name, context)
         if scores.token_rewards is not None:
             raise UserError(
-                f"rm_name={cfg.rm_name} gives a number per token, but reward_every={cfg.reward_every} asks for scores of "
+                f"rm_name={cfg.rm_name} gives a number per token, and reward_every={cfg.reward_every} scores "
                 "unfinished responses: take --reward_every 0 --gae_lambda 1"
             )
         at_rows, at_tokens = torch.tensor(places).T.to(device, non_blocking=True)

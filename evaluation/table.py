@@ -38,6 +38,7 @@ PAIRED = {
 }
 SAME_THING = 0.2  # judge_slope: with less, the second judge measures something else than the reward
 FEW = 30  # prompts: with fewer, intervals are narrower than they should be
+PART = "reward_"  # begins the keys of parts of a score
 ANY_UNIT = "{:+.4g}"  # of scores that are not a label's probability
 LOSSES = (  # of a text: key, the sign of a change for the worse, its name and format
     ("distinct_2", -1, "less varied", LONG),
@@ -132,13 +133,20 @@ def table_rows(summary: dict[str, Any]) -> list[Row]:
         "judge_label": summary["judge_label"],
     }
     rows = []
-    for key, (title, form) in TABLE.items():
+    titles = {"score_mean": TABLE["score_mean"]}
+    titles |= {key: (f"  of it {key.removeprefix(PART)}", ANY_UNIT) for key in ours if is_part(key)}
+    for key, (title, form) in (titles | TABLE).items():
         if key in ours and key in base:
             rows.append(Row(title.format(**blanks), shown(key, form, ours, label), shown(key, form, base, label)))
     for key, (title, form) in PAIRED.items():
         if key in summary:
             rows.append(Row(title.format(**blanks), shown(key, form, summary, label), ""))
     return rows
+
+
+def is_part(key: str) -> bool:
+    """Whether a figure of a model is the mean of a part of its score."""
+    return key.startswith(PART) and not key.endswith("_ci")
 
 
 def shown(key: str, form: str, estimates: dict[str, Any], label: str | None) -> str:

@@ -4,7 +4,7 @@ A resumed run must be the same run: changed settings, data, models or code are r
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,10 @@ def check_same_settings(cfg: TrainConfig) -> None:
     """Refuse changed settings that would change the result, unless they are allowed; note the others."""
     saved = SavedRun(Path(cfg.ckpt_dir)).settings
     settings = asdict(cfg)
-    changed = [name for name in settings if saved and name not in SILENT and saved.get(name) != settings[name]]
-    changes = ", ".join(f"{name} from {saved.get(name)} to {settings[name]}" for name in changed)
+    if saved:  # one of an older version lacks some settings, and did what their defaults do
+        saved = {f.name: f.default for f in fields(cfg)} | saved
+    changed = [name for name in settings if saved and name not in SILENT and saved[name] != settings[name]]
+    changes = ", ".join(f"{name} from {saved[name]} to {settings[name]}" for name in changed)
     if not HARMLESS.issuperset(changed) and not cfg.allow_changes:
         raise UserError(
             f"--resume with changed settings would give another result ({changes}): leave them out, or say "
@@ -132,10 +134,15 @@ def check_same_inputs(saved: SavedRun, record: dict[str, Any]) -> None:
                 f"{name}={record[name]} has changed on the hub since the run began (commit {commit}): name that "
                 "commit as its revision, or say --allow_changes"
             )
-    details = {"tokenizer": " (its tokenizer)", "ref_name": " (its weights or its config)"}
+    details = {
+        "tokenizer": " (its tokenizer)",
+        "ref_name": " (its weights or its config)",
+        "columns": " (a column that the reward is given)",
+    }
+    owners = {"tokenizer": "policy_name", "columns": "dataset"}
     for name, fingerprint in record["fingerprints"].items():
         if saved.fingerprints.get(name) not in (None, "", fingerprint):
-            setting = "policy_name" if name == "tokenizer" else name
+            setting = owners.get(name, name)
             raise UserError(
                 f"{setting}={record[setting]} has changed since the run began{details.get(name, '')}, which would give "
                 "another result: restore it, or say --allow_changes"
