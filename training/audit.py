@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import PromptBatch, select_cells
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from model import GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
 from ppo import Models
 from reward import Classifier, Context, Reward, parts_of, score_responses
-from runtime.tables import Columns
 from utils import expected_scores, shape_rewards, uniforms
 
 # nats; a misplaced token or position costs whole nats
@@ -53,10 +52,9 @@ def audit(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
     seqs = sample(int(models.tokenizer.eos_token_id))
     stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # as EOS it ends a row half-way
     stopped = sample(stopper)
-    columns = select_cells(prompts.columns, [i % len(prompts) for i in range(TRIALS)])
     failed: list[str] = []
     checks = [
-        *_checks(models, seqs, columns, cfg),
+        *_checks(models, seqs, prompts, cfg),
         ("EOS is the last action, and trained", lambda: _eos(stopped, stopper)),
     ]
     for fact, check in checks:
@@ -75,7 +73,7 @@ def audit(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
 
 
 def _checks(
-    models: Models, seqs: Sequences, columns: Columns, cfg: TrainConfig
+    models: Models, seqs: Sequences, prompts: PromptBatch, cfg: TrainConfig
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
     policy, reference, reward = models.policy, models.reference, models.reward
     mask, rounding = seqs.response_mask, TOLERANCE[policy.dtype]
@@ -107,7 +105,7 @@ def _checks(
     if reward.label is None:
         yield (
             "the reward gives every response a number, the empty one too",
-            lambda: _scores(models, columns, rounding, cfg),
+            lambda: _scores(models, prompts, rounding, cfg),
         )
     else:
         yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _label_scores(reward, rounding, cfg)
@@ -161,18 +159,18 @@ def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:
     return not free, f"{free} of their weights would be trained"
 
 
-TRIALS = 3  # made-up responses: praise, blame and nothing
 PRAISE, BLAME = " I loved it, a wonderful film.", " I hated it, a terrible film."
 
 
-def _scores(models: Models, columns: Columns, tolerance: float, cfg: TrainConfig) -> Finding:
-    """Scores of made-up responses, each with its tokens and its cell of the columns."""
+def _scores(models: Models, prompts: PromptBatch, tolerance: float, cfg: TrainConfig) -> Finding:
+    """Scores of made-up responses, with their tokens, to the first prompts, with their columns."""
     reward, tokenizer = models.reward, models.tokenizer
     texts = [PRAISE, BLAME, ""]
+    rows = [i % len(prompts) for i in range(len(texts))]
+    before = decode(tokenizer, [prompts.ids[i][prompts.mask[i]].tolist() for i in rows])
     tokens = [[*tokenizer(text, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)] for text in texts]
-    scores = score_responses(
-        reward, texts, ["I saw it yesterday."] * TRIALS, cfg.rm_name, Context(tokens, columns)
-    ).total
+    context = Context(tokens, select_cells(prompts.columns, rows))
+    scores = score_responses(reward, texts, before, cfg.rm_name, context).total
     shown = ", ".join(f"{score:.4g}" for score in scores.tolist())
     if not scores.isfinite().all():
         return False, f"praise, blame and nothing score {shown}"
