@@ -54,8 +54,8 @@ def match_arguments(signature: Signature, bound: Container[str] = (), columns: C
 
     A parameter is understood by its name: responses, prompts, completion_ids, a column. A first one of any other name
     gets the responses. One with a default is filled, too, unless `bound` says that its value was chosen. `**kwargs`
-    gets all columns, and what of prompts and completion_ids no parameter has. Raises ValueError with the reason where
-    a parameter is not understood; one with a default other than None keeps it.
+    gets all columns, and what of completions, prompts and completion_ids no parameter has. Raises ValueError with the
+    reason where a parameter is not understood; one with a default other than None keeps it.
     """
     parameters = list(signature.parameters.values())
     kinds = [p.kind for p in parameters]
@@ -71,7 +71,8 @@ def match_arguments(signature: Signature, bound: Container[str] = (), columns: C
     for p in unknown:
         if p.default is p.empty or p.default is None:
             raise ValueError(f"nothing says what {p.name!r} is")
-    if Source("responses") not in sources.values():
+    takes_any_name = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds
+    if not takes_any_name and not {Source("responses"), Source("completion_ids")} & {*sources.values()}:
         raise ValueError("it asks for no responses")
     # 2. how it is handed over
     places = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
@@ -80,11 +81,11 @@ def match_arguments(signature: Signature, bound: Container[str] = (), columns: C
     by_keyword = {name: source for name, source in sources.items() if name not in filled_places}
     if Parameter.VAR_KEYWORD in kinds:
         taken = {p.name for p in parameters}
-        rest = [Source(name) for name in ("prompts", "completion_ids") if Source(name) not in sources.values()]
-        rest += [Source(name, is_column=True) for name in columns]
-        for source in rest:
-            if source.name not in taken:
-                by_keyword.setdefault(source.name, source)
+        rest = {"completions": Source("responses"), "prompts": Source("prompts")}
+        rest |= {"completion_ids": Source("completion_ids")}
+        rest = {name: source for name, source in rest.items() if source not in sources.values()}
+        rest = {name: Source(name, is_column=True) for name in columns} | rest
+        by_keyword |= {name: source for name, source in rest.items() if name not in taken}
     elif Parameter.VAR_POSITIONAL in kinds and filled_places == places and Source("prompts") not in sources.values():
         by_position.append(Source("prompts"))
     return Arguments(by_position, by_keyword, [p.name for p in unknown])

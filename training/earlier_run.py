@@ -4,7 +4,7 @@ A resumed run must be the same run: changed settings, data, models or code are r
 """
 
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,8 @@ def check_same_settings(cfg: TrainConfig) -> None:
     """Refuse changed settings that would change the result, unless they are allowed; note the others."""
     saved = SavedRun(Path(cfg.ckpt_dir)).settings
     settings = asdict(cfg)
-    if saved:  # one of an older version lacks some settings, and did what their defaults do
-        saved = {f.name: f.default for f in fields(cfg)} | saved
-    changed = [name for name in settings if saved and name not in SILENT and saved[name] != settings[name]]
-    changes = ", ".join(f"{name} from {saved[name]} to {settings[name]}" for name in changed)
+    changed = [name for name in settings if saved and name not in SILENT and saved.get(name) != settings[name]]
+    changes = ", ".join(f"{name} from {saved.get(name)} to {settings[name]}" for name in changed)
     if not HARMLESS.issuperset(changed) and not cfg.allow_changes:
         raise UserError(
             f"--resume with changed settings would give another result ({changes}): leave them out, or say "
