@@ -2,12 +2,13 @@
 
 import json
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import EvalConfig, TrainConfig, UserError
+from config import EvalConfig, TrainConfig, UserError, reward_names
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 import eval as eval_script
 from ppo import estimate_advantages
 from reward import Context, PythonReward, choose_columns, load_reward, normalized_sum, score_responses
+from runtime.cli import parse_config
 from tools.interpolate import main as interpolate_main
 from tools.sample import main as sample_main
 from training.plots import PARTS
@@ -488,3 +490,41 @@ def test_a_wrong_number_of_rewards_is_one_line(result: str, words: str, tmp_path
 def test_rewards_per_token_need_finished_responses(place: Path, paid: dict[str, str], no_pictures: None) -> None:
     with pytest.raises(SystemExit):
         run({**paid, "rm_name": f"{place}:per_token"}, "--reward_every", "2")
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+ON_THE_PAGE = PAGE.split("## Columns of the data set")[1].split("## From preferences")[0]
+EXAMPLES = re.findall(r"```python\n(.*?)```", ON_THE_PAGE, re.DOTALL)
+GIVEN = ["It is Santiago.", "12 " * 32]
+EXPECTED = {  # of GIVEN, by hand
+    "correct": {"": [1, 0]},
+    "short": {"": [0, -2]},
+    "styled": {"ends": [1, 0], "digits": [0, -64]},
+    "judged": {"": [1, 0]},
+    "no_repeats": {"": [0, -2]},
+}
+
+
+def test_every_example_of_the_page_is_tried() -> None:
+    assert [re.findall(r"def (\w+)", code)[-1] for code in EXAMPLES] == list(EXPECTED)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=EXPECTED)
+def test_an_example_of_the_page_gives_what_is_expected(code: str, tmp_path: Path) -> None:
+    name = re.findall(r"def (\w+)", code)[-1]
+    (tmp_path / "rewards.py").write_text(code)
+    reward = load_reward(f"{tmp_path / 'rewards.py'}:{name}")
+    columns = {column: ["Santiago", "Lima"] for column in choose_columns(reward, ["text", "answer"])}
+    context = Context([[1, 2, 1], [3, 3, 3, 4]], columns)
+    scores = score_responses(reward, GIVEN, ["?", GIVEN[1]], name, context)
+    parts = {part: one.total.tolist() for part, one in scores.parts.items()} or {"": scores.total.tolist()}
+    assert parts == EXPECTED[name]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python train\.py .+", ON_THE_PAGE, re.MULTILINE))
+def test_a_command_of_the_page_parses(line: str) -> None:
+    cfg = parse_config(TrainConfig, shlex.split(line)[2:])
+    assert (cfg.reward_every, cfg.gae_lambda) == (0, 1), "as suits Python rewards, also where there are several"
+    assert reward_names(cfg.rm_name)[0] == "rewards.py:correct"
