@@ -75,8 +75,9 @@ def load_texts(
     table = load_table(dataset, split, text_column, revision, config)
     _check_column(table, dataset, "text_column", text_column)
     texts, rows = _texts_of(table, dataset, text_column)
-    chosen = choose_columns([str(name) for name in table])
-    return Texts(texts, {name: table[name].iloc[rows].tolist() for name in chosen})
+    cells_of = {str(name): cells for name, cells in table.items()}
+    chosen = choose_columns(list(cells_of))
+    return Texts(texts, {name: cells_of[name].iloc[rows].tolist() for name in chosen})
 
 
 def select_cells(columns: Columns, rows: Sequence[int]) -> Columns:

@@ -600,14 +600,12 @@ class PythonReward:
         try:
             return match_arguments(signature, bound, columns)
         except ValueError as reason:
-            known = (
-                f"the columns of the data set, {column_list(columns)}"
-                if columns
-                else "no column, as there is none here"
+            listed = (
+                f"the columns of the data set: {column_list(columns)}" if columns else "no column, without a data set"
             )
             raise UserError(
                 f"rm_name={self.name} takes {signature}, {self._place()}, and {reason}: it can ask for responses (or "
-                f"completions, texts), prompts, completion_ids and {known}"
+                f"completions, texts), prompts, completion_ids and {listed}"
             ) from None
 
     def _awaited(self, result: Any) -> Any:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import eval as eval_script
 from ppo import estimate_advantages
-from reward import Context, PythonReward, choose_columns, load_reward, normalized_sum, score_responses
+from reward import Context, PythonReward, ScoreScale, choose_columns, load_reward, normalized_sum, score_responses
 from runtime.cli import parse_config
 from tools.interpolate import main as interpolate_main
 from tools.sample import main as sample_main
@@ -187,6 +187,11 @@ def test_each_process_has_its_own_rows(place: Path, paid: dict[str, str], tmp_pa
     columns = ["score_mean", "reward_answer_reward", "reward_length_reward", "reward_mean", "policy_loss"]
     ours, theirs = (pd.read_csv(folder / "metrics.csv")[columns] for folder in (Path(many["ckpt_dir"]), alone))
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-5)
+    metrics = pd.read_csv(alone / "metrics.csv")
+    price_of_kl = metrics.kl_coef * metrics.kl_seq
+    assert metrics.reward_mean.tolist() == pytest.approx((-price_of_kl).tolist(), abs=1e-5), (
+        "normalised parts have mean 0"
+    )
 
 
 def test_all_columns_reach_a_function_that_takes_anything(place: Path, paid: dict[str, str], no_pictures: None) -> None:
@@ -259,7 +264,7 @@ def test_what_no_column_is_called_is_refused_with_the_list(parameters: str, unkn
 
 
 def test_a_prompt_that_is_typed_has_no_columns(finished_run: Path, place: Path) -> None:
-    with pytest.raises(UserError, match=r"'answer' is: .* and no column, as there is none here"):
+    with pytest.raises(UserError, match=r"'answer' is: .* and no column, without a data set"):
         sample_main([str(finished_run), "--prompt", "A film", "--rm_name", f"{place}:answer_reward", "--device", "cpu"])
 
 
@@ -415,7 +420,9 @@ def test_parts_are_in_tables_summary_report_and_picture(
     assert [line.get_ydata()[0] for line in panel.lines[::2]] == metrics[parts].iloc[0].tolist()
     capsys.readouterr()
     few = ["--n_samples=8", "--judge=none", "--device=cpu", "--dtype=float32"]
-    sys.argv = ["eval.py", "--policy_path", str(folder), "--rm_name", paid["rm_name"], *few]
+    monkeypatch.chdir(place.parent)  # the same functions by other names
+    relative = "functions.py:parts,functions.py:length_reward"
+    sys.argv = ["eval.py", "--policy_path", str(folder), "--rm_name", relative, *few]
     run_script(EvalConfig, eval_script.main)
     printed = capsys.readouterr().out
     results = pd.read_csv(folder / "eval_results.csv", keep_default_na=False)
@@ -451,6 +458,11 @@ def test_a_reward_per_token_is_credited_on_its_token(place: Path, paid: dict[str
     batch, _ = estimate_advantages(rollout, cfg)
     advantages, _ = compute_gae(expected, plain.values, mask, 1.0, 0.9)
     assert torch.allclose(batch.advantages, whiten(advantages, mask), atol=1e-5)
+    scaled = type(plain)(**{**vars(rollout), "score_scale": ScoreScale(mean=1.0, std=4.0)})
+    on_scale = given / 4 - 0.3 * plain.kl
+    for row, length in enumerate(seqs.lengths.tolist()):
+        on_scale[row, length - 1] += (2 - 1) / 4
+    assert torch.allclose(scaled.rewards(), on_scale, atol=1e-6)
     wider = rollout.widened(mask.shape[1] + 3)
     assert torch.allclose(wider.rewards()[:, : mask.shape[1]], expected, atol=1e-6)
 
