@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from config import UserError, python_reward
+from config import UserError, python_reward, reward_names, runs_python
 
 import pytest
 import torch
@@ -844,3 +844,27 @@ def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_resu
 )
 def test_names_of_python_rewards(name: str, found: tuple[str, str] | None) -> None:
     assert python_reward(name) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "runs"),
+    [
+        ("rewards.py:f", ["rewards.py:f"], True),
+        ("a.py:f, b.py:g", ["a.py:f", "b.py:g"], True),
+        ("lvwerra/distilbert-imdb,b.py:g", ["lvwerra/distilbert-imdb", "b.py:g"], True),
+        ("b.py:g,lvwerra/distilbert-imdb", ["b.py:g", "lvwerra/distilbert-imdb"], True),
+        ("tiny:reward,package.module:g", ["tiny:reward", "package.module:g"], True),
+        ("tiny:reward,models/rm", ["tiny:reward", "models/rm"], False),
+        ("one, two.py:f", ["one, two.py:f"], True),
+        ("models/a,b", ["models/a,b"], False),
+    ],
+)
+def test_a_list_of_rewards(
+    name: str, found: list[str], runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder that are there may have a comma in their names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one, two.py").touch()
+    (tmp_path / "models" / "a,b").mkdir(parents=True)
+    assert reward_names(name) == found
+    assert runs_python(name) == runs

@@ -420,6 +420,10 @@ def test_parts_are_in_tables_summary_report_and_picture(
     assert [line.get_ydata()[0] for line in panel.lines[::2]] == metrics[parts].iloc[0].tolist()
     capsys.readouterr()
     few = ["--n_samples=8", "--judge=none", "--device=cpu", "--dtype=float32"]
+    sys.argv = ["eval.py", "--policy_path", str(folder), *few]
+    with pytest.raises(SystemExit):
+        run_script(EvalConfig, eval_script.main)
+    assert "is Python code, which is never run because" in capsys.readouterr().err
     monkeypatch.chdir(place.parent)  # the same functions by other names
     relative = "functions.py:parts,functions.py:length_reward"
     sys.argv = ["eval.py", "--policy_path", str(folder), "--rm_name", relative, *few]
