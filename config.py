@@ -59,6 +59,9 @@ DATASET_CONFIG_HELP = "Configuration of the data set, where it has several."
 LABEL_NAMES_HELP = (
     "What numbered labels mean: 0=neutral,1=positive,-1=negative; -1= means no label (default: as noted)."
 )
+REWARD_WEIGHTS_HELP = (
+    "Weights of several rewards, or of the parts of one, in their order (1,0.5) or by name (f=1,g=0.5)"
+)
 TRACKERS = ("tensorboard", "wandb")
 # Bytes of names and paths, on nearly all systems, and those that names of temporary files and related tables add
 LONGEST_NAME = 255
@@ -80,13 +83,20 @@ class TrainConfig:
     ref_name: str | None = opt(None, "Frozen GPT-2 that anchors the policy (default: policy_name).", path="read")
     rm_name: str = opt(
         "lvwerra/distilbert-imdb",
-        "Reward: a sequence classifier (hub name or folder), or Python, file.py:function (docs/rewards.md).",
+        "Reward: a sequence classifier (hub name or folder), or Python, file.py:function; several with commas between "
+        "them (docs/rewards.md).",
         path="read",
     )
     policy_revision: str | None = opt(None, "Commit, branch or tag of policy_name on the hub.")
     rm_revision: str | None = opt(None, "Commit, branch or tag of rm_name on the hub.")
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
-    target_label: str = opt("positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.")
+    target_label: str = opt(
+        "positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.", heading="Reward"
+    )
+    reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: 1 each).")
+    normalize_parts: bool = opt(
+        False, "Pay the weighted sum of parts that are each normalised over the batch, (part - mean) / deviation."
+    )
     reward_on_prompt: bool = opt(False, "Score prompt + response instead of the response alone.")
     standardize_scores: bool | None = opt(
         None,
@@ -104,6 +114,7 @@ class TrainConfig:
     dataset: str = opt(
         "stanfordnlp/imdb",
         "Prompts: a hub name, a folder, or a .csv .tsv .json .jsonl .parquet .txt file, packed (.gz .zip) or not.",
+        heading="What is trained, on what",
         path="read",
     )
     dataset_config: str | None = opt(None, DATASET_CONFIG_HELP)
@@ -233,6 +244,13 @@ class TrainConfig:
             raise UserError(
                 f"adaptive_kl_gain={self.adaptive_kl_gain} steers nothing without adaptive_kl_target: set that, too"
             )
+        if self.normalize_parts and self.reward_every:
+            raise UserError(
+                f"normalize_parts compares finished responses, but reward_every={self.reward_every} scores unfinished "
+                "ones: take --reward_every 0 --gae_lambda 1"
+            )
+        if self.normalize_parts and self.standardize_scores:
+            raise UserError("normalize_parts and standardize_scores are two units for one score: leave one out")
         check_prompt_lengths(self.min_prompt_len, self.max_prompt_len)
         for name in self.trackers:
             if name not in TRACKERS:
@@ -268,6 +286,7 @@ class EvalConfig:
     ref_name: str | None = opt(None, "Base GPT-2 to compare with (default: the run's).", path="read")
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
     target_label: str | None = opt(None, "Label to score (default: the run's).")
+    reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: the run's).")
     reward_on_prompt: bool | None = opt(None, "true or false: score prompt + response (default: the run's).")
     dataset: str | None = opt(None, "Prompts (default: the run's).", path="read")
     dataset_config: str | None = opt(None, f"{DATASET_CONFIG_HELP[:-1]} (default: the run's).")
@@ -328,6 +347,19 @@ def python_reward(name: str) -> tuple[str, str] | None:
     if not is_place or not function.isidentifier() or name.startswith("tiny:"):
         return None
     return place, function
+
+
+def reward_names(rm_name: str) -> list[str]:
+    """The rewards that rm_name lists with commas between them; a file or folder may have a comma in its name."""
+    python = python_reward(rm_name)
+    if os.path.exists(python[0] if python else rm_name):
+        return [rm_name]
+    return [name.strip() for name in rm_name.split(",")]
+
+
+def runs_python(rm_name: str) -> bool:
+    """Whether one of the rewards that rm_name lists is a Python reward."""
+    return any(python_reward(name) for name in reward_names(rm_name))
 
 
 def check_prompt_lengths(min_prompt_len: int, max_prompt_len: int) -> None:

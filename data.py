@@ -1,22 +1,24 @@
 """Prompts: labelled or plain text from the hub, a folder or a file, cut to token prompts and served in batches.
 
-Owns texts and the order of prompts; runtime/tables.py reads the files, runtime/labels.py the labels. It knows nothing
-of models.
+Owns texts, the columns that go with them, and the order of prompts; runtime/tables.py reads the files,
+runtime/labels.py the labels. It knows nothing of models.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from config import UserError
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from runtime.labels import classes, describe_labels, is_missing, label_names
-from runtime.tables import column_list, load_table
+from runtime.tables import Columns, column_list, load_table
 from runtime.terminal import progress
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -37,11 +39,62 @@ def load_examples(
     """
     table = load_table(dataset, split, text_column, revision, config)
     for setting, column in (("text_column", text_column), ("label_column", label_column)):
-        if column is not None and column not in table:
-            raise UserError(
-                f"{setting}={column!r} is not in {dataset}: name one of its columns, {column_list(table)}, with "
-                f"--{setting}"
-            )
+        if column is not None:
+            _check_column(table, dataset, setting, column)
+    texts, rows = _texts_of(table, dataset, text_column)
+    if label_column is None:
+        return texts, None
+    labels = list(table[label_column])
+    return texts, classes([labels[i] for i in rows], f"label_column={label_column!r} of {dataset}")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a data set, with a cell of each of some of its columns for every text."""
+
+    texts: list[str]
+    columns: Columns
+
+    def select(self, rows: Sequence[int]) -> "Texts":
+        """Some of the rows."""
+        return Texts([self.texts[i] for i in rows], select_cells(self.columns, rows))
+
+
+def load_texts(
+    dataset: str,
+    split: str,
+    text_column: str,
+    choose_columns: Callable[[list[str]], list[str]],
+    revision: str | None = None,
+    config: str | None = None,
+) -> Texts:
+    """Read the texts of a data set as load_examples does, and the columns that choose_columns takes from all of them.
+
+    Only those are kept. Cells are as the file has them, class ids with known names as the names.
+    """
+    table = load_table(dataset, split, text_column, revision, config)
+    _check_column(table, dataset, "text_column", text_column)
+    texts, rows = _texts_of(table, dataset, text_column)
+    cells_of = {str(name): cells for name, cells in table.items()}
+    chosen = choose_columns(list(cells_of))
+    return Texts(texts, {name: cells_of[name].iloc[rows].tolist() for name in chosen})
+
+
+def select_cells(columns: Columns, rows: Sequence[int]) -> Columns:
+    """Some rows of some columns."""
+    return {name: [cells[i] for i in rows] for name, cells in columns.items()}
+
+
+def _check_column(table: pd.DataFrame, dataset: str, setting: str, column: str) -> None:
+    """Refuse a column that is not there."""
+    if column not in table:
+        raise UserError(
+            f"{setting}={column!r} is not in {dataset}: name one of its columns, {column_list(table)}, with --{setting}"
+        )
+
+
+def _texts_of(table: pd.DataFrame, dataset: str, text_column: str) -> tuple[list[str], list[int]]:
+    """The texts of a table and their rows; a note counts the rows without text."""
     cells = list(table[text_column])
     rows = [i for i, cell in enumerate(cells) if isinstance(cell, str) and cell.strip()]
     without_text = Counter(kind for kind in map(_kind_without_text, cells) if kind)
@@ -56,11 +109,7 @@ def load_examples(
             f"note: {len(cells) - len(rows):,} of {len(cells):,} rows of {dataset} have no text in column "
             f"{text_column!r} and are left out: {left_out}"
         )
-    texts = [_without_surrogates(cells[i].replace("<br />", " ")) for i in rows]
-    if label_column is None:
-        return texts, None
-    labels = list(table[label_column])
-    return texts, classes([labels[i] for i in rows], f"label_column={label_column!r} of {dataset}")
+    return [_without_surrogates(cells[i].replace("<br />", " ")) for i in rows], rows
 
 
 def _kind_without_text(cell: Any) -> str:
@@ -139,14 +188,14 @@ def load_labelled(
 
 def load_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], min_prompt_len: int, max_prompt_len: int
-) -> list[list[int]]:
+) -> dict[int, list[int]]:
     """Cut every text to its first max_prompt_len tokens; texts with fewer than min_prompt_len are left out.
 
-    A prompt ends with a whole character, so it may be some tokens shorter.
+    The result is by the row of the text. A prompt ends with a whole character, so it may be some tokens shorter.
     """
     reviews = first_tokens(tokenizer, texts, min_prompt_len, max_prompt_len + SPAN)
-    prompts = [cut(tokenizer, ids, max_prompt_len) for ids in reviews]
-    prompts = [ids for ids in prompts if ids]
+    prompts = {row: cut(tokenizer, ids, max_prompt_len) for row, ids in reviews.items()}
+    prompts = {row: ids for row, ids in prompts.items() if ids}
     if not prompts:
         raise UserError(f"max_prompt_len={max_prompt_len} holds no whole character of any text: raise it")
     return prompts
@@ -154,18 +203,18 @@ def load_prompts(
 
 def first_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], at_least: int, at_most: int
-) -> list[list[int]]:
-    """The first tokens of every text that has enough of them, which may end inside a character."""
+) -> dict[int, list[int]]:
+    """The first tokens, which may end inside a character, of every text that has enough of them, by its row."""
     window = 8 * at_most  # characters; nearly always enough, so that long reviews are not tokenised whole
     heads = [_head(text, window) for text in texts]
     rows = tokenize(tokenizer, heads)
     for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
         if head != text and len(rows[i]) < at_most:
             rows[i] = tokenize(tokenizer, [text])[0]
-    rows = [ids[:at_most] for ids in rows if len(ids) >= at_least]
-    if not rows:
+    kept = {i: ids[:at_most] for i, ids in enumerate(rows) if len(ids) >= at_least}
+    if not kept:
         raise UserError(f"no prompt has min_prompt_len={at_least} tokens or more: lower it, or change --dataset")
-    return rows
+    return kept
 
 
 SPAN = 3  # tokens: a character has 4 bytes at most, so the rest of one is at most 3 tokens away
@@ -211,14 +260,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     return rows
 
 
-def split_held_out(prompts: Sequence[list[int]], count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Split prompts into those to train on and `count` held-out ones (a tenth at most), with no copy in both."""
-    count = min(count, max(1, len(prompts) // 10))
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    held_out = [prompts[i] for i in order[:count]]
-    copies = set(map(tuple, held_out))
-    train = [prompt for prompt in prompts if tuple(prompt) not in copies]
-    return train or list(prompts), held_out
+def split_held_out(prompts: dict[int, list[int]], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The rows of the prompts to train on, and of `count` held-out ones (a tenth at most), with no copy in both."""
+    rows = list(prompts)
+    count = min(count, max(1, len(rows) // 10))
+    order = np.random.default_rng(seed).permutation(len(rows))
+    held_out = [rows[i] for i in order[:count]]
+    copies = {tuple(prompts[row]) for row in held_out}
+    train = [row for row in rows if tuple(prompts[row]) not in copies]
+    return train or rows, held_out
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,14 +279,33 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
     return ids, mask
 
 
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Left-padded prompts, ids and mask (B, P), and the cells of the data set's columns that go with each."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    columns: Columns = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: slice) -> "PromptBatch":
+        """Some of the rows."""
+        return PromptBatch(self.ids[rows], self.mask[rows], {name: cells[rows] for name, cells in self.columns.items()})
+
+
 class PromptStream:
     """An endless stream of prompts: each epoch is a new permutation, each step takes the next batch of it.
 
-    The batch of a step depends on (seed, step) alone, so no cursor has to be saved.
+    The batch of a step depends on (seed, step) alone, so no cursor has to be saved. columns have a cell per prompt.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], batch_size: int, seed: int, columns: Columns | None = None
+    ) -> None:
         self.prompts = prompts
+        self.columns = columns or {}
         self.batch_size = batch_size
         self.seed = seed
         self._epoch = -1
@@ -247,9 +316,10 @@ class PromptStream:
         first = (step - 1) * self.batch_size
         return [self._at(k) for k in range(first, first + self.batch_size)]
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The left-padded prompts of a step: ids and mask, both (B, P)."""
-        return pad_left([self.prompts[i] for i in self.indices(step)])
+    def batch(self, step: int) -> PromptBatch:
+        """The left-padded prompts of a step."""
+        rows = self.indices(step)
+        return PromptBatch(*pad_left([self.prompts[i] for i in rows]), select_cells(self.columns, rows))
 
     def _at(self, k: int) -> int:
         epoch, place = divmod(k, len(self.prompts))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from data import PromptBatch, select_cells
 from model import GPT2WithValueHead, ReferenceStates, Sampler, Sequences, decode, evaluate_both, sample_responses
-from reward import UNSCALED, Reward, ScoreScale, score_responses
+from reward import UNSCALED, Classifier, Context, Reward, Scores, ScoreScale, normalized_sum, score_responses
 from runtime.device import Stopwatch
 from runtime.distributed import (
     all_reduce_max,
@@ -31,6 +32,7 @@ from runtime.distributed import (
     sum_gradients,
     world_size,
 )
+from runtime.tables import Columns
 from utils import (
     compute_gae,
     expected_scores,
@@ -63,13 +65,12 @@ class Models:
     score_scale: ScoreScale = UNSCALED
     sampler: Sampler = field(default_factory=Sampler)
 
-    def respond(
-        self, model: GPT2WithValueHead, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig
-    ) -> Sequences:
-        """Sample one response per prompt (ids and mask (B, P)) from the policy or the reference; uniforms (B, R)."""
+    def respond(self, model: GPT2WithValueHead, prompts: PromptBatch, uniforms: Tensor, cfg: TrainConfig) -> Sequences:
+        """Sample one response per prompt from the policy or the reference; uniforms (B, R)."""
         return sample_responses(
             model,
-            *prompts,
+            prompts.ids,
+            prompts.mask,
             uniforms,
             eos_id=int(self.tokenizer.eos_token_id),
             temperature=cfg.temperature,
@@ -78,15 +79,16 @@ class Models:
             sampler=self.sampler,
         )
 
-    def score(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
-        """Scores (B,) of the responses (raises UserError where the reward fails)."""
+    def score(self, seqs: Sequences, columns: Columns, cfg: TrainConfig) -> Scores:
+        """Scores of the responses; columns are those of their prompts (raises UserError where the reward fails)."""
         responses = seqs.texts(self.tokenizer, cfg.reward_on_prompt)
-        return score_responses(self.reward, responses, seqs.prompt_texts(self.tokenizer), cfg.rm_name)
+        context = Context(seqs.token_lists[1], columns)
+        return score_responses(self.reward, responses, seqs.prompt_texts(self.tokenizer), cfg.rm_name, context)
 
-    def partial_scores(self, seqs: Sequences, cfg: TrainConfig) -> Tensor:
+    def partial_scores(self, seqs: Sequences, columns: Columns, cfg: TrainConfig) -> Tensor:
         """Scores (B, R) of each unfinished response after every reward_every tokens, NaN elsewhere (raises UserError).
 
-        With reward_every 0 nothing is scored.
+        columns are those of the prompts. With reward_every 0 nothing is scored.
         """
         device = seqs.tokens.device
         partial_scores = torch.full(seqs.response_mask.shape, math.nan, device=device)
@@ -107,9 +109,17 @@ class Models:
         # 2. their scores, each at the last token of its prefix
         texts = decode(self.tokenizer, prefixes)
         prompt_texts = seqs.prompt_texts(self.tokenizer)
-        scores = score_responses(self.reward, texts, [prompt_texts[row] for row, _ in places], cfg.rm_name)
-        rows, columns = torch.tensor(places).T.to(device, non_blocking=True)
-        partial_scores[rows, columns] = scores.to(partial_scores)
+        rows = [row for row, _ in places]
+        tokens = [responses[row][: last + 1] for row, last in places]
+        context = Context(tokens, select_cells(columns, rows))
+        scores = score_responses(self.reward, texts, [prompt_texts[row] for row in rows], cfg.rm_name, context)
+        if scores.token_rewards is not None:
+            raise UserError(
+                f"rm_name={cfg.rm_name} gives a number per token, and reward_every={cfg.reward_every} scores "
+                "unfinished responses: take --reward_every 0 --gae_lambda 1"
+            )
+        at_rows, at_tokens = torch.tensor(places).T.to(device, non_blocking=True)
+        partial_scores[at_rows, at_tokens] = scores.total.to(partial_scores)
         return partial_scores
 
 
@@ -121,8 +131,10 @@ class Rollout:
     them, so that the ratio starts at 1; the sampler's own, in sequences, serve the self-check. values (B, R) are the
     critic's: a correction to expected_scores(), and their sum is the baseline. scores (B,) and partial_scores
     (B, R), those of the unfinished responses, NaN where there is none, are as the reward gave them; score_scale
-    standardises them. has_label says whether they are 2 P(label) - 1. With ref_states the price of KL is part of the
-    loss, and the rewards are scores alone. seconds says how long each phase took.
+    standardises them. parts are what scores are the weighted sum of, each (B,); normalized_weights, if any, are their
+    weights where each is normalised. token_rewards (B, R) are what of the scores was earned token by token. has_label
+    says whether scores are 2 P(label) - 1. With ref_states the price of KL is part of the loss, and the rewards are
+    scores alone. seconds says how long each phase took.
     """
 
     sequences: Sequences
@@ -137,6 +149,9 @@ class Rollout:
     score_scale: ScoreScale = UNSCALED
     has_label: bool = True
     ref_states: ReferenceStates | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    normalized_weights: dict[str, float] = field(default_factory=dict)
+    token_rewards: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,10 +179,22 @@ class Rollout:
         return map_tensors(lambda *xs: torch.cat(xs), *(rollout.widened(width) for rollout in rollouts))
 
     def rewards(self) -> Tensor:
-        """The rewards per token (B, R): the price of KL, unless the loss has it, and the score."""
-        scores = self.score_scale.standardize(self.scores)
-        kl_in_loss = self.ref_states is not None
-        return shape_rewards(scores, self.kl, self.mask, 0.0 if kl_in_loss else self.kl_coef)
+        """The rewards per token (B, R): the price of KL, unless the loss has it, and the score.
+
+        What of the score was earned token by token is paid there, and the rest on the last token.
+        """
+        scores = self.paid_scores()
+        kl_coef = 0.0 if self.ref_states is not None else self.kl_coef
+        if self.token_rewards is None:
+            return shape_rewards(scores, self.kl, self.mask, kl_coef)
+        token_rewards = self.token_rewards / self.score_scale.std
+        return shape_rewards(scores - token_rewards.sum(1), self.kl, self.mask, kl_coef) + token_rewards
+
+    def paid_scores(self) -> Tensor:
+        """The scores (B,) in the unit in which they are paid."""
+        if self.normalized_weights:
+            return normalized_sum(self.parts, self.normalized_weights)
+        return self.score_scale.standardize(self.scores)
 
     def expected_scores(self) -> Tensor:
         """The final score to expect before each token (B, R), predicted from the response's partial scores.
@@ -192,6 +219,7 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Averages over responses or, for kl_token and entropy, real tokens; and the share of different responses."""
         means = {"score_mean": self.scores.mean()}
+        means |= {f"reward_{name}": part.mean() for name, part in self.parts.items()}
         if self.has_label:
             means["positive_rate"] = (self.scores > 0).float().mean()
         means |= {
@@ -199,7 +227,7 @@ class Rollout:
             "kl_seq_exact": self.exact_kl.sum(1).mean(),
             "kl_token": masked_mean(self.kl, self.mask),
             # what PPO maximises, also where the price of KL is in the loss
-            "reward_mean": (self.score_scale.standardize(self.scores) - self.kl_coef * self.kl.sum(1)).mean(),
+            "reward_mean": (self.paid_scores() - self.kl_coef * self.kl.sum(1)).mean(),
             "entropy": masked_mean(self.entropy, self.mask),
             "response_len": self.mask.sum(1).float().mean(),
         }
@@ -210,27 +238,28 @@ class Rollout:
 
 
 def collect_rollout(
-    models: Models, prompts: tuple[Tensor, Tensor], uniforms: Tensor, cfg: TrainConfig, kl_coef: float
+    models: Models, prompts: PromptBatch, uniforms: Tensor, cfg: TrainConfig, kl_coef: float
 ) -> Rollout:
     """Sample one response per prompt, score it, and record all that the update needs.
 
-    prompts are ids and mask (B, P), uniforms (B, max_new_tokens) all the randomness. Each rank takes its share of the
-    rows, and all of them get the whole rollout. Raises UserError on every rank where one of them fails.
+    uniforms (B, max_new_tokens) are all the randomness. Each rank takes its share of the rows, and all of them get the
+    whole rollout. Raises UserError on every rank where one of them fails.
     """
-    own = rank_slice(len(uniforms))
-    ids, mask = prompts
+    rows = rank_slice(len(uniforms))
+    own = prompts.select(rows)
     watch = Stopwatch(models.policy.lm.device)
     with raise_on_all_ranks():
         # 1. sample
-        seqs = models.respond(models.policy, (ids[own], mask[own]), uniforms[own], cfg)
+        seqs = models.respond(models.policy, own, uniforms[rows], cfg)
         seconds_generate = watch.lap()
         seqs.copy_to_host()
         # 2. evaluate under policy and reference
         ref_states = ReferenceStates.of(models.reference, seqs)
         evaluation = evaluate_both(models.policy, models.reference, seqs, ref_states.hidden)
         # 3. score
-        scores = models.score(seqs, cfg)
-        partial_scores = models.partial_scores(seqs, cfg)
+        scores = models.score(seqs, own.columns, cfg)
+        partial_scores = models.partial_scores(seqs, own.columns, cfg)
+        token_rewards = put_token_rewards(scores, models.reward, seqs.response_mask)
     rollout = Rollout(
         sequences=seqs,
         logprobs=evaluation.logprobs,
@@ -239,13 +268,26 @@ def collect_rollout(
         exact_kl=evaluation.exact_kl,
         entropy=evaluation.entropy,
         partial_scores=partial_scores,
-        scores=scores,
+        scores=scores.total,
         kl_coef=kl_coef,
         score_scale=models.score_scale,
         has_label=models.reward.label is not None,
         ref_states=ref_states if cfg.kl_in_loss else None,
+        parts={name: part.total for name, part in scores.parts.items()},
+        normalized_weights=scores.weights if cfg.normalize_parts else {},
+        token_rewards=token_rewards,
     ).gathered()
     return replace(rollout, seconds={"seconds_generate": seconds_generate, "seconds_score": watch.lap()})
+
+
+def put_token_rewards(scores: Scores, reward: Reward, response_mask: Tensor) -> Tensor | None:
+    """The rewards per token at the width of the responses (B, R), 0 where there are none; None for a classifier.
+
+    So all ranks have them or none has, also one without rows.
+    """
+    if scores.token_rewards is None:
+        return None if isinstance(reward, Classifier) else torch.zeros_like(response_mask, dtype=torch.float32)
+    return pad_right(scores.token_rewards, response_mask.shape[1] - scores.token_rewards.shape[1])
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------

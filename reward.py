@@ -2,19 +2,23 @@
 
 There are three kinds. A classifier's label scores 2 P(label) - 1; it is found by its name, never by its index. A
 classifier with a single output, as reward models trained on preferences have, gives that output. A Python function or
-class gives what it likes. No gradient leaves this file.
+class gives what it likes. A weighted sum of several is a reward, too. No gradient leaves this file.
 """
 
+import asyncio
 import inspect
+import math
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from config import UserError, python_reward
+from config import UserError, python_reward, reward_names
 
 import numpy as np
 import torch
@@ -26,8 +30,9 @@ from pretrain.tiny_world import resolve_name
 from runtime.classifiers import longest_input, pad_rows
 from runtime.device import lacks_memory
 from runtime.hub import DEFAULT_REVISION, in_one_line, load_tokenizer, load_weights, loading, refuse_other_folder
+from runtime.tables import Columns, column_list
 from runtime.user_code import UserCode, is_of_the_program
-from runtime.user_function import Arguments, called_signature, match_arguments
+from runtime.user_function import RESPONSES_ALONE, Arguments, Source, called_signature, match_arguments
 
 SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 SENTIMENTS = ("positive", "negative", "neutral")
@@ -43,6 +48,43 @@ class Reward(Protocol):
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str]) -> Tensor:
         """Responses and the prompts they continue -> scores (B,) float32."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What else is known of responses: their tokens, EOS included, and cells of the data set's columns, one for each.
+
+    Without tokens there are no rewards per token.
+    """
+
+    completion_ids: list[list[int]] | None = None
+    columns: Columns = field(default_factory=dict)
+
+
+NO_CONTEXT = Context()
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores (B,) of responses, and the parts that they are the weighted sum of, if they are one, by name.
+
+    token_rewards (B, longest response), 0 after a response, are what of a score is credited token by token; None where
+    nothing is.
+    """
+
+    total: Tensor
+    token_rewards: Tensor | None = None
+    parts: dict[str, "Scores"] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def weighted_sum(cls, parts: dict[str, "Scores"], weights: dict[str, float]) -> "Scores":
+        """The scores of some parts, each with its weight."""
+        total = torch.stack([weights[name] * part.total for name, part in parts.items()]).sum(0)
+        credited = [
+            weights[name] * part.token_rewards for name, part in parts.items() if part.token_rewards is not None
+        ]
+        return cls(total, torch.stack(credited).sum(0) if credited else None, parts, weights)
 
 
 @dataclass(frozen=True)
@@ -63,11 +105,27 @@ class ScoreScale:
 UNSCALED = ScoreScale()
 
 
-def load_reward(name: str, target_label: str = "positive", **options: Any) -> Reward:
-    """The reward of this name: Python, or a classifier with one output or several.
+def load_reward(
+    name: str, target_label: str = "positive", weights: str | None = None, normalize_parts: bool = False, **options: Any
+) -> Reward:
+    """The reward of this name, or the weighted sum of those that it lists with commas between them.
 
-    options are those of ClassifierOptions, of which Python gets the device.
+    weights and normalize_parts are the settings. options are those of ClassifierOptions, of which Python gets the
+    device.
     """
+    names = reward_names(name)
+    if len(names) == 1 and weights is None and not normalize_parts:
+        return _load_one(name, target_label, **options)
+    if "" in names:
+        raise UserError(f"rm_name={name} has nothing between two of its commas: leave one out")
+    if weights is not None:
+        parse_weights(weights)
+    rewards = [_load_one(one, target_label, **options) for one in names]
+    return WeightedRewards(dict(zip(part_names(names), rewards, strict=True)), name, weights, normalize_parts)
+
+
+def _load_one(name: str, target_label: str, **options: Any) -> Reward:
+    """The reward of one name: Python, or a classifier with one output or several."""
     chosen = ClassifierOptions(**options)
     if python_reward(name):
         return PythonReward(name, chosen.device)
@@ -88,9 +146,27 @@ def show_score(score: float, label: str | None) -> str:
     return f"{score:+.4g}" if label is None else f"{score:+.2f}"
 
 
-def score_responses(reward: Reward, responses: list[str], prompts: list[str], name: str) -> Tensor:
-    """Scores (n,) of responses; where the reward `name` fails or returns something else, it is refused."""
+def choose_columns(reward: Reward, available: Sequence[str]) -> list[str]:
+    """Those of the data set's columns that a reward is given (raises UserError where it asks for something else)."""
+    chosen: dict[str, None] = {}
+    for part in parts_of(reward):
+        if isinstance(part, PythonReward):
+            chosen |= dict.fromkeys(part.choose_columns(available))
+    return list(chosen)
+
+
+def parts_of(reward: Reward) -> list[Reward]:
+    """The rewards of a weighted sum, or the one reward."""
+    return list(reward.rewards.values()) if isinstance(reward, WeightedRewards) else [reward]
+
+
+def score_responses(
+    reward: Reward, responses: list[str], prompts: list[str], name: str, context: Context = NO_CONTEXT
+) -> Scores:
+    """The scores of n responses; where the reward `name` fails or returns something else, it is refused."""
     try:
+        if isinstance(reward, PythonReward | WeightedRewards):
+            return reward.scores(responses, prompts, context)
         scores = reward(responses, prompts)
     except UserError:
         raise
@@ -101,7 +177,133 @@ def score_responses(reward: Reward, responses: list[str], prompts: list[str], na
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.shape != (len(responses),):
         returned = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"rm_name={name} returned {returned} instead of one real number per response")
-    return scores
+    return Scores(scores)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+class WeightedRewards:
+    """The weighted sum of several rewards, or of the parts that one Python function returns by name."""
+
+    label: str | None = None
+
+    def __init__(
+        self, rewards: dict[str, Reward], name: str, weights: str | None = None, normalize_parts: bool = False
+    ) -> None:
+        """`rewards` by the names of their parts; the others are the settings rm_name, reward_weights, normalize_parts.
+
+        Raises UserError where the weights do not fit.
+        """
+        self.rewards = rewards
+        self.names = reward_names(name)
+        self.weights = weights
+        self.normalize_parts = normalize_parts
+        if len(rewards) > 1:
+            match_weights(weights, list(rewards))
+
+    def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
+        """Weighted sums (B,) float32."""
+        return self.scores(responses, prompts).total
+
+    def scores(self, responses: Sequence[str], prompts: Sequence[str] = (), context: Context = NO_CONTEXT) -> Scores:
+        """Weighted sums with their parts; a reward that has parts of its own counts as those (raises UserError)."""
+        scored = [
+            score_responses(reward, list(responses), list(prompts), name, context)
+            for reward, name in zip(self.rewards.values(), self.names, strict=True)
+        ]
+        whole = self._sum_of_one(scored[0]) if len(scored) == 1 else self._sum_of_several(scored)
+        if self.normalize_parts and whole.token_rewards is not None:
+            raise UserError(
+                "normalize_parts needs one number per response in each part, not one per token: leave it out"
+            )
+        return whole
+
+    def _sum_of_one(self, scored: Scores) -> Scores:
+        if not scored.parts:
+            setting = "normalize_parts" if self.weights is None else f"reward_weights={self.weights}"
+            raise UserError(
+                f"{setting} needs several parts, but rm_name={self.names[0]} gives one number per response: name "
+                "several rewards with commas between them, return a dict of parts, or leave it out"
+            )
+        return Scores.weighted_sum(scored.parts, match_weights(self.weights, list(scored.parts)))
+
+    def _sum_of_several(self, scored: list[Scores]) -> Scores:
+        weight_of = match_weights(self.weights, list(self.rewards))
+        parts: dict[str, Scores] = {}
+        weights: dict[str, float] = {}
+        for name, one in zip(self.rewards, scored, strict=True):
+            for inner, part in one.parts.items() or [("", one)]:
+                unique = distinct_names([*parts, f"{name}_{inner}" if inner else name])[-1]
+                parts[unique] = part
+                weights[unique] = weight_of[name]
+        return Scores.weighted_sum(parts, weights)
+
+
+def normalized_sum(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum (B,) of parts (B,), each first brought to mean 0 and deviation 1; a constant part gives 0.
+
+    This is the normalisation of GDPO (Liu et al. 2026, arXiv 2601.05242), over a batch instead of a group.
+    """
+    normalized = []
+    for name, part in parts.items():
+        std = part.std(unbiased=False)
+        is_constant = std <= 1e-6 * part.abs().max()  # but for rounding
+        normalized.append(weights[name] * torch.where(is_constant, 0, (part - part.mean()) / std))
+    return torch.stack(normalized).sum(0)
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    """The setting reward_weights as pairs of a name, '' where it has none, and a finite number (raises UserError)."""
+    pairs = []
+    for item in text.split(","):
+        name, _, number = item.rpartition("=")
+        try:
+            pairs.append((name.strip(), float(number)))
+        except ValueError:
+            pairs.append(("", math.nan))
+    named = [bool(name) for name, _ in pairs]
+    if not all(math.isfinite(number) for _, number in pairs) or any(named) != all(named):
+        raise UserError(
+            f"reward_weights={text!r} is not understood: write numbers with commas between them, 1,0.5, each with its "
+            "name or none, format=1,length=0.5"
+        )
+    return pairs
+
+
+def match_weights(text: str | None, names: Sequence[str]) -> dict[str, float]:
+    """The weight of each part, 1 by default (raises UserError where the setting does not have one for each)."""
+    if text is None:
+        return dict.fromkeys(names, 1.0)
+    pairs = parse_weights(text)
+    in_order = not any(name for name, _ in pairs)
+    given = list(names) if in_order else [name for name, _ in pairs]
+    if len(pairs) != len(names) or sorted(given) != sorted(names):
+        raise UserError(
+            f"reward_weights={text} does not have one weight for each of the {len(names)} parts, {', '.join(names)}: "
+            "give one for each"
+        )
+    weight_of = {name: number for name, (_, number) in zip(given, pairs, strict=True)}
+    return {name: weight_of[name] for name in names}
+
+
+def part_names(names: Sequence[str]) -> list[str]:
+    """What the parts of rm_name are called: by their functions, or the last part of a classifier's name."""
+    short = []
+    for name in names:
+        python = python_reward(name)
+        short.append(python[1] if python else re.split(r"[/\\]", name.rstrip("/\\"))[-1])
+    return distinct_names(short)
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Names fit for columns reward_<name>, different from each other and from reward_mean: f, f_2, f_3."""
+    result: list[str] = []
+    for name in names:
+        stem = re.sub(r"\W+", "_", name).strip("_") or "part"
+        candidates = (stem if k == 1 else f"{stem}_{k}" for k in range(1, len(names) + 2))
+        result.append(next(x for x in candidates if x not in (*result, "mean")))
+    return result
 
 
 # --- classifiers ----------------------------------------------------------------------------------------------------
@@ -303,10 +505,11 @@ def full_label(label: str) -> str:
 
 
 class PythonReward:
-    """A user's function of responses, or of responses and prompts, that returns one real number per response.
+    """A user's function of responses and what goes with them, that returns real numbers.
 
-    A class is built once, with the run's device where it takes `device`, and its instance is called. The user's code
-    is kept apart from the program's: see runtime/user_code.py.
+    It returns one number per response, or a list of one per token of each response, or a dict of such parts. A class is
+    built once, with the run's device where it takes `device`, and its instance is called. A coroutine is awaited. The
+    user's code is kept apart from the program's: see runtime/user_code.py.
     """
 
     label: str | None = None
@@ -331,56 +534,136 @@ class PythonReward:
             raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
         self.file = self.code.file
         self.sha256 = self.code.sha256()
-        self.arguments = self._match_arguments()
+        self.part_names: list[str] | None = None  # of the dict that it returns; none where it returns something else
+        self.event_loop: asyncio.AbstractEventLoop | None = None  # once it has returned a coroutine
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
         """Scores (B,) float32; where the function fails, UserError names file and line."""
+        return self.scores(responses, prompts).total
+
+    def scores(self, responses: Sequence[str], prompts: Sequence[str] = (), context: Context = NO_CONTEXT) -> Scores:
+        """Scores with their parts; where the function fails, UserError names file and line."""
         if not responses:
-            return torch.empty(0, device=self.device)
-        texts = {"responses": responses, "prompts": prompts}
-        args = [list(texts[role]) for role in self.arguments.by_position]
-        kwargs = {name: list(texts[role]) for name, role in self.arguments.by_keyword.items()}
+            nothing = Scores(torch.empty(0, device=self.device))
+            empty = dict.fromkeys(self.part_names or [], nothing)
+            return Scores.weighted_sum(empty, dict.fromkeys(empty, 1.0)) if empty else nothing
+        arguments = self._match_arguments(list(context.columns))
+        given = {"responses": responses, "prompts": prompts, "completion_ids": context.completion_ids}
+        by_keyword = {
+            name: source
+            for name, source in arguments.by_keyword.items()
+            if source != Source("completion_ids") or context.completion_ids is not None
+        }
+
+        def argument(source: Source) -> list[Any]:
+            cells = context.columns[source.name] if source.is_column else given[source.name]
+            if cells is None:
+                raise UserError(f"rm_name={self.name} asks for completion_ids, which these responses do not have")
+            return list(cells)
+
+        args = [argument(source) for source in arguments.by_position]
+        kwargs = {name: argument(source) for name, source in by_keyword.items()}
         with self._one_line_errors("failed"), self.code.running(), torch.no_grad():
             with redirect_stdout(DummyTqdmFile(sys.stdout)):
                 result = self.function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result.close()  # refused below; Python would warn that nobody waited for it
-            scores = _as_tensor(result)
-        return self._checked(result, scores, responses).to(self.device, non_blocking=True)
+                if inspect.isawaitable(result):
+                    result = self._awaited(result)
+            returned = dict(result) if isinstance(result, Mapping) else {"": result}
+            parts = {name: _Numbers.of(part) for name, part in returned.items()}
+        if not isinstance(result, Mapping):
+            self._check_part_names([])
+            return self._checked(parts[""], "", responses, context.completion_ids)
+        if not parts or not all(isinstance(name, str) for name in parts):
+            raise UserError(f"rm_name={self.name} returned a dict without names of parts, {self._place()}: fix it")
+        names = distinct_names(list(parts))
+        self._check_part_names(names)
+        checked = {
+            name: self._checked(part, f" in part {key!r}", responses, context.completion_ids)
+            for name, (key, part) in zip(names, parts.items(), strict=True)
+        }
+        return Scores.weighted_sum(checked, dict.fromkeys(checked, 1.0))
 
-    def _match_arguments(self) -> Arguments:
+    def choose_columns(self, available: Sequence[str]) -> list[str]:
+        """Those of the data set's columns that the function is given (raises UserError on parameters unknown)."""
+        arguments = self._match_arguments(available)
+        if arguments.kept:
+            print(f"note: no column of the data set sets {', '.join(arguments.kept)} of rm_name={self.name}")
+        return arguments.columns
+
+    def _match_arguments(self, columns: Sequence[str]) -> Arguments:
         """What the function's parameters mean; where that is not clear, it is refused."""
         bound = self.function.keywords if isinstance(self.function, partial) else {}
         try:
             signature = called_signature(self.function)
         except ValueError:  # some functions written in C have none
-            return Arguments(["responses"], {})
-        arguments = match_arguments(signature, bound)
-        if arguments is None:
-            raise UserError(
-                f"rm_name={self.name} takes {signature}, {self._place()}: it must take (responses) or "
-                "(responses, prompts), with these names where the order is another"
+            return RESPONSES_ALONE
+        try:
+            return match_arguments(signature, bound, columns)
+        except ValueError as reason:
+            listed = (
+                f"the columns of the data set: {column_list(columns)}" if columns else "no column, without a data set"
             )
-        return arguments
-
-    def _checked(self, result: Any, scores: Tensor | None, responses: Sequence[str]) -> Tensor:
-        """Scores (B,) float32 on the CPU, made of `result`; anything else is refused."""
-        n = len(responses)
-        kind = type(result).__name__
-        if scores is None or scores.shape != (n,):
-            shape = "" if scores is None else f" of shape {tuple(scores.shape)}"
             raise UserError(
-                f"rm_name={self.name} returned {kind}{shape} instead of one real number for each of {n} responses, "
+                f"rm_name={self.name} takes {signature}, {self._place()}, and {reason}: it can ask for responses (or "
+                f"completions, texts), prompts, completion_ids and {listed}"
+            ) from None
+
+    def _awaited(self, result: Any) -> Any:
+        """The result of a coroutine; one event loop serves all calls, so that the function may keep a client."""
+        if self.event_loop is None:
+            self.event_loop = asyncio.new_event_loop()
+            weakref.finalize(self, self.event_loop.close)
+        return self.event_loop.run_until_complete(result)
+
+    def _check_part_names(self, names: list[str]) -> None:
+        """Refuse parts that are not those of the calls before: metrics.csv has a column for each."""
+        if self.part_names is not None and names != self.part_names:
+            now, before = (", ".join(some) or "none" for some in (names, self.part_names))
+            raise UserError(
+                f"rm_name={self.name} returned other parts than before ({now} instead of {before}), {self._place()}: "
+                "return the same in every call"
+            )
+        self.part_names = names
+
+    def _checked(
+        self, numbers: "_Numbers", part: str, responses: Sequence[str], completion_ids: list[list[int]] | None
+    ) -> Scores:
+        """Scores of finite numbers, one per response or one per token; anything else is refused."""
+        n = len(responses)
+        if numbers.tensor is not None and numbers.tensor.shape == (n,):
+            self._check_finite(numbers.tensor[:, None], part, responses)
+            return Scores(numbers.tensor.to(self.device, non_blocking=True))
+        if numbers.rows is None or len(numbers.rows) != n or completion_ids is None:
+            shape = "" if numbers.tensor is None else f" of shape {tuple(numbers.tensor.shape)}"
+            raise UserError(
+                f"rm_name={self.name} returned {numbers.kind}{shape}{part} instead of one real number for each of {n} "
+                f"responses, {self._place()}: fix it"
+            )
+        for i, (row, tokens) in enumerate(zip(numbers.rows, completion_ids, strict=True)):
+            if len(row) != len(tokens):
+                raise UserError(
+                    f"rm_name={self.name} returned {len(row)} numbers{part} for {self._named(i, responses)}, which has "
+                    f"{len(tokens)} tokens, EOS included, {self._place()}: return one per token of completion_ids"
+                )
+        token_rewards = torch.nn.utils.rnn.pad_sequence(numbers.rows, batch_first=True)
+        self._check_finite(token_rewards, part, responses)
+        token_rewards = token_rewards.to(self.device, non_blocking=True)
+        return Scores(token_rewards.sum(1), token_rewards)
+
+    def _check_finite(self, numbers: Tensor, part: str, responses: Sequence[str]) -> None:
+        """Refuse numbers (B, n) among which one is not finite."""
+        bad = (~numbers.isfinite()).nonzero()
+        if len(bad):
+            i, place = bad[0].tolist()
+            raise UserError(
+                f"rm_name={self.name} returned {float(numbers[i, place])}{part} for {self._named(i, responses)}, "
                 f"{self._place()}: fix it"
             )
-        for i, score in enumerate(scores.tolist()):
-            if not np.isfinite(score):
-                text = " ".join(responses[i].split())[:60]
-                raise UserError(
-                    f"rm_name={self.name} returned {score} for response {i + 1} of {n} ({text!r}), {self._place()}: "
-                    "fix it"
-                )
-        return scores
+
+    @staticmethod
+    def _named(i: int, responses: Sequence[str]) -> str:
+        """Which response it is, with its first words."""
+        return f"response {i + 1} of {len(responses)} ({' '.join(responses[i].split())[:60]!r})"
 
     @contextmanager
     def _one_line_errors(self, what: str) -> Iterator[None]:
@@ -423,6 +706,27 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, UserError):
         return message
     return f"{type(error).__name__}: {message[:300]}" if message else type(error).__name__
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a user's function returned: as one tensor, and as one vector for each of its items, where it is numbers."""
+
+    kind: str
+    tensor: Tensor | None
+    rows: list[Tensor] | None
+
+    @classmethod
+    def of(cls, result: Any) -> "_Numbers":
+        """Read what was returned."""
+        tensor = _as_tensor(result)
+        rows = None
+        has_items = isinstance(result, list | tuple) or (isinstance(result, np.ndarray | Tensor) and result.ndim == 2)
+        if has_items and (tensor is None or tensor.dim() == 2):
+            vectors = [_as_tensor(item) for item in result]
+            if all(vector is not None and vector.dim() == 1 for vector in vectors):
+                rows = [vector for vector in vectors if vector is not None]
+        return cls(type(result).__name__, tensor, rows)
 
 
 def _as_tensor(result: Any) -> Tensor | None:

@@ -89,12 +89,13 @@ def train(cfg: TrainConfig, parts: Parts, session: Session) -> None:
 
 def evaluate_held_out(parts: Parts, cfg: TrainConfig, kl_coef: float) -> dict[str, float]:
     """Averages over the held-out prompts, always with the same random numbers; kl_coef is that of the next step."""
-    ids, mask = parts.held_out.batch(1)  # all of them
-    noise = uniforms(cfg.seed, 0, len(ids), cfg.max_new_tokens)
+    prompts = parts.held_out.batch(1)  # all of them
+    noise = uniforms(cfg.seed, 0, len(prompts), cfg.max_new_tokens)
     whole = replace(cfg, reward_every=0, kl_in_loss=False)  # averages need no partial scores and no loss
     rollouts = []
-    for rows in torch.arange(len(ids)).tensor_split(math.ceil(len(ids) / cfg.batch_size)):
-        rollouts.append(collect_rollout(parts.models, (ids[rows], mask[rows]), noise[rows], whole, kl_coef))
+    for numbers in torch.arange(len(prompts)).tensor_split(math.ceil(len(prompts) / cfg.batch_size)):
+        rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        rollouts.append(collect_rollout(parts.models, prompts.select(rows), noise[rows], whole, kl_coef))
     return Rollout.cat(rollouts).metrics()
 
 
@@ -102,14 +103,14 @@ def sample_rows(parts: Parts, rollout: Rollout, cfg: TrainConfig, step: int) -> 
     """A few prompts of a step with the responses of policy and base, sampled with the same random numbers."""
     models = parts.models
     tokenizer = models.tokenizer
-    ids, mask = parts.prompts.batch(step)
+    prompts = parts.prompts.batch(step).select(slice(SAMPLES))
     noise = uniforms(cfg.seed, step, cfg.batch_size, cfg.max_new_tokens)
-    base = models.respond(models.reference, (ids[:SAMPLES], mask[:SAMPLES]), noise[:SAMPLES], cfg)
+    base = models.respond(models.reference, prompts, noise[:SAMPLES], cfg)
     table = {
         "prompt": base.prompt_texts(tokenizer),
         "base": base.texts(tokenizer),
         "policy": rollout.sequences.texts(tokenizer)[:SAMPLES],
-        "base_score": models.score(base, cfg).tolist(),
+        "base_score": models.score(base, prompts.columns, cfg).total.tolist(),
         "policy_score": rollout.scores[:SAMPLES].tolist(),
     }
     rows = zip(*table.values(), strict=True)

@@ -44,7 +44,7 @@ def permutation(seed: int, step: int, epoch: int, n: int) -> Tensor:
 def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
     """Apply a function field by field to the tensors of dataclasses of one type; other fields come from the first.
 
-    Dataclasses inside dataclasses are mapped too.
+    Dataclasses inside dataclasses and dicts of tensors are mapped too.
     """
     changes: dict[str, Any] = {}
     for field in fields(batches[0]):  # type: ignore[arg-type]
@@ -53,6 +53,8 @@ def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
             changes[field.name] = function(*values)
         elif is_dataclass(values[0]):
             changes[field.name] = map_tensors(function, *values)
+        elif isinstance(values[0], dict) and all(isinstance(x, Tensor) for x in values[0].values()):
+            changes[field.name] = {key: function(*(value[key] for value in values)) for key in values[0]}
     return replace(batches[0], **changes)  # type: ignore[type-var]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from data import pad_left
+from data import PromptBatch, pad_left
 from evaluation.judge import Judge, second_judge
 from evaluation.prompts import Review, held_out_reviews
 from evaluation.summary import summarise
@@ -22,6 +22,7 @@ from runtime.distributed import gather_to_main, is_main_process, raise_on_all_ra
 from runtime.files import spreadsheet_safe
 from runtime.fingerprints import model_sha256
 from runtime.saved_run import SavedRun
+from runtime.tables import Columns as Cells
 from runtime.terminal import progress_bar
 from training.run_record import reward_sha256
 from utils import uniforms
@@ -47,7 +48,7 @@ class Comparison:
     @classmethod
     def of(cls, cfg: EvalConfig, run: TrainConfig, models: Models) -> "Comparison":
         """Read the reviews, and fit or load the judge, which the main process alone needs."""
-        reviews = held_out_reviews(cfg, run, models.tokenizer)
+        reviews = held_out_reviews(cfg, run, models.tokenizer, models.reward)
         return cls(cfg, run, models, reviews, second_judge(cfg, run) if is_main_process() else None)
 
     @property
@@ -58,9 +59,14 @@ class Comparison:
 
     def respond(self, model: GPT2WithValueHead, rows: slice, draw: int = 0) -> Sequences:
         """Sample responses to some of the prompts; a prompt's random numbers depend on seed and draw alone."""
-        prompts = pad_left([review.prompt for review in self.reviews[rows]])
+        prompts = PromptBatch(*pad_left([review.prompt for review in self.reviews[rows]]))
         noise = uniforms(self.cfg.seed, draw, len(self.reviews), self.run.max_new_tokens)[rows]
         return self.models.respond(model, prompts, noise, self.run)
+
+    def cells(self, rows: slice) -> Cells:
+        """The columns of the data set that the reward is given, for some of the prompts."""
+        some = [review.cells for review in self.reviews[rows]]
+        return {name: [cells[name] for cells in some] for name in some[0]}
 
     def results(self) -> pd.DataFrame:
         """The whole table, computed by this process alone, with the second judge's scores."""
@@ -85,10 +91,10 @@ class Comparison:
         ours = self.respond(models.policy, rows)
         both = evaluate_both(models.policy, models.reference, ours)
         if rows.start not in self.base_columns:
-            self.base_columns[rows.start] = self.response_columns("base", self.respond(models.reference, rows))
+            self.base_columns[rows.start] = self.response_columns("base", self.respond(models.reference, rows), rows)
         columns = {
             "prompt": ours.prompt_texts(models.tokenizer),
-            **self.response_columns("policy", ours),
+            **self.response_columns("policy", ours, rows),
             **self.base_columns[rows.start],
             "kl_seq": (both.logprobs - both.ref_logprobs).sum(1).tolist(),
             "kl_seq_exact": both.exact_kl.sum(1).tolist(),
@@ -97,24 +103,26 @@ class Comparison:
         }
         return pd.DataFrame(columns, index=np.arange(len(self.reviews))[rows])
 
-    def response_columns(self, name: str, seqs: Sequences) -> Columns:
+    def response_columns(self, name: str, seqs: Sequences, rows: slice) -> Columns:
         """A model's responses with their scores, lengths, whether they ended, and base's log-likelihood of them."""
         tokenizer = self.models.tokenizer
         lengths = seqs.response_mask.sum(1)
         last_tokens = seqs.responses.gather(1, lengths[:, None] - 1).squeeze(1)
         return {
             f"{name}_text": seqs.texts(tokenizer),
-            **self.score_columns(name, seqs),
+            **self.score_columns(name, seqs, rows),
             f"{name}_len": lengths.tolist(),
             f"{name}_eos": (last_tokens == tokenizer.eos_token_id).int().tolist(),
             f"{name}_nll_base": plain_nll(self.models.reference, seqs),
         }
 
-    def score_columns(self, name: str, seqs: Sequences) -> Columns:
-        """The scores of a model's responses and, where they are those of a label, its log-odds."""
+    def score_columns(self, name: str, seqs: Sequences, rows: slice) -> Columns:
+        """The scores of a model's responses with their parts and, where they are those of a label, its log-odds."""
         reward = self.models.reward
         if not isinstance(reward, SentimentReward):
-            return {f"{name}_score": self.models.score(seqs, self.run).tolist()}
+            scores = self.models.score(seqs, self.cells(rows), self.run)
+            parts = {f"{name}_reward_{part}": one.total.tolist() for part, one in scores.parts.items()}
+            return {f"{name}_score": scores.total.tolist(), **parts}
         log_odds = reward.log_odds(seqs.texts(self.models.tokenizer, self.run.reward_on_prompt))
         return {f"{name}_score": (log_odds / 2).tanh().tolist(), f"{name}_log_odds": log_odds.tolist()}
 
@@ -143,7 +151,7 @@ class Comparison:
         scores = []
         for draw in range(self.cfg.frontier):
             responses = self.respond(self.models.reference, rows, 1 + draw)
-            scores.append(self.models.score(responses, self.run).cpu())
+            scores.append(self.models.score(responses, self.cells(rows), self.run).total.cpu())
         form = ".4f" if self.models.reward.label is not None else ".6g"
         return [" ".join(f"{score:{form}}" for score in row) for row in torch.stack(scores, 1).tolist()]
 

@@ -2,25 +2,30 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from config import EvalConfig, TrainConfig, UserError
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data import cut, first_tokens, load_examples
-from pretrain.tiny_world import resolve_name
+from data import Texts, cut, first_tokens
+from reward import Reward
 from runtime.fingerprints import texts_sha256
 from runtime.saved_run import SavedRun
 from runtime.tables import has_splits, split_names
+from training.parts import load_run_texts
 
 
 class Review(NamedTuple):
-    """The start of a review in tokens: the prompt, and what its author wrote next, max_new_tokens at most."""
+    """The start of a review in tokens: the prompt, and what its author wrote next, max_new_tokens at most.
+
+    cells are those of the data set's columns that the reward is given.
+    """
 
     prompt: list[int]
     written: list[int]
+    cells: dict[str, Any]
 
 
 def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
@@ -35,19 +40,23 @@ def evaluation_split(cfg: EvalConfig, run: TrainConfig) -> str:
     return split
 
 
-def held_out_reviews(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Review]:
+def held_out_reviews(
+    cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTokenizerBase, reward: Reward
+) -> list[Review]:
     """n_samples reviews of the evaluation split in a seeded random order, none of which was trained on."""
     split = evaluation_split(cfg, run)
-    texts = held_out_texts(cfg, run, split)
+    data = held_out_texts(cfg, run, split, reward)
     longest = run.max_prompt_len + run.max_new_tokens
-    order = np.random.default_rng(cfg.seed).permutation(len(texts))
+    order = np.random.default_rng(cfg.seed).permutation(len(data.texts))
     reviews: list[Review] = []
     for chunk in np.array_split(order, max(1, len(order) // (2 * cfg.n_samples))):  # tokenise no more than needed
         with suppress(UserError):  # none of these is long enough
-            for ids in first_tokens(tokenizer, [texts[i] for i in chunk], run.min_prompt_len, longest):
+            some = data.select(chunk.tolist())
+            for row, ids in first_tokens(tokenizer, some.texts, run.min_prompt_len, longest).items():
                 prompt = cut(tokenizer, ids, run.max_prompt_len)
                 if prompt:
-                    reviews.append(Review(prompt, ids[len(prompt) : len(prompt) + run.max_new_tokens]))
+                    written = ids[len(prompt) : len(prompt) + run.max_new_tokens]
+                    reviews.append(Review(prompt, written, {name: cells[row] for name, cells in some.columns.items()}))
         if len(reviews) >= cfg.n_samples:
             break
     if len(reviews) < 2:
@@ -60,23 +69,19 @@ def held_out_reviews(cfg: EvalConfig, run: TrainConfig, tokenizer: PreTrainedTok
     return reviews[: cfg.n_samples]
 
 
-def held_out_texts(cfg: EvalConfig, run: TrainConfig, split: str) -> list[str]:
-    """The different texts of a split, without those of the split that was trained on."""
-    texts = trained_on = read_split(run, split)
+def held_out_texts(cfg: EvalConfig, run: TrainConfig, split: str, reward: Reward) -> Texts:
+    """The different texts of a split, without those of the split that was trained on; of equal ones the first."""
+    data = load_run_texts(run, split, reward)
+    trained_on = data.texts
+    seen: set[str] = set()
     if not has_splits(run.dataset) or split == run.split:
         print(f"note: if {run.dataset} was trained on, these prompts are not held out")
     else:
-        trained_on = read_split(run, run.split)
+        trained_on = load_run_texts(run, run.split, None).texts
         seen = set(trained_on)
-        texts = [text for text in texts if text not in seen]
     note_changed_texts(trained_on, run, SavedRun.of_policy(cfg.policy_path))
-    return list(dict.fromkeys(texts))
-
-
-def read_split(run: TrainConfig, split: str) -> list[str]:
-    """The texts of one split of the run's data set."""
-    name = resolve_name(run.dataset, split)
-    return load_examples(name, split, run.text_column, revision=run.dataset_revision, config=run.dataset_config)[0]
+    first_row = {text: row for row, text in reversed(list(enumerate(data.texts)))}
+    return data.select(sorted(row for text, row in first_row.items() if text not in seen))
 
 
 def note_changed_texts(texts: Sequence[str], run: TrainConfig, home: SavedRun | None) -> None:

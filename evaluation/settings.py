@@ -4,14 +4,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import PRESETS, EvalConfig, TrainConfig, UserError, python_reward
+from config import PRESETS, EvalConfig, TrainConfig, UserError, runs_python
 
 from runtime.device import resolve_device, resolve_dtype
 from runtime.saved_run import SavedRun
+from training.parts import absolute_reward
 
 OF_RUN = {f.name for f in fields(TrainConfig)} - {"split"}  # prompts come from another split than in training
 RUN_SETTINGS = sorted(f.name for f in fields(EvalConfig) if f.default is None and f.name in OF_RUN)
-BELONGS_TO = {"rm_revision": "rm_name", "dataset_revision": "dataset", "dataset_config": "dataset"}
+BELONGS_TO = {
+    "rm_revision": "rm_name",
+    "reward_weights": "rm_name",
+    "dataset_revision": "dataset",
+    "dataset_config": "dataset",
+}
 
 
 def eval_config(flags: object, **settings: Any) -> EvalConfig:
@@ -39,14 +45,16 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
             run = TrainConfig(**home.settings)
         except UserError as error:
             raise UserError(f"{home.config_json} is damaged ({error}): fix it, or move the policy elsewhere") from None
-        if with_reward and python_reward(run.rm_name) and cfg.rm_name is None:
+        if with_reward and runs_python(run.rm_name) and cfg.rm_name is None:
             raise UserError(home.refuse_code())
     # 2. what flags say instead
     flags = {name: getattr(cfg, name) for name in RUN_SETTINGS if getattr(cfg, name) is not None}
     for setting, owner in BELONGS_TO.items():
-        if flags.get(owner, getattr(run, owner)) != getattr(run, owner):
+        named = flags.get(owner, getattr(run, owner))
+        if named != getattr(run, owner) and not (owner == "rm_name" and absolute_reward(named) == run.rm_name):
             flags.setdefault(setting, None)  # the run's is that of another model or data set
     flags.setdefault("ref_name", run.policy_name if run.ref_name is None else run.ref_name)
     # 3. where it runs
     device = resolve_device(cfg.device)
+    flags["normalize_parts"] = False  # it is how a score is paid: scores are compared as they are
     return replace(run, **flags, device=device, dtype=resolve_dtype(cfg.dtype, device))

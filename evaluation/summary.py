@@ -50,9 +50,12 @@ def summarise(results: pd.DataFrame, label: str | None, judge_label: str = "posi
     }
     # 2. each model alone
     texts = {name: results[f"{name}_text"].tolist() for name in NAMES}
+    parts = [key.removeprefix("policy_") for key in column if key.startswith("policy_reward_")]
     equal_lengths = dict(zip(NAMES, equally_long(texts["policy"], texts["base"]), strict=True))
     for name in NAMES:
         summary[name] = mean("score_mean", column[f"{name}_score"], score_bounds)
+        for part in parts:
+            summary[name] |= mean(part, column[f"{name}_{part}"], bounds_of_both(part, column))
         if label is not None:
             summary[name] |= share("positive_rate", column[f"{name}_score"] > 0)
             summary[name] |= mean("log_odds", column[f"{name}_log_odds"], bounds_of_both("log_odds", column))

@@ -47,6 +47,7 @@ GROUPS = {
 }
 SAME_THING = 0.2  # judge_slope: with less, the second judge measures something else than the reward
 FEW = 30  # prompts: with fewer, intervals are narrower than they should be
+PART = "reward_"  # begins the keys of parts of a score
 ANY_UNIT = "{:+.4g}"  # of scores that are not a label's probability
 LOSSES = (  # of a text: key, the sign of a change for the worse, its name and format
     ("distinct_2", -1, "less varied", LONG),
@@ -142,8 +143,11 @@ def table_groups(summary: dict[str, Any]) -> dict[str, list[Row]]:
         "label": label,
         "judge_label": summary["judge_label"],
     }
+    of_parts = {key: (f"mean of its part {escaped(key.removeprefix(PART))}", ANY_UNIT) for key in ours if is_part(key)}
     groups = {}
     for group, figures in GROUPS.items():
+        if group == "Score":
+            figures = {"score_mean": figures["score_mean"], **of_parts, **figures}
         rows = []
         for key, (title, form) in figures.items():
             if key in ours and key in base:
@@ -153,6 +157,16 @@ def table_groups(summary: dict[str, Any]) -> dict[str, list[Row]]:
         if rows:
             groups[group] = rows
     return groups
+
+
+def escaped(name: str) -> str:
+    """A name that str.format leaves as it is."""
+    return name.replace("{", "{{").replace("}", "}}")
+
+
+def is_part(key: str) -> bool:
+    """Whether a figure of a model is the mean of a part of its score."""
+    return key.startswith(PART) and not key.endswith("_ci")
 
 
 def shown(key: str, form: str, estimates: dict[str, Any], label: str | None) -> str:

@@ -128,8 +128,10 @@ def observe(parts: Parts, run_cfg: TrainConfig, batch: int) -> Observed:
     """Let the policy respond, and score the responses after every token."""
     models = parts.models
     noise = uniforms(run_cfg.seed, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
-    seqs = models.respond(models.policy, parts.prompts.batch(batch), noise, run_cfg)
-    return Observed(seqs, models.score(seqs, run_cfg), models.partial_scores(seqs, run_cfg))
+    prompts = parts.prompts.batch(batch)
+    seqs = models.respond(models.policy, prompts, noise, run_cfg)
+    scores = models.score(seqs, prompts.columns, run_cfg).total
+    return Observed(seqs, scores, models.partial_scores(seqs, prompts.columns, run_cfg))
 
 
 def advantages(observed: Observed, way: Way) -> Tensor:

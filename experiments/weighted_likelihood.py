@@ -96,8 +96,9 @@ def sample(cfg: LikelihoodConfig, run_cfg: TrainConfig, parts: Parts) -> tuple[l
     pairs = list(itertools.product(range(1, cfg.batches + 1), range(cfg.answers)))
     for batch, draw in timed(pairs, "sampling base", "batch"):
         noise = uniforms(run_cfg.seed + 1 + draw, batch, run_cfg.batch_size, run_cfg.max_new_tokens)
-        seqs.append(models.respond(models.reference, parts.prompts.batch(batch), noise, run_cfg))
-        scores.append(models.score(seqs[-1], run_cfg).cpu())
+        prompts = parts.prompts.batch(batch)
+        seqs.append(models.respond(models.reference, prompts, noise, run_cfg))
+        scores.append(models.score(seqs[-1], prompts.columns, run_cfg).total.cpu())
     by_prompt = torch.stack(scores).unflatten(0, (cfg.batches, cfg.answers)).transpose(1, 2).flatten(0, 1)
     return seqs, by_prompt.double().numpy()
 

@@ -23,7 +23,7 @@ from config import (
     UserError,
     check_path,
     check_ranges,
-    python_reward,
+    runs_python,
 )
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
@@ -119,7 +119,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     parser.set_defaults(**asdict(PRESETS[cls][preset]))
     values = vars(parser.parse_args(argv))
     # 2. What suits a Python reward
-    if cls is TrainConfig and values["reward_every"] and python_reward(values["rm_name"]):
+    if cls is TrainConfig and values["reward_every"] and runs_python(values["rm_name"]):
         parser.set_defaults(**PAID_AT_END)
         paid_at_end = vars(parser.parse_args(argv))
         if not paid_at_end["reward_every"]:  # otherwise a flag asks for partial scores
@@ -159,8 +159,8 @@ def settings_to_resume(run: SavedRun, rm_name: str, default_rm_name: str) -> dic
     except UserError as error:
         raise UserError(f"{run.config_json} is damaged ({error}): fix it, or start anew without --resume") from None
     kept = {name: value for name, value in saved.items() if name not in OF_ONE_START}
-    if python_reward(saved.get("rm_name", "")):
-        if rm_name == default_rm_name and not python_reward(rm_name):
+    if runs_python(saved.get("rm_name", "")):
+        if rm_name == default_rm_name and not runs_python(rm_name):
             raise UserError(run.refuse_code())
         del kept["rm_name"]
     return kept

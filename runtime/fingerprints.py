@@ -24,6 +24,11 @@ def texts_sha256(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def columns_sha256(columns: dict[str, list[Any]]) -> str:
+    """The SHA-256 checksum of some columns of a data set; empty where there are none."""
+    return texts_sha256(f"{name} {cells!r}" for name, cells in sorted(columns.items())) if columns else ""
+
+
 def weights_sha256(model: nn.Module) -> str:
     """The SHA-256 checksum of a model's weights, by name, in the precision in which it keeps them."""
     digest = hashlib.sha256()

@@ -30,6 +30,7 @@ from runtime.hub import only_prepared, require_hub
 COMPRESSIONS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, LookupError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 SAVE_AS = "save it as .csv, .tsv, .json, .jsonl, .parquet or .txt, packed as .gz, .bz2, .xz or .zip if you like"
+Columns = dict[str, list[Any]]  # of a data set by their names, a cell for each of some rows
 LONGEST_FIELD = 2**31 - 1  # characters: the most that csv takes on every system
 
 

@@ -18,6 +18,7 @@ from conftest import EOS, make_policy, make_rollout, same_weights, weights_of
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data import PromptBatch
 from model import GPT2WithValueHead, Sequences, add_own_critic, sample_responses
 from ppo import Models, build_optimizer, collect_rollout, ppo_update
 from reward import PythonReward, ScoreScale
@@ -274,7 +275,7 @@ def test_a_python_reward_reaches_the_known_optimum(tmp_path: Path) -> None:
     prompts = torch.full((cfg.batch_size, 1), PROMPT)
     for step in range(1, cfg.total_steps + 1):
         noise = uniforms(cfg.seed, step, cfg.batch_size, LONGEST)
-        rollout = collect_rollout(models, (prompts, prompts > 0), noise, cfg, cfg.kl_coef)
+        rollout = collect_rollout(models, PromptBatch(prompts, prompts > 0), noise, cfg, cfg.kl_coef)
         ppo_update(policy, optimizer, rollout, cfg, step)
     learned = log_distribution(policy)
     assert is_close(learned, best), (variation(learned, best), divergence(learned, best))

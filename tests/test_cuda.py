@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import utils
+from data import PromptBatch
 from model import Decoding, GPT2WithValueHead, Sampler, Sequences, UnfinishedResponses, evaluate_both, sample_responses
 from ppo import Models, Rollout, build_optimizer, collect_rollout, ppo_update
 from reward import SentimentReward
@@ -172,7 +173,7 @@ def collected(
 ) -> Rollout:
     reference = make_policy(len(tokenizer), seed=1).to(device).requires_grad_(False)
     models = Models(policy, reference, SentimentReward(str(classifier), device=device), tokenizer)
-    return collect_rollout(models, ragged_prompts(8, 16, len(tokenizer)), uniforms(0, 1, 8, 10), cfg, 0.1)
+    return collect_rollout(models, PromptBatch(*ragged_prompts(8, 16, len(tokenizer))), uniforms(0, 1, 8, 10), cfg, 0.1)
 
 
 @pytest.mark.parametrize("kl_in_loss", [False, True])

@@ -329,9 +329,9 @@ def test_load_prompts_cuts_and_leaves_out(tokenizer: PreTrainedTokenizerFast) ->
     assert len(whole[1]) == 1
     assert len(whole[2]) > 8
     assert len(whole[3]) == 2
-    assert load_prompts(tokenizer, texts, 1, 8) == [ids[:8] for ids in whole]
-    assert load_prompts(tokenizer, texts, 2, 8) == [whole[i][:8] for i in (0, 2, 3)]
-    assert load_prompts(tokenizer, texts, 3, 3) == [whole[i][:3] for i in (0, 2)]
+    assert load_prompts(tokenizer, texts, 1, 8) == {i: whole[i][:8] for i in range(4)}
+    assert load_prompts(tokenizer, texts, 2, 8) == {i: whole[i][:8] for i in (0, 2, 3)}
+    assert load_prompts(tokenizer, texts, 3, 3) == {i: whole[i][:3] for i in (0, 2)}
 
 
 def test_load_prompts_refuses_when_none_is_left(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -353,7 +353,7 @@ def test_load_prompts_cuts_exactly_as_if_the_whole_text_were_tokenised(text: str
     text = text * repeat
     ids = tokenizer(text)["input_ids"]
     if whole := whole_characters(tokenizer, text, longest):
-        assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+        assert load_prompts(tokenizer, [text], 1, longest) == {0: ids[:whole]}
 
 
 def whole_characters(tokenizer: PreTrainedTokenizerFast, text: str, longest: int) -> int:
@@ -399,7 +399,7 @@ def test_load_prompts_cuts_texts_without_word_ends(text: str, tokenizer: PreTrai
     for longest in (1, 7, 64):
         ids = tokenizer(text)["input_ids"]
         if whole := whole_characters(tokenizer, text, longest):
-            assert load_prompts(tokenizer, [text], 1, longest) == [ids[:whole]]
+            assert load_prompts(tokenizer, [text], 1, longest) == {0: ids[:whole]}
         else:
             with pytest.raises(UserError, match=f"max_prompt_len={longest} holds no whole character"):
                 load_prompts(tokenizer, [text], 1, longest)
@@ -471,12 +471,12 @@ def test_prompt_stream_batch_holds_the_prompts_of_its_indices() -> None:
     prompts = [[i + 1] * (i + 1) for i in range(6)]
     stream = PromptStream(prompts, 4, seed=0)
     for step in (1, 2, 3):
-        ids, mask = stream.batch(step)
+        batch = stream.batch(step)
         expected = [prompts[i] for i in stream.indices(step)]
-        assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == expected
-        assert ids.shape == mask.shape == (4, max(map(len, expected)))
-        assert mask[:, -1].all()
-        assert (ids[~mask] == 0).all()
+        assert [row[m].tolist() for row, m in zip(batch.ids, batch.mask, strict=True)] == expected
+        assert batch.ids.shape == batch.mask.shape == (4, max(map(len, expected)))
+        assert batch.mask[:, -1].all()
+        assert (batch.ids[~batch.mask] == 0).all()
 
 
 def test_load_prompts_without_any_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

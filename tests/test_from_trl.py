@@ -1,12 +1,13 @@
 """docs/from_trl.md: what it says of this project is so."""
 
 import importlib
+import json
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from config import EvalConfig, TrainConfig
+from config import EvalConfig, TrainConfig, reward_names
 
 import pandas as pd
 import pytest
@@ -49,7 +50,7 @@ def test_our_columns_exist(flags: dict[str, str]) -> None:
 def test_our_commands_parse(line: str) -> None:
     _, script, *words = shlex.split(line)
     cfg = parse_config(TrainConfig if script == "train.py" else EvalConfig, words)
-    assert cfg.rm_name == "my_rewards.py:my_reward"
+    assert "my_rewards.py:my_reward" in reward_names(str(cfg.rm_name))
 
 
 def test_the_preset_is_as_the_page_says() -> None:
@@ -69,3 +70,20 @@ def test_their_reward_function_runs_unchanged(flags: dict[str, str], tmp_path: P
     (tmp_path / "my_rewards.py").write_text(REWARD)
     folder = run({**flags, "rm_name": f"{tmp_path / 'my_rewards.py'}:my_reward"}, "--total_steps=1")
     assert pd.read_csv(folder / "metrics.csv").score_mean.between(0, 1).all()
+
+
+def test_the_function_on_the_page_trains_beside_another(
+    flags: dict[str, str], tmp_path: Path, no_pictures: None
+) -> None:
+    """With the weights of the command on the page, and a data set that has the column it asks for."""
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (command,) = (line for line in PAGE.splitlines() if "--reward_weights" in line)
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(example + REWARD)
+    rows = [json.dumps({"text": f"{i} a film this good is rare", "solution": "e"}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    flags |= {"rm_name": command.split("--rm_name ")[1].split()[0].replace("my_rewards.py", str(rewards))}
+    flags |= {"dataset": str(tmp_path / "rows.jsonl"), "reward_weights": command.split("--reward_weights ")[1]}
+    metrics = pd.read_csv(run({**flags, "total_steps": "1", "eval_every": "0"}) / "metrics.csv")
+    total = metrics.reward_accuracy_reward + 0.5 * metrics.reward_my_reward
+    assert metrics.score_mean.tolist() == pytest.approx(total.tolist())

@@ -941,7 +941,7 @@ def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, s
     parts = load_parts(cfg)
     models = parts.models
     seqs = models.respond(models.policy, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg)
-    partial = models.partial_scores(seqs, cfg)
+    partial = models.partial_scores(seqs, {}, cfg)
     assert partial.shape == seqs.response_mask.shape
     for row, mask, found in zip(seqs.responses, seqs.response_mask, partial, strict=True):
         tokens = row[mask].tolist()
@@ -952,7 +952,7 @@ def test_partial_scores_are_those_of_the_unfinished_responses(flags: dict[str, s
                 text = models.tokenizer.decode(tokens[: t + 1])
                 assert float(found[t]) == pytest.approx(float(models.reward([text], [])), abs=1e-5), (t, text)
     for every in (0, 99):
-        assert models.partial_scores(seqs, replace(cfg, reward_every=every)).isnan().all()
+        assert models.partial_scores(seqs, {}, replace(cfg, reward_every=every)).isnan().all()
     rollout = collect_rollout(models, parts.prompts.batch(1), uniforms(0, 1, 8, 10), cfg, 0.1)
     assert torch.equal(rollout.sequences.tokens, seqs.tokens)
     assert torch.equal(rollout.partial_scores.nan_to_num(7), partial.nan_to_num(7))

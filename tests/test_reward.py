@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from config import UserError, python_reward
+from config import UserError, python_reward, reward_names, runs_python
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from reward import PythonReward, SentimentReward, load_reward
+from reward import PythonReward, SentimentReward, choose_columns, load_reward
 from runtime.cli import Stopped
 
 TEXTS = [
@@ -454,9 +454,11 @@ def test_a_single_output_that_is_a_label_stays_one(tmp_path: Path) -> None:
 
 
 def python_reward_of(folder: Path, source: str, name: str = "f") -> PythonReward:
-    """A reward of this source in a file of its own."""
+    """A reward of this source in a file of its own, with a data set that has no columns."""
     (folder / "my_rewards.py").write_text(textwrap.dedent(source))
-    return PythonReward(f"{folder / 'my_rewards.py'}:{name}")
+    reward = PythonReward(f"{folder / 'my_rewards.py'}:{name}")
+    assert choose_columns(reward, []) == []
+    return reward
 
 
 @pytest.fixture(scope="module")
@@ -521,14 +523,14 @@ TIMED = "def timed(g):\n  def call(*args, **kwargs): return g(*args, **kwargs)\n
     ("parameters", "p", "r"),
     [
         ("responses, prompts", "prompts", "responses"),
-        ("a, b", "b", "a"),
         ("a, prompts", "prompts", "a"),
-        ("responses, b", "b", "responses"),
         ("prompts, completions", "prompts", "completions"),
         ("prompt, response", "prompt", "response"),
         ("prompts, completions, **kwargs", "prompts", "completions"),
         ("completions, prompts, **kwargs", "prompts", "completions"),
         ("completions, **kwargs", "kwargs['prompts']", "completions"),
+        ("prompts, **kwargs", "prompts", "kwargs['completions']"),
+        ("**kwargs", "kwargs['prompts']", "kwargs['completions']"),
         ("query, response", "query", "response"),
         ("prompt_texts, response_texts", "prompt_texts", "response_texts"),
         ("Prompts, Texts", "Prompts", "Texts"),
@@ -543,7 +545,7 @@ TIMED = "def timed(g):\n  def call(*args, **kwargs): return g(*args, **kwargs)\n
         ("prompts, completions, /", "prompts", "completions"),
         ("*texts", "texts[1]", "texts[0]"),
         ("responses, *rest", "rest[0]", "responses"),
-        ("responses, prompts, text_weight=1, output=None, unit=1", "prompts if text_weight == 1 else 0", "responses"),
+        ("responses, prompts, text_weight=1, output='', unit=1", "prompts if text_weight == 1 else 0", "responses"),
     ],
 )
 @pytest.mark.parametrize("form", ["plain", "wrapped", "method", "wrapped method"])
@@ -565,19 +567,21 @@ def test_a_parameter_gets_what_its_name_says(parameters: str, p: str, r: str, fo
         "x, completions",
         "prompts",
         "query",
-        "prompts, **kwargs",
         "texts, responses",
         "prompt, query",
         "samples, prompts, outputs",
         "prompts, completions, answer",
         "*args, **kwargs",
-        "**kwargs",
         "",
         "responses, *, weights",
+        "a, b",
+        "responses, b",
+        "responses, answer=None",
+        "responses, prompts, text_weight=1, output=None",
     ],
 )
 def test_what_a_function_wants_is_refused_where_it_is_not_clear(parameters: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"must take \(responses\) or \(responses, prompts\)") as caught:
+    with pytest.raises(UserError, match=r"can ask for responses \(or completions, texts\), prompts") as caught:
         python_reward_of(tmp_path, f"def f({parameters}): return [1.0, 2.0, 3.0]")
     assert f"({parameters})" in str(caught.value)
     assert "my_rewards.py:1" in str(caught.value)
@@ -619,10 +623,24 @@ def test_whatever_can_be_called_is(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_coroutine_is_one_line_and_no_warning(tmp_path: Path) -> None:
-    reward = python_reward_of(tmp_path, "async def f(responses): return [1.0, 2.0, 3.0]")
-    with pytest.raises(UserError, match="returned coroutine instead of one real number"):
-        reward(GIVEN)
+def test_a_coroutine_is_awaited(tmp_path: Path) -> None:
+    """In one event loop, which outlives a call: what a client keeps open stays open."""
+    source = """
+        import asyncio
+        loops = []
+        async def one(text):
+            await asyncio.sleep(0)
+            return len(text.split())
+        async def f(responses):
+            loops.append(asyncio.get_running_loop())
+            assert len(set(map(id, loops))) == 1
+            return await asyncio.gather(*map(one, responses))
+        """
+    reward = python_reward_of(tmp_path, source)
+    assert [reward(GIVEN).tolist() for _ in range(2)] == [[1, 2, 3]] * 2
+    (tmp_path / "failing.py").write_text("async def f(responses): return [1 / 0]")
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*in f, .*failing.py:1"):
+        PythonReward(f"{tmp_path / 'failing.py'}:f")(GIVEN)
 
 
 def test_a_buffer_that_is_used_again_does_not_change_earlier_scores(tmp_path: Path) -> None:
@@ -680,7 +698,11 @@ BAD_RESULTS = {
     "['1', '2', '3']": ["returned list"],
     "'abc'": ["returned str"],
     "{1.0, 2.0, 3.0}": ["returned set"],
-    "dict(a=1, b=2, c=3)": ["returned dict"],
+    "dict(a=1, b=2, c=3)": ["returned int of shape () in part 'a'"],
+    "dict(a=[1, 2, 3], b=[1, 2])": ["returned list of shape (2,) in part 'b'"],
+    "dict(a=[1, 2, 3], b=[1, 2, float('nan')])": ["returned nan in part 'b' for response 3 of 3"],
+    "{}": ["returned a dict without names"],
+    "{1: [1, 2, 3]}": ["returned a dict without names"],
     "(x for x in [1, 2, 3])": ["returned generator"],
     "3.0": ["float of shape ()"],
     "[[1.0], [2.0], [3.0]]": ["list of shape (3, 1)"],
@@ -757,9 +779,9 @@ def test_too_little_memory_and_an_interruption_pass_through(
         ("def f(responses):\n  return [", "f", ["SyntaxError", "my_rewards.py:2"]),
         ("import nothing_of_the_sort", "f", ["ModuleNotFoundError", "my_rewards.py:1"]),
         ("f = 3", "f", ["int", "cannot be called"]),
-        ("def f(): return 1", "f", ["must take (responses)", "my_rewards.py:1"]),
+        ("def f(): return 1", "f", ["asks for no responses", "my_rewards.py:1"]),
         ("def f(a, b, c): return 1", "f", ["(a, b, c)", "my_rewards.py:1"]),
-        ("def f(responses, *, key): return 1", "f", ["must take (responses)"]),
+        ("def f(responses, *, key): return 1", "f", ["nothing says what 'key' is"]),
         ("class f:\n  def __init__(self):\n    raise RuntimeError('no model')", "f", ["no model", "my_rewards.py:3"]),
         ("class f:\n  def __init__(self, path): pass", "f", ["TypeError", "path"]),
         ("class f: pass", "f", ["cannot be called"]),
@@ -793,13 +815,15 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_result: PythonReward) -> None:
     any_result.function.result = result  # type: ignore[attr-defined]
     reward = any_result
+    reward.part_names = None
     try:
         scores = reward(GIVEN)
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert scores.isfinite().all()
-        assert scores.tolist() == pytest.approx([float(x) for x in result], rel=1e-6)  # type: ignore[attr-defined]
+        rows = [*zip(*result.values(), strict=True)] if isinstance(result, dict) else [[x] for x in result]  # type: ignore[attr-defined]
+        assert scores.tolist() == pytest.approx([sum(map(float, row)) for row in rows], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -820,3 +844,27 @@ def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_resu
 )
 def test_names_of_python_rewards(name: str, found: tuple[str, str] | None) -> None:
     assert python_reward(name) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "runs"),
+    [
+        ("rewards.py:f", ["rewards.py:f"], True),
+        ("a.py:f, b.py:g", ["a.py:f", "b.py:g"], True),
+        ("lvwerra/distilbert-imdb,b.py:g", ["lvwerra/distilbert-imdb", "b.py:g"], True),
+        ("b.py:g,lvwerra/distilbert-imdb", ["b.py:g", "lvwerra/distilbert-imdb"], True),
+        ("tiny:reward,package.module:g", ["tiny:reward", "package.module:g"], True),
+        ("tiny:reward,models/rm", ["tiny:reward", "models/rm"], False),
+        ("one, two.py:f", ["one, two.py:f"], True),
+        ("models/a,b", ["models/a,b"], False),
+    ],
+)
+def test_a_list_of_rewards(
+    name: str, found: list[str], runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file and a folder that are there may have a comma in their names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one, two.py").touch()
+    (tmp_path / "models" / "a,b").mkdir(parents=True)
+    assert reward_names(name) == found
+    assert runs_python(name) == runs

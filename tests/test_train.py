@@ -135,9 +135,9 @@ def test_every_step_learns_from_what_the_policy_has_just_written(
         with torch.no_grad():
             logprobs, _, _ = policy.evaluate_responses(seqs)
         assert (logprobs - rollout.logprobs)[rollout.mask].abs().max() < 1e-4
-        ids, mask = parts.prompts.batch(step)
-        assert torch.equal(seqs.tokens[:, : seqs.prompt_len], ids)
-        assert torch.equal(seqs.attention_mask[:, : seqs.prompt_len], mask)
+        prompts = parts.prompts.batch(step)
+        assert torch.equal(seqs.tokens[:, : seqs.prompt_len], prompts.ids)
+        assert torch.equal(seqs.attention_mask[:, : seqs.prompt_len], prompts.mask)
         steps.append(step)
         return ppo_update(policy, optimizer, rollout, cfg, step, *rest)
 

@@ -14,6 +14,7 @@ from conftest import EOS, forked, make_policy, ragged_prompts, sample, weights_o
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from data import PromptBatch
 from experiments import pretend
 from experiments.pretend import OnDevice, Watch, moved
 from model import Decoding, GPT2WithValueHead, Sampler, UnfinishedResponses, sample_responses
@@ -51,7 +52,7 @@ def collect(
         reward.model = moved(reward.model)
     models = Models(policy, reference, reward, tokenizer)
     with Watch() as watch:
-        prompts = ragged_prompts(8, 16, len(tokenizer), 1)
+        prompts = PromptBatch(*ragged_prompts(8, 16, len(tokenizer), 1))
         rollout = collect_rollout(models, prompts, uniforms(0, 1, 8, 10), cfg, 0.1)
     return rollout, watch
 

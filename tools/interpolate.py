@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from config import UserError, opt
+from config import REWARD_WEIGHTS_HELP, UserError, opt
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,7 @@ class InterpolateConfig:
         "labels", "Second judge on the curve: labels, none or a classifier, as eval.py has it.", path="read"
     )
     rm_name: str | None = opt(None, "Reward (default: the run's, but a Python reward must be named here).", path="read")
+    reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: the run's).")
     draw: str | None = opt(
         None, "Only draw these tables, made with --frontier, a panel each; the picture is named after --csv."
     )

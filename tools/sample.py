@@ -16,7 +16,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from config import EvalConfig, TrainConfig, UserError, opt
+from config import REWARD_WEIGHTS_HELP, EvalConfig, TrainConfig, UserError, opt
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from data import pad_left
 from evaluation.comparison import real_rows, token_kl
 from evaluation.settings import eval_config, settings_of_run
 from model import GPT2WithValueHead, Sequences, sample_responses
-from reward import Reward, score_responses, show_score
+from reward import Context, Reward, choose_columns, score_responses, show_score
 from runtime.cli import parse_flags, run
 from runtime.device import enough_memory
 from runtime.hub import quiet_libraries
@@ -55,6 +55,7 @@ class SampleConfig:
     seed: int = opt(0, "Seed of the random numbers, which are the same for all models.")
     score: bool = opt(False, "Score the responses with the reward of the first policy's run.", heading="Scores")
     rm_name: str | None = opt(None, "Score them with this reward; a Python reward must be named.", path="read")
+    reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: the run's).")
     json: bool = opt(False, "Write a JSON object per response and nothing else.", heading="Where and how it runs")
     device: Literal["auto", "cpu", "cuda", "mps"] = opt("auto", "auto takes cuda, else mps (Apple), else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
@@ -216,7 +217,10 @@ class ModelSet:
         if self.reward is None:
             return [None] * self.n
         texts = seqs.texts(tokenizer, self.run.reward_on_prompt)
-        return score_responses(self.reward, texts, seqs.prompt_texts(tokenizer), self.run.rm_name).tolist()
+        context = Context(seqs.token_lists[1])
+        return score_responses(
+            self.reward, texts, seqs.prompt_texts(tokenizer), self.run.rm_name, context
+        ).total.tolist()
 
 
 def load(cfg: SampleConfig) -> ModelSet:
@@ -244,6 +248,8 @@ def load(cfg: SampleConfig) -> ModelSet:
     if len(bases) > 1:
         bases = {key: replace(model, name=f"{BASE} {key[0]}") for key, model in bases.items()}
     reward = load_run_reward(first) if scored else None
+    if reward is not None:
+        choose_columns(reward, [])  # prompts that are typed have none
     return ModelSet([*bases.values(), *policies], first, reward, cfg.n, cfg.seed)
 
 

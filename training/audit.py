@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT2WithValueHead, Sequences, evaluate_both, sample_responses
+from data import PromptBatch, select_cells
+from model import GPT2WithValueHead, Sequences, decode, evaluate_both, sample_responses
 from ppo import Models
-from reward import Classifier, Reward, score_responses
+from reward import Classifier, Context, Reward, parts_of, score_responses
 from utils import expected_scores, shape_rewards, uniforms
 
 # nats; a misplaced token or position costs whole nats
@@ -26,12 +27,14 @@ Finding = tuple[bool, str]
 
 
 @torch.no_grad()
-def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> None:
-    """Check every fact on a few prompts (ids and mask (B, P)); with cfg.check each is printed.
+def audit(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
+    """Check every fact on a few prompts; with cfg.check each is printed.
 
     Raises UserError naming the first fact that does not hold.
     """
-    ids, mask = (F.pad(x[:4], (3, 0)) for x in prompts)  # padding in every row, so that its bugs show
+    ids, mask = (
+        F.pad(x[:4], (3, 0)) for x in (prompts.ids, prompts.mask)
+    )  # padding in every row, so that its bugs show
     noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16))
 
     def sample(eos_id: int) -> Sequences:
@@ -50,7 +53,10 @@ def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> N
     stopper = int(seqs.responses[0, int(seqs.response_mask[0].sum()) // 2])  # as EOS it ends a row half-way
     stopped = sample(stopper)
     failed: list[str] = []
-    checks = [*_checks(models, seqs, cfg), ("EOS is the last action, and trained", lambda: _eos(stopped, stopper))]
+    checks = [
+        *_checks(models, seqs, prompts, cfg),
+        ("EOS is the last action, and trained", lambda: _eos(stopped, stopper)),
+    ]
     for fact, check in checks:
         holds, seen = check()
         if cfg.check:
@@ -66,7 +72,9 @@ def audit(models: Models, prompts: tuple[Tensor, Tensor], cfg: TrainConfig) -> N
         print(f"self-check: {len(checks)} facts hold")
 
 
-def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple[str, Callable[[], Finding]]]:
+def _checks(
+    models: Models, seqs: Sequences, prompts: PromptBatch, cfg: TrainConfig
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
     policy, reference, reward = models.policy, models.reference, models.reward
     mask, rounding = seqs.response_mask, TOLERANCE[policy.dtype]
     colder = max(1.0, 1 / cfg.temperature)  # logits are divided by it, and so are their errors
@@ -91,10 +99,14 @@ def _checks(models: Models, seqs: Sequences, cfg: TrainConfig) -> Iterator[tuple
     yield "the score lands on the last real token", _reward_place
     yield "the critic starts at zero", lambda: (not values.any(), f"largest value {values.abs().max():.1e}")
     yield "the reference and the reward are frozen", lambda: _frozen(reference, reward)
-    if isinstance(reward, Classifier):
-        reward.check_longest()
+    for part in parts_of(reward):
+        if isinstance(part, Classifier):
+            part.check_longest()
     if reward.label is None:
-        yield "the reward gives every response a number, the empty one too", lambda: _scores(reward, rounding, cfg)
+        yield (
+            "the reward gives every response a number, the empty one too",
+            lambda: _scores(models, prompts, rounding, cfg),
+        )
     else:
         yield f"the reward scores {cfg.target_label!r} within -1 and 1", lambda: _label_scores(reward, rounding, cfg)
 
@@ -142,7 +154,7 @@ def _reward_place() -> Finding:
 
 
 def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:
-    models = [reference, *filter(None, [getattr(reward, "model", None)])]
+    models = [reference, *(part.model for part in parts_of(reward) if isinstance(part, Classifier))]
     free = sum(p.requires_grad for model in models for p in model.parameters())
     return not free, f"{free} of their weights would be trained"
 
@@ -150,9 +162,15 @@ def _frozen(reference: GPT2WithValueHead, reward: Reward) -> Finding:
 PRAISE, BLAME = " I loved it, a wonderful film.", " I hated it, a terrible film."
 
 
-def _scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
+def _scores(models: Models, prompts: PromptBatch, tolerance: float, cfg: TrainConfig) -> Finding:
+    """Scores of made-up responses, with their tokens, to the first prompts, with their columns."""
+    reward, tokenizer = models.reward, models.tokenizer
     texts = [PRAISE, BLAME, ""]
-    scores = score_responses(reward, texts, ["I saw it yesterday."] * len(texts), cfg.rm_name)
+    rows = [i % len(prompts) for i in range(len(texts))]
+    before = decode(tokenizer, [prompts.ids[i][prompts.mask[i]].tolist() for i in rows])
+    tokens = [[*tokenizer(text, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)] for text in texts]
+    context = Context(tokens, select_cells(prompts.columns, rows))
+    scores = score_responses(reward, texts, before, cfg.rm_name, context).total
     shown = ", ".join(f"{score:.4g}" for score in scores.tolist())
     if not scores.isfinite().all():
         return False, f"praise, blame and nothing score {shown}"
@@ -163,7 +181,7 @@ def _scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
 
 
 def _label_scores(reward: Reward, tolerance: float, cfg: TrainConfig) -> Finding:
-    scores = score_responses(reward, [PRAISE.strip(), BLAME.strip(), ""], [""] * 3, cfg.rm_name)
+    scores = score_responses(reward, [PRAISE.strip(), BLAME.strip(), ""], [""] * 3, cfg.rm_name).total
     if not bool((scores.abs() <= 1).all()):  # NaN, too, is not within
         return False, f"praise {scores[0]:+.2f}, blame {scores[1]:+.2f}, nothing {scores[2]:+.2f}"
     moved = _moved_by_others(reward, tolerance, cfg)
@@ -176,8 +194,8 @@ def _moved_by_others(reward: Reward, tolerance: float, cfg: TrainConfig) -> str:
     The texts differ in length, because padding is what classifiers see of others.
     """
     texts = ["", "Fine.", PRAISE.strip(), BLAME.strip(), PRAISE.strip() + 4 * BLAME]
-    together = score_responses(reward, texts, [""] * len(texts), cfg.rm_name)
-    alone = torch.cat([score_responses(reward, [text], [""], cfg.rm_name) for text in texts])
+    together = score_responses(reward, texts, [""] * len(texts), cfg.rm_name).total
+    alone = torch.cat([score_responses(reward, [text], [""], cfg.rm_name).total for text in texts])
     gaps = (together - alone).abs().nan_to_num(torch.inf)
     worst = int(gaps.argmax())
     if gaps[worst] <= tolerance:

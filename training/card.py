@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, python_reward
+from config import TrainConfig, UserError, reward_names, runs_python
 
 import pandas as pd
 import yaml
@@ -123,9 +123,12 @@ def _link(name: str, kind: str = "") -> str:
 
 
 def _reward(record: dict[str, Any]) -> str:
+    names = reward_names(record["rm_name"])
+    if len(names) > 1:
+        return f"the weighted sum of {', '.join(_link(name) for name in names)}"
     name = _link(record["rm_name"])
     label = record.get("reward", {}).get("label")
-    if python_reward(record["rm_name"]):
+    if runs_python(record["rm_name"]):
         return f"the Python function {name}"
     return f"the reward model {name}" if label is None else f"the classifier {name} (2·P({label}) − 1)"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from config import EvalConfig, TrainConfig, python_reward
+from config import EvalConfig, TrainConfig, runs_python
 
 from runtime.cli import shell_command
 
@@ -20,7 +20,7 @@ def eval_command(policy: Path, rm_name: str, *flags: str) -> str:
     words = ["python", "eval.py"]
     if policy != Path(EvalConfig.policy_path):
         words += flag("policy_path", str(policy))
-    if python_reward(rm_name):
+    if runs_python(rm_name):
         words += flag("rm_name", rm_name)
     return shell_command(*words, *flags)
 
@@ -30,6 +30,6 @@ def resume_command(cfg: TrainConfig) -> str:
     words = ["python", "train.py", "--resume"]
     if cfg.ckpt_dir != TrainConfig.ckpt_dir:
         words[-1:] = flag("resume", cfg.ckpt_dir)
-    if python_reward(cfg.rm_name):
+    if runs_python(cfg.rm_name):
         words += flag("rm_name", cfg.rm_name)
     return shell_command(*words)

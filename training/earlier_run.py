@@ -132,10 +132,15 @@ def check_same_inputs(saved: SavedRun, record: dict[str, Any]) -> None:
                 f"{name}={record[name]} has changed on the hub since the run began (commit {commit}): name that "
                 "commit as its revision, or say --allow_changes"
             )
-    details = {"tokenizer": " (its tokenizer)", "ref_name": " (its weights or its config)"}
+    details = {
+        "tokenizer": " (its tokenizer)",
+        "ref_name": " (its weights or its config)",
+        "columns": " (a column that the reward is given)",
+    }
+    owners = {"tokenizer": "policy_name", "columns": "dataset"}
     for name, fingerprint in record["fingerprints"].items():
         if saved.fingerprints.get(name) not in (None, "", fingerprint):
-            setting = "policy_name" if name == "tokenizer" else name
+            setting = owners.get(name, name)
             raise UserError(
                 f"{setting}={record[setting]} has changed since the run began{details.get(name, '')}, which would give "
                 "another result: restore it, or say --allow_changes"

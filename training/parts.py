@@ -1,21 +1,23 @@
 """Loading: settings become models, tokenizer and prompts. train.py, eval.py and the tools all load through here."""
 
+import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, python_reward
+from config import TrainConfig, UserError, python_reward, reward_names
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data import PromptStream, load_examples, load_prompts, split_held_out
+from data import PromptStream, Texts, load_prompts, load_texts, select_cells, split_held_out
 from model import GPT2WithValueHead, add_own_critic, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import Classifier, Reward, full_label, load_reward
+from reward import Classifier, Reward, choose_columns, full_label, load_reward, parts_of
 from runtime.device import resolve_device, resolve_dtype
-from runtime.fingerprints import texts_sha256
+from runtime.fingerprints import columns_sha256, texts_sha256
 from runtime.hub import load_tokenizer, require_hub
 from runtime.saved_run import policy_folder
 from runtime.tables import has_splits, is_file
@@ -29,6 +31,7 @@ class Parts:
     prompts: PromptStream
     held_out: PromptStream  # its first step is all of them
     dataset_sha256: str = ""  # of the texts that the prompts are cut from
+    columns_sha256: str = ""  # of the columns that the reward is given
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
@@ -37,21 +40,16 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     names = {
         "policy_name": policy_folder(cfg.policy_name),
         "ref_name": policy_folder(cfg.ref_name or cfg.policy_name),
-        "rm_name": cfg.rm_name,
         "dataset": cfg.dataset,
     }
-    absolute: dict[str, Any] = dict(names)
+    absolute: dict[str, Any] = {"rm_name": absolute_reward(cfg.rm_name), **names}
     for setting, name in names.items():
         if Path(name).exists():
             absolute[setting] = str(Path(name).resolve())
-    if python := python_reward(names.pop("rm_name")):
-        place, function = python
-        absolute["rm_name"] = f"{Path(place).resolve() if place.endswith('.py') else place}:{function}"
-    elif cfg.rm_name.endswith(".py"):
-        raise UserError(f"rm_name={cfg.rm_name} names a file: say which function in it, {cfg.rm_name}:NAME")
-    else:
-        names["rm_name"] = cfg.rm_name
-    for setting, name in names.items():
+    classifiers = [("rm_name", name) for name in reward_names(cfg.rm_name) if not python_reward(name)]
+    for setting, name in [*names.items(), *classifiers]:
+        if setting == "rm_name" and name.endswith(".py"):
+            raise UserError(f"rm_name={name} names a file: say which function in it, {name}:NAME")
         if setting == "dataset" and is_file(name):
             if not Path(name).exists():
                 raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
@@ -60,21 +58,51 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **absolute)
 
 
+def absolute_reward(rm_name: str) -> str:
+    """The setting rm_name with absolute paths, so that it means the same in any folder."""
+    rewards = []
+    for name in reward_names(rm_name):
+        place, function = python_reward(name) or (name, "")
+        place = os.path.expanduser(place)
+        if function:
+            rewards.append(f"{Path(place).resolve() if place.endswith('.py') else place}:{function}")
+        else:
+            rewards.append(str(Path(place).resolve()) if os.path.exists(place) else name)
+    return ",".join(rewards)
+
+
 def load_parts(cfg: TrainConfig) -> Parts:
     """Load everything that a run needs."""
     models = load_models(cfg)
     name = resolve_name(cfg.dataset, cfg.split)
     if cfg.split != TrainConfig.split and not has_splits(name):
         print(f"note: {cfg.dataset} has no splits: it is used whole, and split={cfg.split} says nothing")
-    texts, _ = load_examples(name, cfg.split, cfg.text_column, revision=cfg.dataset_revision, config=cfg.dataset_config)
-    prompts = load_prompts(models.tokenizer, texts, cfg.min_prompt_len, cfg.max_prompt_len)
+    data = load_run_texts(cfg, cfg.split, models.reward)
+    prompts = load_prompts(models.tokenizer, data.texts, cfg.min_prompt_len, cfg.max_prompt_len)
     eval_prompts = cfg.eval_prompts if cfg.eval_every else 0
     train, held_out = split_held_out(prompts, eval_prompts, cfg.seed)
+
+    def stream(rows: list[int], batch_size: int) -> PromptStream:
+        return PromptStream([prompts[i] for i in rows], batch_size, cfg.seed, select_cells(data.columns, rows))
+
     return Parts(
         models,
-        prompts=PromptStream(train, cfg.batch_size, cfg.seed),
-        held_out=PromptStream(held_out, len(held_out), cfg.seed),
-        dataset_sha256=texts_sha256(texts),
+        prompts=stream(train, cfg.batch_size),
+        held_out=stream(held_out, len(held_out)),
+        dataset_sha256=texts_sha256(data.texts),
+        columns_sha256=columns_sha256(data.columns),
+    )
+
+
+def load_run_texts(cfg: TrainConfig, split: str, reward: Reward | None) -> Texts:
+    """The texts of a split of the run's data set, and those of its columns that the reward, if any, is given."""
+    return load_texts(
+        resolve_name(cfg.dataset, split),
+        split,
+        cfg.text_column,
+        (lambda _: []) if reward is None else partial(choose_columns, reward),
+        cfg.dataset_revision,
+        cfg.dataset_config,
     )
 
 
@@ -108,18 +136,22 @@ def load_base(cfg: TrainConfig) -> GPT2WithValueHead:
 def load_run_reward(cfg: TrainConfig) -> Reward:
     """Load the reward of a run, and note settings that do not fit it."""
     reward = load_reward(
-        resolve_name(cfg.rm_name),
+        cfg.rm_name,
         cfg.target_label,
+        weights=cfg.reward_weights,
+        normalize_parts=cfg.normalize_parts,
         device=cfg.device,
         batch_size=cfg.reward_batch_size,
         dtype=getattr(torch, cfg.dtype),
         revision=cfg.rm_revision,
         cut_left=cfg.reward_on_prompt,  # of prompt and response, keep the end
     )
-    if isinstance(reward, Classifier) and reward.on_prompt not in (None, cfg.reward_on_prompt):
-        trained_on = "prompt + response" if reward.on_prompt else "responses alone"
-        print(f"note: {cfg.rm_name} was trained on {trained_on}: --reward_on_prompt {str(reward.on_prompt).lower()}")
-    if reward.label is None and full_label(cfg.target_label) != TrainConfig.target_label:
+    parts = parts_of(reward)
+    for name, part in zip(reward_names(cfg.rm_name), parts, strict=True):
+        if isinstance(part, Classifier) and part.on_prompt not in (None, cfg.reward_on_prompt):
+            trained_on = "prompt + response" if part.on_prompt else "responses alone"
+            print(f"note: {name} was trained on {trained_on}: --reward_on_prompt {str(part.on_prompt).lower()}")
+    if all(part.label is None for part in parts) and full_label(cfg.target_label) != TrainConfig.target_label:
         print(f"note: target_label={cfg.target_label} does not change the scores of {cfg.rm_name}, which has no labels")
     return reward
 

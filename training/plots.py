@@ -10,17 +10,24 @@ from runtime.files import read_table, rename
 from runtime.pictures import BLUE, blank_figure, line_style
 
 VALUE_FIT = "value fit (1: perfect)"
+PARTS = "parts of the score"
+PART = "reward_"  # begins the columns of parts
 LOWEST_FIT = -1.0  # it can fall without bound
 WORDS = {"kl_seq": "sampled tokens", "kl_seq_exact": "exact"}
 HELD_OUT: dict[str, Any] = {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""}
 
 
-def panels(label: str | None) -> dict[str, list[str]]:
-    """Title and columns of each panel; label is the one whose probability is scored, None where scores are any."""
+def panels(label: str | None, parts: list[str]) -> dict[str, list[str]]:
+    """Title and columns of each panel; label is the one whose probability is scored, None where scores are any.
+
+    parts are the columns of the parts of a score, if it has any.
+    """
     if label is None:
         scores = {score_title(label): ["score_mean"], "reward: score less the price of KL": ["reward_mean"]}
     else:
         scores = {f"{score_title(label)} (score −1 … 1)": ["score_mean"], f"{label} responses": ["positive_rate"]}
+    if parts:
+        scores |= {PARTS: parts}
     return {
         **scores,
         "KL to the reference, nats per response": ["kl_seq", "kl_seq_exact"],
@@ -32,19 +39,24 @@ def panels(label: str | None) -> dict[str, list[str]]:
 
 def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     """Draw the columns of metrics.csv over steps, and the averages over held-out prompts of eval.csv beside it."""
-    columns_of = panels(label)
+    names = read_table(metrics_csv, "step").columns
+    columns_of = panels(label, [name for name in names if name.startswith(PART) and name != "reward_mean"])
     drawn = [column for columns in columns_of.values() for column in columns]
     table = read_table(metrics_csv, "step", *drawn).set_index("step")
     cut = table.index[table["explained_var"] < LOWEST_FIT]
     table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
-    figure = blank_figure(12, 6.4)
-    axes = dict(zip(columns_of, figure.subplots(2, 3, sharex=True).flat, strict=True))
+    figure = blank_figure(16 if PARTS in columns_of else 12, 6.4)
+    places = list(figure.subplots(2, 4 if PARTS in columns_of else 3, sharex=True).flat)
+    for axis in places[len(columns_of) :]:
+        axis.set_visible(False)
+    axes = dict(zip(columns_of, places, strict=False))
     for title, axis in axes.items():
         for number, column in enumerate(columns_of[title]):
             style = line_style(number)
             axis.plot(table[column], color=style["color"], alpha=0.4, linewidth=1)
             smooth = table[column].ewm(span=max(2, len(table) // 10)).mean()
-            axis.plot(smooth, **style, linewidth=2, label=WORDS.get(column))
+            word = column.removeprefix(PART) if title == PARTS else WORDS.get(column)
+            axis.plot(smooth, **style, linewidth=2, label=word)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("PPO step", fontsize=9)
         axis.grid(alpha=0.3)
@@ -64,11 +76,13 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
 
 
 def draw_held_out(axes: dict[str, Any], columns_of: dict[str, list[str]], evaluations: pd.DataFrame) -> None:
-    """Draw the last column of each panel that evaluations have, which is the exact one where there are two of KL."""
+    """Draw the columns of each panel that evaluations have; of the two of KL the exact one."""
     for title, axis in axes.items():
-        column = columns_of[title][-1]
-        if column in evaluations:
-            axis.plot(evaluations[column], **HELD_OUT)
+        for number, column in enumerate(columns_of[title]):
+            if column not in evaluations or column == "kl_seq":
+                continue
+            several = {"color": line_style(number)["color"]} if title == PARTS else {}
+            axis.plot(evaluations[column], **{**HELD_OUT, **several})
 
 
 def add_key(figure: Any, with_held_out: bool) -> None:

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, python_reward
+from config import TrainConfig, python_reward, reward_names
 
 from ppo import Models
-from reward import Classifier, Reward, score_title
+from reward import Classifier, Reward, WeightedRewards, parts_of, score_title
 from runtime.device import device_name
 from runtime.distributed import torchrun_job
 from runtime.fingerprints import model_sha256, texts_sha256, tokenizer_sha256
@@ -27,6 +27,7 @@ def run_record(cfg: TrainConfig, parts: Parts) -> dict[str, Any]:
         "reward": describe_reward(models),
         "fingerprints": {
             "dataset": parts.dataset_sha256,
+            "columns": parts.columns_sha256,
             "tokenizer": tokenizer_sha256(models.tokenizer),
             "ref_name": model_sha256(models.reference.lm),
             "rm_name": reward_sha256(models.reward),
@@ -51,7 +52,7 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
         "hub_commits": {
             setting: resolved_commit(setting, str(getattr(cfg, setting)), revision)
             for setting, revision in revisions.items()
-            if not python_reward(str(getattr(cfg, setting)))
+            if not (setting == "rm_name" and (len(reward_names(cfg.rm_name)) > 1 or python_reward(cfg.rm_name)))
         },
         "device_name": device_name(cfg.device),
     }
@@ -60,18 +61,22 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
 def describe_reward(models: Models) -> dict[str, Any]:
     """What the scores are, in which scale they are paid, and a user's code."""
     reward = models.reward
+    files = [getattr(part, "file", "") for part in parts_of(reward)]
     return {
         "scores": score_title(reward.label),
         "label": reward.label,
         "mean": models.score_scale.mean,
         "std": models.score_scale.std,
-        "file": getattr(reward, "file", ""),
-        "sha256": getattr(reward, "sha256", ""),
+        "file": ",".join(filter(None, dict.fromkeys(files))),
+        "sha256": reward_sha256(reward) if any(files) else "",
     }
 
 
 def reward_sha256(reward: Reward) -> str:
-    """The fingerprint of a reward: of a classifier and its tokenizer, or of a user's code."""
+    """The fingerprint of a reward: of a classifier and its tokenizer, of a user's code, or of all parts of a sum."""
+    if isinstance(reward, WeightedRewards):
+        shas = [reward_sha256(part) for part in parts_of(reward)]
+        return shas[0] if len(shas) == 1 else texts_sha256(shas)
     if isinstance(reward, Classifier):
         return texts_sha256([model_sha256(reward.model), tokenizer_sha256(reward.tokenizer)])
     return str(getattr(reward, "sha256", ""))

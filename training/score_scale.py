@@ -21,11 +21,12 @@ PROMPTS = 256  # enough to know a deviation to within 5 %
 def with_score_scale(parts: Parts, cfg: TrainConfig, saved: ScoreScale | None) -> Parts:
     """The parts with the scale in which scores are paid: that of a checkpoint, else measured (raises UserError).
 
-    Scores that are a label's probability stay as they are, unless standardize_scores says otherwise.
+    Scores that are a label's probability or have normalised parts stay as they are, unless standardize_scores says
+    otherwise.
     """
     standardize = cfg.standardize_scores
     if standardize is None:
-        standardize = parts.models.reward.label is None
+        standardize = parts.models.reward.label is None and not cfg.normalize_parts
     if not standardize:
         return parts
     scale = saved or measure(parts, cfg)
@@ -44,12 +45,13 @@ def measure(parts: Parts, cfg: TrainConfig) -> ScoreScale:
     noise = uniforms(cfg.seed, 0, len(steps) * cfg.batch_size, cfg.max_new_tokens).split(cfg.batch_size)
     bar = progress_bar(steps, "measuring the scores of the base", "batch", leave=False)
     for step, batch_noise in zip(bar, noise, strict=True):
-        ids, mask = parts.prompts.batch(step)
-        own = rank_slice(len(ids))
+        prompts = parts.prompts.batch(step)
+        rows = rank_slice(len(prompts))
+        own = prompts.select(rows)
         with raise_on_all_ranks():
-            seqs = models.respond(models.reference, (ids[own], mask[own]), batch_noise[own], cfg)
-            scores = models.score(seqs, cfg)
-        batches.append(gather_rows(scores, len(ids)).cpu().double())
+            seqs = models.respond(models.reference, own, batch_noise[rows], cfg)
+            scores = models.score(seqs, own.columns, cfg).total
+        batches.append(gather_rows(scores, len(prompts)).cpu().double())
     scores = torch.cat(batches)
     mean = scores.mean().item()
     std = scores.std(unbiased=False).item()

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, python_reward
+from config import TrainConfig, UserError, runs_python
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -251,7 +251,7 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     size = sum(p.numel() for p in parts.models.policy.parameters())
     print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
-    if python_reward(cfg.rm_name) and not cfg.reward_every:
+    if runs_python(cfg.rm_name) and not cfg.reward_every:
         print(
             f"a Python reward judges finished responses: it is paid on their last token, with gae_lambda "
             f"{cfg.gae_lambda:g} and lr {cfg.lr:g}"

@@ -181,6 +181,7 @@ TEXTS = {  # settings that are no path
     "evaluate",
     "tokens",
     "reward_every",
+    "reward_weights",
     "gae_lambda",
     "alphas",
     "at_kl",
