@@ -416,7 +416,8 @@ def test_parts_are_in_tables_summary_report_and_picture(
     metrics = pd.read_csv(folder / "metrics.csv")
     (panel,) = (axis for axis in figures[-1].axes if axis.get_title() == PARTS)
     parts = ["reward_parts_e", "reward_parts_a_or_o", "reward_length_reward"]
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == parts
+    words = [part.removeprefix("reward_") for part in parts]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == words
     assert [line.get_ydata()[0] for line in panel.lines[::2]] == metrics[parts].iloc[0].tolist()
     capsys.readouterr()
     few = ["--n_samples=8", "--judge=none", "--device=cpu", "--dtype=float32"]
@@ -438,7 +439,7 @@ def test_parts_are_in_tables_summary_report_and_picture(
     total = 2 * (results.base_reward_parts_e + results.base_reward_parts_a_or_o) + results.base_reward_length_reward
     assert results.base_score.tolist() == pytest.approx(total.tolist()), "the weights are those of the run"
     for page in (printed, (folder / "eval_report.html").read_text()):
-        assert all(name in page for name in ("of it parts_e", "of it parts_a_or_o", "of it length_reward"))
+        assert all(name in page for name in ("its part parts_e", "its part parts_a_or_o", "its part length_reward"))
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

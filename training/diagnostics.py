@@ -54,7 +54,7 @@ class Diagnostics:
             "same": row["distinct_rate"] < 0.5,
             "length": len(self.lengths) == WINDOW and length < 0.7 * first_length,
             "critic": value_fit < -0.5,
-            "credit": self.paid_at_end and self.cfg.gae_lambda < 0.99,
+            "credit": self.paid_at_end and self.cfg.gae_lambda < 0.99 and self.cfg.critic == "shared",
         }
         texts = {
             "skipped": f"{row['skipped']} of {row['skipped'] + row['updates']} minibatches were skipped, because their "
@@ -76,6 +76,7 @@ class Diagnostics:
             "critic": f"the critic explains nothing (explained_var {value_fit:.1f} over {WINDOW} steps), which makes "
             "advantages noisy; raise --value_coef or --batch_size",
             "credit": f"the score is paid on the last token, and gae_lambda={self.cfg.gae_lambda} hides it from the "
-            f"others; set --gae_lambda 1, or --reward_every 1 and batch_size {MIN_ROWS_TO_PREDICT} or more",
+            f"others; set --gae_lambda 1, or --critic own, or --reward_every 1 and batch_size {MIN_ROWS_TO_PREDICT} or "
+            "more",
         }
         return {name: texts[name] for name, wrong in is_wrong.items() if wrong}

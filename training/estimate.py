@@ -69,11 +69,14 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
     """
     tokens = cfg.max_prompt_len + cfg.max_new_tokens
 
-    def forward(model: GPT2WithValueHead) -> float:
+    def transformer(model: GPT2WithValueHead) -> float:
         c = model.lm.config
         layers = tokens * c.n_layer * (24 * c.n_embd**2 + 2 * tokens * c.n_embd)
         layers -= cfg.max_prompt_len * 20 * c.n_embd**2  # of the prompt, the last block needs keys and values alone
-        return cfg.batch_size * layers + logits(model)
+        return float(cfg.batch_size * layers)
+
+    def forward(model: GPT2WithValueHead) -> float:
+        return transformer(model) + logits(model)
 
     def logits(model: GPT2WithValueHead) -> float:
         return cfg.batch_size * 2 * cfg.max_new_tokens * model.lm.config.n_embd * model.lm.config.vocab_size
@@ -88,8 +91,12 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
     update = 3 * forward(models.policy)
     if cfg.kl_in_loss:
         update += logits(models.reference)
+    score = forward(models.policy) + forward(models.reference) + judge
+    if models.policy.own_critic is not None:
+        update += 3 * transformer(models.policy.own_critic)
+        score += transformer(models.policy.own_critic)
     return {
         "generate": forward(models.policy),
-        "score": forward(models.policy) + forward(models.reference) + judge,
+        "score": score,
         "update": cfg.ppo_epochs * update,
     }

@@ -248,7 +248,8 @@ class Session:
 
 def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None) -> None:
     """Print what is about to happen."""
-    size = sum(p.numel() for p in parts.models.policy.parameters())
+    policy = parts.models.policy
+    size = sum(p.numel() for module in (policy.lm, policy.value_head) for p in module.parameters())
     print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
     if runs_python(cfg.rm_name) and not cfg.reward_every:
