@@ -188,8 +188,10 @@ class TrainConfig:
         heading="Critic",
     )
     critic_lr: float = opt(1e-4, "AdamW step size of a critic of its own.", POSITIVE)
-    critic_first_steps: int = opt(
-        0, "First steps in which a critic of its own learns and the policy does not; part of total_steps.", AT_LEAST_0
+    critic_first_steps: int | None = opt(
+        None,
+        "First steps, of total_steps, in which a critic of its own learns alone (default: 10, a quarter at most).",
+        AT_LEAST_0,
     )
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.", POSITIVE)
     value_coef: float = opt(0.1, "Weight of the value loss.", AT_LEAST_0)
@@ -230,10 +232,10 @@ class TrainConfig:
             for name in ("critic_lr", "critic_first_steps"):
                 if getattr(self, name) != getattr(TrainConfig, name):
                     raise UserError(f"{name} is that of a critic of its own: set critic=own, too, or leave it out")
-        if self.critic_first_steps + self.warmup_steps >= self.total_steps and self.critic_first_steps:
+        if self.critic_steps and self.critic_steps + self.warmup_steps >= self.total_steps:
             raise UserError(
-                f"critic_first_steps={self.critic_first_steps} leaves the policy none of total_steps="
-                f"{self.total_steps}: lower it"
+                f"critic_first_steps={self.critic_steps} leaves the policy too few of total_steps={self.total_steps}: "
+                "lower it"
             )
         if self.gamma < 1 and self.reward_every:
             raise UserError(
@@ -265,6 +267,15 @@ class TrainConfig:
         if self.report_to.strip() == "none":
             return []
         return list(dict.fromkeys(name.strip() for name in self.report_to.split(",")))
+
+    @property
+    def critic_steps(self) -> int:
+        """The first steps in which a critic of its own learns alone, as set or by default."""
+        if self.critic == "shared":
+            return 0
+        if self.critic_first_steps is None:
+            return min(10, self.total_steps // 4)
+        return self.critic_first_steps
 
     @property
     def ref_revision(self) -> str | None:

@@ -616,10 +616,10 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 
     It rises over warmup_steps, then falls linearly to 0 or is constant.
     """
-    if step <= cfg.critic_first_steps:
+    if step <= cfg.critic_steps:
         return 0.0
-    step -= cfg.critic_first_steps
-    total_steps = cfg.total_steps - cfg.critic_first_steps
+    step -= cfg.critic_steps
+    total_steps = cfg.total_steps - cfg.critic_steps
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":

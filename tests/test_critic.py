@@ -28,7 +28,9 @@ SETTINGS: dict[str, Any] = {
     "max_grad_norm": 1e6,
     "total_steps": 10,
     "critic": "own",
+    "critic_first_steps": 0,
 }
+SHARED = {"critic": "shared", "critic_first_steps": None}
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -135,7 +137,7 @@ def test_the_policys_gradient_is_that_of_its_advantages_alone() -> None:
     batch, _ = estimate_advantages(rollout, cfg)
     accumulate_gradients(policy, batch, cfg)
     alone = make_policy()
-    accumulate_gradients(alone, batch, settings(value_coef=0.0, critic="shared"))
+    accumulate_gradients(alone, batch, settings(value_coef=0.0, **SHARED))
     for (name, ours), (_, theirs) in zip(policy.lm.named_parameters(), alone.lm.named_parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-7), name
     assert all(weight.grad is None for weight in policy.value_head.parameters())
@@ -195,7 +197,7 @@ def test_a_critic_that_lags_credits_no_token_for_being_the_last() -> None:
     cfg = settings(gae_lambda=0.5)
     one, other = (estimate_advantages(r, cfg)[0].advantages for r in (rollout, later))
     assert torch.allclose(one, other, atol=1e-5)
-    shared = settings(gae_lambda=0.5, critic="shared")
+    shared = settings(gae_lambda=0.5, **SHARED)
     one, other = (estimate_advantages(r, shared)[0].advantages for r in (rollout, later))
     assert not torch.allclose(one, other, atol=0.1)
 
@@ -234,13 +236,21 @@ def test_each_network_has_its_learning_rate_and_its_own_clipping() -> None:
     assert row["grad_norm"] > 0.05
 
 
+@pytest.mark.parametrize(("total_steps", "first"), [(200, 10), (40, 10), (22, 5), (3, 0), (1, 0)])
+def test_the_critic_learns_first_in_a_quarter_of_the_steps_at_most(total_steps: int, first: int) -> None:
+    cfg = settings(total_steps=total_steps, critic_first_steps=None)
+    assert cfg.critic_steps == first
+    assert learning_rate(cfg, first + 1) == 0.01
+    assert settings(**SHARED).critic_steps == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"critic": "shared", "critic_lr": 1e-3}, "critic_lr is that of a critic of its own"),
+        ({**SHARED, "critic_lr": 1e-3}, "critic_lr is that of a critic of its own"),
         ({"critic": "shared", "critic_first_steps": 3}, "critic_first_steps is that of a critic of its own"),
-        ({"critic_first_steps": 10}, "critic_first_steps=10 leaves the policy none of total_steps=10"),
-        ({"critic_first_steps": 6, "warmup_steps": 4}, "leaves the policy none"),
+        ({"critic_first_steps": 10}, "critic_first_steps=10 leaves the policy too few of total_steps=10"),
+        ({"critic_first_steps": 6, "warmup_steps": 4}, "leaves the policy too few"),
         ({"critic": "both"}, "critic='both' is unknown"),
     ],
 )

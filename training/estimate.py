@@ -95,8 +95,4 @@ def flops(models: Models, cfg: TrainConfig) -> dict[str, float]:
     if models.policy.own_critic is not None:
         update += 3 * transformer(models.policy.own_critic)
         score += transformer(models.policy.own_critic)
-    return {
-        "generate": forward(models.policy),
-        "score": score,
-        "update": cfg.ppo_epochs * update,
-    }
+    return {"generate": forward(models.policy), "score": score, "update": cfg.ppo_epochs * update}
