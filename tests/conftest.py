@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # no threads to load models of a few thousand weights
 
 import copy
 import json
