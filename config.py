@@ -74,7 +74,7 @@ class TrainConfig:
     """Settings of `python train.py`, which tunes GPT-2 by PPO towards a reward; the defaults are in config.py."""
 
     preset: str = opt(
-        "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms, abc."
+        "default", "Named values to start from: default; tiny (offline, minutes); original, trl, rl4lms, abc."
     )
 
     policy_name: str = opt(
@@ -94,7 +94,7 @@ class TrainConfig:
         "positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.", heading="Reward"
     )
     score_log_odds: bool = opt(
-        False, "Score the label's log-odds, log P(label) - log(1 - P(label)), which have no bounds, instead."
+        False, "Score the label's log-odds, log P(label) - log(1 - P(label)), instead: any real number."
     )
     reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: 1 each).")
     normalize_parts: bool = opt(

@@ -175,3 +175,7 @@ def test_a_target_label_that_changes_nothing_is_said(
         words = [] if label is None else ["--target_label", label]
         run({**flags, "rm_name": rewards[kind]}, "--check", *words)
         assert ("note: target_label=negative does not change" in capsys.readouterr().out) is said
+    run({**flags, "rm_name": rewards[kind]}, "--check", "--score_log_odds", "true", "--target_label", "negative")
+    notes = capsys.readouterr().out
+    for setting in ("target_label=negative", "score_log_odds"):
+        assert (f"note: {setting} does not change" in notes) is (kind != "labels")
