@@ -74,7 +74,7 @@ class TrainConfig:
     """Settings of `python train.py`, which tunes GPT-2 by PPO towards a reward; the defaults are in config.py."""
 
     preset: str = opt(
-        "default", "Named set of values to start from: default; tiny (offline, minutes); original, trl, rl4lms."
+        "default", "Named values to start from: default; tiny (offline, minutes); original, trl, rl4lms, abc."
     )
 
     policy_name: str = opt(
@@ -92,6 +92,9 @@ class TrainConfig:
     dataset_revision: str | None = opt(None, "Commit, branch or tag of dataset on the hub.")
     target_label: str = opt(
         "positive", "Label of the reward model to steer towards; its score is 2 P(label) - 1.", heading="Reward"
+    )
+    score_log_odds: bool = opt(
+        False, "Score the label's log-odds, log P(label) - log(1 - P(label)), instead: any real number."
     )
     reward_weights: str | None = opt(None, f"{REWARD_WEIGHTS_HELP} (default: 1 each).")
     normalize_parts: bool = opt(
@@ -504,6 +507,30 @@ PRESETS[TrainConfig] = {
         kl_coef=0.1,
         adaptive_kl_target=4.8,
         gamma=0.99,
+        **PUBLISHED,
+    ),
+    # ABC's PPO baseline: its lengths are drawn from 2 to 7 and from 8 to 15 tokens, of which these are the longest. TRL
+    # 0.7 has one response per optimiser step and a gain of 16 / 10,000, and scales no gradient down
+    "abc": TrainConfig(
+        preset="abc",
+        policy_name="lvwerra/gpt2-imdb",
+        rm_name="XanderJC/gpt2-rm-imdb",
+        target_label="LABEL_1",
+        score_log_odds=True,
+        standardize_scores=False,
+        reward_on_prompt=True,
+        min_prompt_len=2,
+        max_prompt_len=7,
+        max_new_tokens=15,
+        total_steps=151,
+        batch_size=16,
+        minibatch_size=1,
+        ppo_epochs=4,
+        lr=1.41e-5,
+        kl_coef=0.2,
+        adaptive_kl_target=6.0,
+        adaptive_kl_gain=0.0016,
+        max_grad_norm=1e9,
         **PUBLISHED,
     ),
 }

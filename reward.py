@@ -1,8 +1,8 @@
 """The reward: responses and their prompts in, one score per response out.
 
-There are three kinds. A classifier's label scores 2 P(label) - 1; it is found by its name, never by its index. A
-classifier with a single output, as reward models trained on preferences have, gives that output. A Python function or
-class gives what it likes. A weighted sum of several is a reward, too. No gradient leaves this file.
+There are three kinds. A classifier's label scores 2 P(label) - 1, or its log-odds; it is found by its name, never by
+its index. A classifier with a single output, as reward models trained on preferences have, gives that output. A Python
+function or class gives what it likes. A weighted sum of several is a reward, too. No gradient leaves this file.
 """
 
 import asyncio
@@ -106,25 +106,30 @@ UNSCALED = ScoreScale()
 
 
 def load_reward(
-    name: str, target_label: str = "positive", weights: str | None = None, normalize_parts: bool = False, **options: Any
+    name: str,
+    target_label: str = "positive",
+    weights: str | None = None,
+    normalize_parts: bool = False,
+    log_odds: bool = False,
+    **options: Any,
 ) -> Reward:
     """The reward of this name, or the weighted sum of those that it lists with commas between them.
 
-    weights and normalize_parts are the settings. options are those of ClassifierOptions, of which Python gets the
-    device.
+    weights, normalize_parts and log_odds are settings, the last one score_log_odds. options are those of
+    ClassifierOptions, of which Python gets the device.
     """
     names = reward_names(name)
     if len(names) == 1 and weights is None and not normalize_parts:
-        return _load_one(name, target_label, **options)
+        return _load_one(name, target_label, log_odds, **options)
     if "" in names:
         raise UserError(f"rm_name={name} has nothing between two of its commas: leave one out")
     if weights is not None:
         parse_weights(weights)
-    rewards = [_load_one(one, target_label, **options) for one in names]
+    rewards = [_load_one(one, target_label, log_odds, **options) for one in names]
     return WeightedRewards(dict(zip(part_names(names), rewards, strict=True)), name, weights, normalize_parts)
 
 
-def _load_one(name: str, target_label: str, **options: Any) -> Reward:
+def _load_one(name: str, target_label: str, log_odds: bool, **options: Any) -> Reward:
     """The reward of one name: Python, or a classifier with one output or several."""
     chosen = ClassifierOptions(**options)
     if python_reward(name):
@@ -133,6 +138,8 @@ def _load_one(name: str, target_label: str, **options: Any) -> Reward:
     refuse_other_folder(chosen.setting, name)
     with loading(chosen.setting, name, "sequence classifier"):
         config = AutoConfig.from_pretrained(name, revision=chosen.revision or DEFAULT_REVISION, trust_remote_code=False)
+    if log_odds and not is_scalar(config):
+        return LogOddsReward(name, target_label, **options)
     return ScalarReward(name, **options) if is_scalar(config) else SentimentReward(name, target_label, **options)
 
 
@@ -442,13 +449,30 @@ class Classifier:
             return self.model(input_ids=ids, attention_mask=mask).logits.float()
 
 
-class SentimentReward(Classifier):
-    """score = 2 P(target_label) - 1 under a classifier with a label of that name."""
+class LabelReward(Classifier):
+    """A classifier with a label to steer towards; a subclass says how its probability becomes a score."""
 
     def __init__(self, name: str, target_label: str = "positive", **options: Any) -> None:
         """Load the classifier, and refuse one that has no such label; options are those of ClassifierOptions."""
         super().__init__(name, **options)
         self.target = find_label(self.model.config, target_label, self.source)
+
+    def log_odds(self, texts: Sequence[str]) -> Tensor:
+        """log P(target) - log (1 - P(target)) of each text (B,), which differ even where scores are all near 1."""
+        logits = self.logits(texts)
+        target = logits[:, self.target]
+        if logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
+            return target  # one output per label, independent of the others
+        others = torch.cat([logits[:, : self.target], logits[:, self.target + 1 :]], 1)
+        return target - others.logsumexp(-1)
+
+
+class SentimentReward(LabelReward):
+    """score = 2 P(target_label) - 1 under a classifier with a label of that name."""
+
+    def __init__(self, name: str, target_label: str = "positive", **options: Any) -> None:
+        """Load the classifier, and refuse one that has no such label; options are those of ClassifierOptions."""
+        super().__init__(name, target_label, **options)
         self.label: str | None = full_label(target_label)
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
@@ -459,14 +483,15 @@ class SentimentReward(Classifier):
         """Texts -> scores (B,) float32 in [-1, 1], on the model's device."""
         return (self.log_odds(texts) / 2).tanh()  # 2 sigmoid(x) - 1 = tanh(x / 2)
 
-    def log_odds(self, texts: Sequence[str]) -> Tensor:
-        """log P(target) - log (1 - P(target)) of each text (B,), which differ even where scores are all near 1."""
-        logits = self.logits(texts)
-        target = logits[:, self.target]
-        if logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
-            return target  # one output per label, independent of the others
-        others = torch.cat([logits[:, : self.target], logits[:, self.target + 1 :]], 1)
-        return target - others.logsumexp(-1)
+
+class LogOddsReward(LabelReward):
+    """score = log P(target_label) - log (1 - P(target_label)): with two labels the difference of their logits."""
+
+    label: str | None = None  # of a score between -1 and 1
+
+    def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
+        """Scores (B,) float32 of the responses alone, on the model's device."""
+        return self.log_odds(responses)
 
 
 class ScalarReward(Classifier):

@@ -264,7 +264,7 @@ def test_warmup_must_be_shorter_than_the_run() -> None:
 
 def test_presets_of_published_set_ups_are_complete() -> None:
     """What their texts say: episodes, lengths, and the reward at the end alone."""
-    episodes = {"original": 640, "trl": 24_832, "rl4lms": 1_400}
+    episodes = {"original": 640, "trl": 24_832, "rl4lms": 1_400, "abc": 2_416}
     for name, count in episodes.items():
         cfg = parse_config(TrainConfig, ["--preset", name])
         assert cfg.total_steps * cfg.batch_size == count

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, run_eval, run_script, save_classifier
+from conftest import CORPUS, run, run_eval, run_script, save_classifier
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import eval as eval_script
@@ -539,6 +539,19 @@ def test_eval_compares_on_a_python_reward_in_its_own_units(
     assert summary["verdict"] in " ".join(said.out.split())
     assert "is not the reward" in said.out, "the run was paid by a classifier"
     assert f"{summary['policy']['score_mean']:.4g} against {summary['base']['score_mean']:.4g} on average" in said.out
+
+
+def test_a_run_paid_in_log_odds_is_compared_in_log_odds(flags: dict[str, str], tmp_path: Path) -> None:
+    """Without a flag of eval.py; against the difference of the library's own logits."""
+    folder = run(flags, "--score_log_odds", "true", "--total_steps", "1", "--eval_every", "0")
+    results, summary = run_eval(folder, tmp_path, "--judge", "none")
+    plain = results[~results.policy_text.str.startswith("'")]  # a quote is put before what a spreadsheet would compute
+    classifier = SentimentReward(flags["rm_name"])
+    logits = [classifier.logits([text])[0] for text in plain.policy_text]
+    assert plain.policy_score.tolist() == pytest.approx([float(x[1] - x[0]) for x in logits], abs=1e-4)
+    assert len(plain) > 10
+    assert summary["label"] is None
+    assert "positive_rate" not in summary["policy"]
 
 
 @pytest.mark.parametrize(("label", "adverb"), [("positive", "positively"), ("negative", "negatively"), ("joy", None)])

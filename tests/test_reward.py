@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 import textwrap
@@ -84,6 +85,35 @@ def test_score_takes_any_label(tmp_path: Path, labels: dict[int, str], target: s
     folder = save_classifier(tmp_path, labels)
     scores = SentimentReward(str(folder), target_label=target).score(TEXTS)
     assert scores.tolist() == pytest.approx(library_scores(folder, TEXTS, index), abs=1e-5)
+
+
+@pytest.mark.parametrize("names", [("negative", "positive"), ("negative", "neutral", "positive")])
+def test_log_odds_equal_the_library(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """With two labels the difference of their logits, from the library in float64; with more from its probabilities."""
+    folder = save_classifier(tmp_path, dict(enumerate(names)))
+    reward = load_reward(str(folder), log_odds=True, batch_size=3)
+    odds = [(1 + score) / (1 - score) for score in library_scores(folder, TEXTS, len(names) - 1)]
+    assert reward.label is None, "the scores are no probability"
+    assert reward(TEXTS, []).tolist() == pytest.approx([math.log(x) for x in odds], abs=1e-4)
+    assert reward(TEXTS, []).abs().max() > 1, "no bounds"
+    assert reward([], []).shape == (0,)
+    if len(names) == 2:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer(TEXTS[0])["input_ids"]])).logits[0]
+        assert float(reward(TEXTS[:1], [])) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
+
+
+def test_log_odds_of_the_other_label_are_the_opposite(classifier_dir: Path) -> None:
+    good, bad = (load_reward(str(classifier_dir), label, log_odds=True)(TEXTS, []) for label in ("pos", "neg"))
+    assert torch.allclose(good, -bad, atol=1e-5)
+
+
+def test_a_single_output_is_its_own_log_odds(tmp_path: Path) -> None:
+    folder = str(save_classifier(tmp_path, {0: "LABEL_0"}))
+    plain, log_odds = (load_reward(folder, log_odds=choice)(TEXTS, []) for choice in (False, True))
+    assert plain.tolist() == log_odds.tolist()
 
 
 def test_unknown_label_names_the_choices(tmp_path: Path, classifier_dir: Path) -> None:

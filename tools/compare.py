@@ -31,6 +31,7 @@ NOT_COMPARABLE = {  # why figures of runs may not be, and the settings in which 
     "these runs have different rewards, so their scores cannot be compared": (
         "rm_name",
         "target_label",
+        "score_log_odds",
         "reward_on_prompt",
     ),
     "these runs have different bases, and each KL is to its own": ("policy_name", "ref_name"),

@@ -15,7 +15,7 @@ from data import PromptStream, Texts, load_prompts, load_texts, select_cells, sp
 from model import GPT2WithValueHead, add_own_critic, load_reference
 from ppo import Models
 from pretrain.tiny_world import resolve_name
-from reward import Classifier, Reward, choose_columns, full_label, load_reward, parts_of
+from reward import Classifier, LabelReward, Reward, choose_columns, full_label, load_reward, parts_of
 from runtime.device import resolve_device, resolve_dtype
 from runtime.fingerprints import columns_sha256, texts_sha256
 from runtime.hub import load_tokenizer, require_hub
@@ -142,6 +142,7 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
         cfg.target_label,
         weights=cfg.reward_weights,
         normalize_parts=cfg.normalize_parts,
+        log_odds=cfg.score_log_odds,
         device=cfg.device,
         batch_size=cfg.reward_batch_size,
         dtype=getattr(torch, cfg.dtype),
@@ -153,8 +154,13 @@ def load_run_reward(cfg: TrainConfig) -> Reward:
         if isinstance(part, Classifier) and part.on_prompt not in (None, cfg.reward_on_prompt):
             trained_on = "prompt + response" if part.on_prompt else "responses alone"
             print(f"note: {name} was trained on {trained_on}: --reward_on_prompt {str(part.on_prompt).lower()}")
-    if all(part.label is None for part in parts) and full_label(cfg.target_label) != TrainConfig.target_label:
-        print(f"note: target_label={cfg.target_label} does not change the scores of {cfg.rm_name}, which has no labels")
+    if not any(isinstance(part, LabelReward) for part in parts):
+        unused = {
+            f"target_label={cfg.target_label}": full_label(cfg.target_label) != TrainConfig.target_label,
+            "score_log_odds": cfg.score_log_odds,
+        }
+        for setting in [setting for setting, is_set in unused.items() if is_set]:
+            print(f"note: {setting} does not change the scores of {cfg.rm_name}, which has no labels")
     return reward
 
 

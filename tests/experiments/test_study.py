@@ -166,6 +166,26 @@ def test_docs_and_readme_say_what_the_tables_say() -> None:
             assert quoted in line, preset["setting"]
 
 
+def test_docs_quote_our_curve_beside_that_of_abc() -> None:
+    """Both rows of --preset abc: the steps near a KL, and the trained policies moved to it, with their spread."""
+    docs = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    row_of = {row[0]: row[1:] for row in map(cells, docs) if row[0].startswith("here, ")}
+    curves = [points.sort_values("kl") for _, points in pd.read_csv(ROOT / "results" / "abc.csv").groupby("run")]
+    steps = pd.read_csv(ROOT / "results" / "abc_steps.csv")
+    mean_of_seeds = steps.groupby("step").mean()
+    count, *quoted = row_of["here, moved to this KL"]
+    assert int(count) == len(curves) == steps.seed.nunique()
+    for kl, text in zip((0, 2, 4, 8, 12), quoted, strict=True):
+        ends = sorted(np.interp(kl, [0, *curve.kl], [curve.base_score.iloc[0], *curve.score]) for curve in curves)
+        spread = f" ({ends[0]:.1f} to {ends[-1]:.1f})" if kl else ""
+        measured = all(curve.kl.max() >= kl for curve in curves)
+        assert text == (f"{np.mean(ends):.1f}{spread}" if measured else ""), kl
+    for kl, text in zip((0, 2, 4, 8, 12), row_of["here, in training"][1:], strict=True):
+        near = mean_of_seeds[(mean_of_seeds.kl_seq - kl).abs() <= (1 if kl else 0)]
+        scores = near.score_mean if kl else mean_of_seeds.score_mean[:1]
+        assert text == (f"{scores.mean():.1f}" if len(scores) else ""), kl
+
+
 def test_base_responses_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run against the same base gets the share that an evaluation with draws of its own would have found."""
     results = {seed: made_results(seed) for seed in (0, 1, 2, 3)}

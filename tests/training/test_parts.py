@@ -4,20 +4,28 @@ import copy
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from config import EvalConfig, UserError
+from config import PRESETS, EvalConfig, TrainConfig, UserError
 
 import pandas as pd
 import pytest
 import torch
 from conftest import make_lm, make_policy, run, run_script, save_classifier, train_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import eval as eval_script
 from tools.sample import main as sample_main
-from training.parts import check_fit
+from training.parts import check_fit, load_run_reward
 
 
 def test_train_takes_any_sequence_classifier(flags: dict[str, str], tmp_path: Path) -> None:
@@ -175,3 +183,23 @@ def test_a_target_label_that_changes_nothing_is_said(
         words = [] if label is None else ["--target_label", label]
         run({**flags, "rm_name": rewards[kind]}, "--check", *words)
         assert ("note: target_label=negative does not change" in capsys.readouterr().out) is said
+    run({**flags, "rm_name": rewards[kind]}, "--check", "--score_log_odds", "true", "--target_label", "negative")
+    notes = capsys.readouterr().out
+    for setting in ("target_label=negative", "score_log_odds"):
+        assert (f"note: {setting} does not change" in notes) is (kind != "labels")
+
+
+def test_the_preset_abc_takes_a_gpt2_classifier_without_names_of_labels(tmp_path: Path, gpt2_dir: Path) -> None:
+    """As the published one is made: a GPT-2 that pads with EOS; the score is the difference of its two logits."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_dir, pad_token=AutoTokenizer.from_pretrained(gpt2_dir).eos_token)
+    config = AutoConfig.from_pretrained(gpt2_dir, pad_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    cfg = PRESETS[TrainConfig]["abc"]
+    reward = load_run_reward(replace(cfg, rm_name=str(tmp_path / "rm"), device="cpu", dtype="float32"))
+    texts = ["A film this good is rare.", "dull"]
+    with torch.no_grad():
+        logits = [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0] for text in texts]
+    assert reward(texts, []).tolist() == pytest.approx([float(x[1] - x[0]) for x in logits], abs=1e-5)
