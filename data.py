@@ -70,14 +70,26 @@ def load_texts(
 ) -> Texts:
     """Read the texts of a data set as load_examples does, and the columns that choose_columns takes from all of them.
 
-    Only those are kept. Cells are as the file has them, class ids with known names as the names.
+    Only those are kept. Cells are numbers, texts, None and lists of such as the file has them, class ids with known
+    names as the names.
     """
     table = load_table(dataset, split, text_column, revision, config)
     _check_column(table, dataset, "text_column", text_column)
     texts, rows = _texts_of(table, dataset, text_column)
     cells_of = {str(name): cells for name, cells in table.items()}
     chosen = choose_columns(list(cells_of))
-    return Texts(texts, {name: cells_of[name].iloc[rows].tolist() for name in chosen})
+    return Texts(texts, {name: [_plain(cell) for cell in cells_of[name].iloc[rows].tolist()] for name in chosen})
+
+
+def _plain(cell: Any) -> Any:
+    """A cell without the types of numpy and pandas; a missing one is None."""
+    if isinstance(cell, np.ndarray | list):
+        return [_plain(x) for x in cell]
+    if isinstance(cell, dict):
+        return {key: _plain(x) for key, x in cell.items()}
+    if isinstance(cell, np.generic):
+        return _plain(cell.item())
+    return None if is_missing(cell) else cell
 
 
 def select_cells(columns: Columns, rows: Sequence[int]) -> Columns:

@@ -304,12 +304,12 @@ def part_names(names: Sequence[str]) -> list[str]:
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Names fit for columns reward_<name>, different from each other and from reward_mean: f, f_2, f_3."""
+    """Names fit for columns reward_<name>, different from each other, from reward_mean and from intervals: f, f_2."""
     result: list[str] = []
     for name in names:
         stem = re.sub(r"\W+", "_", name).strip("_") or "part"
         candidates = (stem if k == 1 else f"{stem}_{k}" for k in range(1, len(names) + 2))
-        result.append(next(x for x in candidates if x not in (*result, "mean")))
+        result.append(next(x for x in candidates if x not in (*result, "mean") and not x.endswith("_ci")))
     return result
 
 

@@ -54,7 +54,9 @@ def map_tensors(function: Callable[..., Tensor], *batches: T) -> T:
         elif is_dataclass(values[0]):
             changes[field.name] = map_tensors(function, *values)
         elif isinstance(values[0], dict) and all(isinstance(x, Tensor) for x in values[0].values()):
-            changes[field.name] = {key: function(*(value[key] for value in values)) for key in values[0]}
+            # in the order of the keys: the function may meet other ranks, whose dicts have another
+            mapped = {key: function(*(value[key] for value in values)) for key in sorted(values[0])}
+            changes[field.name] = {key: mapped[key] for key in values[0]}
     return replace(batches[0], **changes)  # type: ignore[type-var]
 
 

@@ -4,20 +4,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import PRESETS, EvalConfig, TrainConfig, UserError, runs_python
+from config import PRESETS, EvalConfig, TrainConfig, UserError, reward_names, runs_python
 
+from reward import parse_weights, part_names
 from runtime.device import resolve_device, resolve_dtype
 from runtime.saved_run import SavedRun
 from training.parts import absolute_reward
 
 OF_RUN = {f.name for f in fields(TrainConfig)} - {"split"}  # prompts come from another split than in training
 RUN_SETTINGS = sorted(f.name for f in fields(EvalConfig) if f.default is None and f.name in OF_RUN)
-BELONGS_TO = {
-    "rm_revision": "rm_name",
-    "reward_weights": "rm_name",
-    "dataset_revision": "dataset",
-    "dataset_config": "dataset",
-}
+BELONGS_TO = {"rm_revision": "rm_name", "dataset_revision": "dataset", "dataset_config": "dataset"}
 
 
 def eval_config(flags: object, **settings: Any) -> EvalConfig:
@@ -53,8 +49,33 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
         named = flags.get(owner, getattr(run, owner))
         if named != getattr(run, owner) and not (owner == "rm_name" and absolute_reward(named) == run.rm_name):
             flags.setdefault(setting, None)  # the run's is that of another model or data set
+    flags.setdefault("reward_weights", weights_of_run(run, flags.get("rm_name", run.rm_name)))
     flags.setdefault("ref_name", run.policy_name if run.ref_name is None else run.ref_name)
     # 3. where it runs
     device = resolve_device(cfg.device)
     flags["normalize_parts"] = False  # it is how a score is paid: scores are compared as they are
     return replace(run, **flags, device=device, dtype=resolve_dtype(cfg.dtype, device))
+
+
+def weights_of_run(run: TrainConfig, rm_name: str) -> str | None:
+    """The run's reward_weights for the rewards that are named now, wherever they are kept and in whatever order.
+
+    None where one other reward is named; UserError where several are that the run's weights do not fit.
+    """
+    if run.reward_weights is None:
+        return None
+    names = part_names(reward_names(run.rm_name))
+    named = part_names(reward_names(rm_name))
+    if sorted(named) != sorted(names):
+        if len(named) == 1:
+            return None
+        raise UserError(
+            f"rm_name={rm_name} names other rewards than the run, whose reward_weights={run.reward_weights} were for "
+            f"{', '.join(names)}: give --reward_weights"
+        )
+    pairs = parse_weights(run.reward_weights)
+    in_order = len(pairs) == len(names) > 1 and not any(name for name, _ in pairs)
+    if in_order and named != names:
+        weight_of = {name: number for name, (_, number) in zip(names, pairs, strict=True)}
+        return ",".join(f"{weight_of[name]:g}" for name in named)
+    return run.reward_weights

@@ -143,7 +143,7 @@ def table_groups(summary: dict[str, Any]) -> dict[str, list[Row]]:
         "label": label,
         "judge_label": summary["judge_label"],
     }
-    of_parts = {key: (f"mean of its part {escaped(key.removeprefix(PART))}", ANY_UNIT) for key in ours if is_part(key)}
+    of_parts = {key: (f"mean of its part {key.removeprefix(PART)}", ANY_UNIT) for key in ours if is_part(key)}
     groups = {}
     for group, figures in GROUPS.items():
         if group == "Score":
@@ -157,11 +157,6 @@ def table_groups(summary: dict[str, Any]) -> dict[str, list[Row]]:
         if rows:
             groups[group] = rows
     return groups
-
-
-def escaped(name: str) -> str:
-    """A name that str.format leaves as it is."""
-    return name.replace("{", "{{").replace("}", "}}")
 
 
 def is_part(key: str) -> bool:

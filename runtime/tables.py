@@ -162,10 +162,11 @@ def _read_parquet(source: Any) -> pd.DataFrame:
 
     table = parquet.read_table(source)
     if b"huggingface" not in (table.schema.metadata or {}):
-        return table.to_pandas()
+        return table.to_pandas(integer_object_nulls=True)
     import datasets
 
-    return _with_class_names(table.to_pandas(), datasets.Features.from_arrow_schema(table.schema))
+    features = datasets.Features.from_arrow_schema(table.schema)
+    return _with_class_names(table.to_pandas(integer_object_nulls=True), features)
 
 
 def _read_packed_parquet(data: bytes, name: str, text_column: str) -> pd.DataFrame:
@@ -334,7 +335,8 @@ def _load_split(name: str, split: str, text_column: str, revision: str | None, c
             table = datasets.load_dataset(name, config, split=split, revision=revision)
             if revision and only_prepared(name) and not any(revision in x["filename"] for x in table.cache_files):
                 raise UserError(f"dataset_revision={revision} of {name} is not in the cache: connect, or leave it out")
-        return _with_class_names(table.to_pandas(), table.features)
+        whole = table.with_format("arrow")[:]  # whole numbers stay whole beside a missing one
+        return _with_class_names(whole.to_pandas(integer_object_nulls=True), table.features)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # the library lets through what its readers raise, of any type

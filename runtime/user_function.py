@@ -20,6 +20,7 @@ RESERVED = {
 # Words in names of parameters that say so, too, unless the data set has a column of that name
 RESPONSES = {name + s for name in ("response", "completion", "text", "output", "generation") for s in ("", "s")}
 PROMPTS = {"prompt", "prompts", "query", "queries"}
+OF_TRL = {"trainer_state", "log_extra", "log_metric"}  # which its trainers give: None is what these stay here
 VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 MOST_WRAPPERS = 20  # around each other
 
@@ -69,7 +70,7 @@ def match_arguments(signature: Signature, bound: Container[str] = (), columns: C
             sources[p.name] = Source(p.name, is_column=True)
     unknown = [p for p in named if p.name not in sources]
     for p in unknown:
-        if p.default is p.empty or p.default is None:
+        if p.default is p.empty or (p.default is None and p.name not in OF_TRL):
             raise ValueError(f"nothing says what {p.name!r} is")
     takes_any_name = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds
     if not takes_any_name and not {Source("responses"), Source("completion_ids")} & {*sources.values()}:
@@ -119,14 +120,17 @@ def _roles(named: list[Parameter], columns: Collection[str]) -> dict[str, str]:
     # 5. Whatever might be the responses, also where a column has its name
     if "responses" not in roles.values():
         for p in required:
-            claim(p, _role(p.name.lower().split("_")))
+            if _role(p.name.lower().split("_")) == "responses":
+                claim(p, "responses")
     if len(places) == 1:
         claim(places[0], "responses")
     return roles
 
 
 def _role(words: list[str]) -> str | None:
-    """What a parameter whose name consists of these words wants, if that is understood."""
+    """What a parameter whose name consists of these words wants, if that is understood: no ids of texts."""
+    if words[-1] in ("id", "ids"):
+        return None
     if PROMPTS & {*words}:
         return "prompts"
     return "responses" if RESPONSES & {*words} else None

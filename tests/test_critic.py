@@ -7,9 +7,10 @@ from typing import Any
 
 from config import TrainConfig, UserError
 
+import pandas as pd
 import pytest
 import torch
-from conftest import make_policy, make_rollout, real_tokens, same_weights, sample, weights_of
+from conftest import make_policy, make_rollout, real_tokens, run, same_weights, sample, weights_of
 from torch import Tensor
 
 from model import GPT2WithValueHead, add_own_critic, evaluate_both
@@ -234,6 +235,14 @@ def test_each_network_has_its_learning_rate_and_its_own_clipping() -> None:
         norm = math.sqrt(sum(float(w.grad.square().sum()) for w in part.parameters()))
         assert norm == pytest.approx(0.05, rel=1e-3)
     assert row["grad_norm"] > 0.05
+
+
+def test_beta_is_not_steered_while_the_policy_stands_still(flags: dict[str, str]) -> None:
+    words = "--critic own --critic_first_steps 2 --total_steps 4 --adaptive_kl_target 5 --eval_every 0"
+    folder = run(flags, *words.split())
+    beta = pd.read_csv(folder / "metrics.csv").kl_coef
+    assert beta[:3].tolist() == [0.08] * 3
+    assert beta[3] < 0.08
 
 
 @pytest.mark.parametrize(("total_steps", "first"), [(200, 10), (40, 10), (22, 5), (3, 0), (1, 0)])

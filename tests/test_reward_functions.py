@@ -1,15 +1,18 @@
 """Reward functions as people write them for TRL run unchanged, with columns, weights and tokens."""
 
+import inspect
 import json
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config import EvalConfig, TrainConfig, UserError, reward_names
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,13 +21,25 @@ from conftest import CORPUS, as_processes, make_policy, make_rollout, run, run_s
 from matplotlib.figure import Figure
 
 import eval as eval_script
+from data import load_texts
+from evaluation.settings import weights_of_run
 from ppo import estimate_advantages
-from reward import Context, PythonReward, ScoreScale, choose_columns, load_reward, normalized_sum, score_responses
+from reward import (
+    Context,
+    PythonReward,
+    ScoreScale,
+    choose_columns,
+    distinct_names,
+    load_reward,
+    normalized_sum,
+    score_responses,
+)
 from runtime.cli import parse_config
+from runtime.user_function import Source, match_arguments
 from tools.interpolate import main as interpolate_main
 from tools.sample import main as sample_main
 from training.plots import PARTS
-from utils import compute_gae, whiten
+from utils import compute_gae, map_tensors, whiten
 
 # In the styles of public users, unchanged
 FUNCTIONS = r'''
@@ -545,3 +560,90 @@ def test_a_command_of_the_page_parses(line: str) -> None:
     cfg = parse_config(TrainConfig, shlex.split(line)[2:])
     assert (cfg.reward_every, cfg.gae_lambda) == (0, 1), "as suits Python rewards, also where there are several"
     assert reward_names(cfg.rm_name)[0] == "rewards.py:correct"
+
+
+# --- what a review found --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_cells_reach_a_function_as_plain_values(kind: str, tmp_path: Path) -> None:
+    """Whole numbers stay whole beside a missing one, which is None, and lists stay lists."""
+    rows = [
+        {"text": "one", "answer": 42, "marks": [1, 2], "note": "NaN"},
+        {"text": "two", "answer": None, "marks": [3], "note": ""},
+    ]
+    place = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(place))
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(place))
+    texts = load_texts(str(place), "train", "text", lambda names: [name for name in names if name != "text"])
+    assert texts.columns == {"answer": [42, None], "marks": [[1, 2], [3]], "note": ["NaN", ""]}
+    assert [type(cell) for cell in texts.columns["answer"]] == [int, type(None)]
+
+
+def test_what_trl_alone_gives_stays_none() -> None:
+    def f(completions, solution, trainer_state=None, log_extra=None, log_metric=None, **kwargs):  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    arguments = match_arguments(inspect.signature(f), columns=["solution"])
+    assert arguments.kept == ["trainer_state", "log_extra", "log_metric"]
+    with pytest.raises(ValueError, match="'other'"):
+        match_arguments(inspect.signature(lambda completions, other=None: None))
+
+
+def test_a_column_named_like_a_text_goes_before_the_word_in_a_name() -> None:
+    columns = ["prompt", "response"]
+    arguments = match_arguments(inspect.signature(lambda prompt, response: None), columns=columns)
+    assert arguments.by_position == [Source("prompt", is_column=True), Source("responses")]
+    with pytest.raises(ValueError, match="'prompt_id'"):
+        match_arguments(inspect.signature(lambda completions, prompt_id: None))
+
+
+@pytest.mark.parametrize(
+    ("of_run", "weights", "named", "expected"),
+    [
+        ("/a/r.py:correct,/a/r.py:short", "1,0.05", "/b/r.py:correct,/b/r.py:short", "1,0.05"),
+        ("/a/r.py:correct,/a/r.py:short", "1,0.05", "r.py:short,r.py:correct", "0.05,1"),
+        ("/a/r.py:correct,/a/r.py:short", "short=0.05,correct=1", "r.py:short,r.py:correct", "short=0.05,correct=1"),
+        ("/a/r.py:parts", "1,2", "/b/r.py:parts", "1,2"),
+        ("/a/r.py:correct,/a/r.py:short", "1,0.05", "lvwerra/distilbert-imdb", None),
+        ("/a/r.py:correct,/a/r.py:short", None, "r.py:short,r.py:other", None),
+    ],
+)
+def test_an_evaluation_weighs_the_rewards_as_the_run_did(
+    of_run: str, weights: str | None, named: str, expected: str | None
+) -> None:
+    run_cfg = TrainConfig(rm_name=of_run, reward_weights=weights, reward_every=0, gae_lambda=1.0)
+    assert weights_of_run(run_cfg, named) == expected
+
+
+def test_weights_of_other_rewards_are_refused() -> None:
+    run_cfg = TrainConfig(rm_name="r.py:a,r.py:b", reward_weights="1,2", reward_every=0, gae_lambda=1.0)
+    with pytest.raises(UserError, match=r"whose reward_weights=1,2 were for a, b: give --reward_weights"):
+        weights_of_run(run_cfg, "r.py:a,r.py:c")
+
+
+def test_dicts_of_tensors_are_mapped_in_one_order_on_every_rank() -> None:
+    """Parts of a score, whose order a set may have decided: a collective must meet the same part on all ranks."""
+
+    @dataclass
+    class Parts:
+        parts: dict[str, torch.Tensor]
+
+    met: list[float] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        met.append(float(x))
+        return x
+
+    a, b = torch.tensor(1.0), torch.tensor(2.0)
+    assert list(map_tensors(note, Parts({"b": b, "a": a})).parts) == ["b", "a"]
+    map_tensors(note, Parts({"a": a, "b": b}))
+    assert met == [1, 2, 1, 2]
+
+
+def test_a_part_is_never_called_like_an_interval() -> None:
+    assert distinct_names(["x", "x_ci", "mean"]) == ["x", "x_ci_2", "mean_2"]

@@ -30,6 +30,7 @@ SHOWN = {"label", "policy", "kl_seq_exact", "kl_seq_exact_ci", "win_rate", "win_
 NOT_COMPARABLE = {  # why figures of runs may not be, and the settings in which they then differ
     "these runs have different rewards, so their scores cannot be compared": (
         "rm_name",
+        "reward_weights",
         "target_label",
         "score_log_odds",
         "reward_on_prompt",

@@ -125,11 +125,15 @@ def _link(name: str, kind: str = "") -> str:
 def _reward(record: dict[str, Any]) -> str:
     names = reward_names(record["rm_name"])
     if len(names) > 1:
-        return f"the weighted sum of {', '.join(_link(name) for name in names)}"
+        weights = record.get("reward_weights")
+        weighted = f", reward_weights {weights}" if weights else ""
+        return f"the sum of {', '.join(_link(name) for name in names)}{weighted}"
     name = _link(record["rm_name"])
     label = record.get("reward", {}).get("label")
     if runs_python(record["rm_name"]):
         return f"the Python function {name}"
+    if record.get("score_log_odds"):
+        return f"the classifier {name} (log-odds of {record['target_label']})"
     return f"the reward model {name}" if label is None else f"the classifier {name} (2·P({label}) − 1)"
 
 
