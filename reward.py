@@ -203,7 +203,7 @@ class WeightedRewards:
         Raises UserError where the weights do not fit.
         """
         self.rewards = rewards
-        self.names = reward_names(name)
+        self.rm_names = reward_names(name)
         self.weights = weights
         self.normalize_parts = normalize_parts
         if len(rewards) > 1:
@@ -217,7 +217,7 @@ class WeightedRewards:
         """Weighted sums with their parts; a reward that has parts of its own counts as those (raises UserError)."""
         scored = [
             score_responses(reward, list(responses), list(prompts), name, context)
-            for reward, name in zip(self.rewards.values(), self.names, strict=True)
+            for reward, name in zip(self.rewards.values(), self.rm_names, strict=True)
         ]
         whole = self._sum_of_one(scored[0]) if len(scored) == 1 else self._sum_of_several(scored)
         if self.normalize_parts and whole.token_rewards is not None:
@@ -230,7 +230,7 @@ class WeightedRewards:
         if not scored.parts:
             setting = "normalize_parts" if self.weights is None else f"reward_weights={self.weights}"
             raise UserError(
-                f"{setting} needs several parts, but rm_name={self.names[0]} gives one number per response: name "
+                f"{setting} needs several parts, but rm_name={self.rm_names[0]} gives one number per response: name "
                 "several rewards with commas between them, return a dict of parts, or leave it out"
             )
         return Scores.weighted_sum(scored.parts, match_weights(self.weights, list(scored.parts)))
@@ -559,7 +559,9 @@ class PythonReward:
             raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
         self.file = self.code.file
         self.sha256 = self.code.sha256()
-        self.part_names: list[str] | None = None  # of the dict that it returns; none where it returns something else
+        self.returned_parts: list[str] | None = (
+            None  # of the dict that it returns; none where it returns something else
+        )
         self.event_loop: asyncio.AbstractEventLoop | None = None  # once it has returned a coroutine
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
@@ -570,43 +572,49 @@ class PythonReward:
         """Scores with their parts; where the function fails, UserError names file and line."""
         if not responses:
             nothing = Scores(torch.empty(0, device=self.device))
-            empty = dict.fromkeys(self.part_names or [], nothing)
+            empty = dict.fromkeys(self.returned_parts or [], nothing)
             return Scores.weighted_sum(empty, dict.fromkeys(empty, 1.0)) if empty else nothing
+        numbers = self._call(responses, prompts, context)
+        if isinstance(numbers, _Numbers):
+            self._check_part_names([])
+            return self._checked(numbers, "", responses, context.completion_ids)
+        if not numbers or not all(isinstance(name, str) for name in numbers):
+            raise UserError(f"rm_name={self.name} returned a dict without names of parts, {self._place()}: fix it")
+        names = distinct_names(list(numbers))
+        self._check_part_names(names)
+        parts = {
+            name: self._checked(part, f" in part {key!r}", responses, context.completion_ids)
+            for name, (key, part) in zip(names, numbers.items(), strict=True)
+        }
+        return Scores.weighted_sum(parts, dict.fromkeys(parts, 1.0))
+
+    def _call(
+        self, responses: Sequence[str], prompts: Sequence[str], context: Context
+    ) -> "_Numbers | dict[str, _Numbers]":
+        """What the function returns for some responses, unchecked: numbers, or a dict of them."""
         arguments = self._match_arguments(list(context.columns))
         given = {"responses": responses, "prompts": prompts, "completion_ids": context.completion_ids}
+
+        def values_of(source: Source) -> list[Any]:
+            values = context.columns[source.name] if source.is_column else given[source.name]
+            if values is None:
+                raise UserError(f"rm_name={self.name} asks for completion_ids, which these responses do not have")
+            return list(values)
+
+        by_position = [values_of(source) for source in arguments.by_position]
         by_keyword = {
-            name: source
+            name: values_of(source)
             for name, source in arguments.by_keyword.items()
             if source != Source("completion_ids") or context.completion_ids is not None
         }
-
-        def argument(source: Source) -> list[Any]:
-            cells = context.columns[source.name] if source.is_column else given[source.name]
-            if cells is None:
-                raise UserError(f"rm_name={self.name} asks for completion_ids, which these responses do not have")
-            return list(cells)
-
-        args = [argument(source) for source in arguments.by_position]
-        kwargs = {name: argument(source) for name, source in by_keyword.items()}
         with self._one_line_errors("failed"), self.code.running(), torch.no_grad():
             with redirect_stdout(DummyTqdmFile(sys.stdout)):
-                result = self.function(*args, **kwargs)
+                result = self.function(*by_position, **by_keyword)
                 if inspect.isawaitable(result):
                     result = self._awaited(result)
-            returned = dict(result) if isinstance(result, Mapping) else {"": result}
-            parts = {name: _Numbers.of(part) for name, part in returned.items()}
-        if not isinstance(result, Mapping):
-            self._check_part_names([])
-            return self._checked(parts[""], "", responses, context.completion_ids)
-        if not parts or not all(isinstance(name, str) for name in parts):
-            raise UserError(f"rm_name={self.name} returned a dict without names of parts, {self._place()}: fix it")
-        names = distinct_names(list(parts))
-        self._check_part_names(names)
-        checked = {
-            name: self._checked(part, f" in part {key!r}", responses, context.completion_ids)
-            for name, (key, part) in zip(names, parts.items(), strict=True)
-        }
-        return Scores.weighted_sum(checked, dict.fromkeys(checked, 1.0))
+            if isinstance(result, Mapping):
+                return {name: _Numbers.of(part) for name, part in dict(result).items()}
+            return _Numbers.of(result)
 
     def choose_columns(self, available: Sequence[str]) -> list[str]:
         """Those of the data set's columns that the function is given (raises UserError on parameters unknown)."""
@@ -642,13 +650,13 @@ class PythonReward:
 
     def _check_part_names(self, names: list[str]) -> None:
         """Refuse parts that are not those of the calls before: metrics.csv has a column for each."""
-        if self.part_names is not None and names != self.part_names:
-            now, before = (", ".join(some) or "none" for some in (names, self.part_names))
+        if self.returned_parts is not None and names != self.returned_parts:
+            now, before = (", ".join(some) or "none" for some in (names, self.returned_parts))
             raise UserError(
                 f"rm_name={self.name} returned other parts than before ({now} instead of {before}), {self._place()}: "
                 "return the same in every call"
             )
-        self.part_names = names
+        self.returned_parts = names
 
     def _checked(
         self, numbers: "_Numbers", part: str, responses: Sequence[str], completion_ids: list[list[int]] | None

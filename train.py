@@ -55,7 +55,7 @@ def main(cfg: TrainConfig) -> Path:
         with raise_on_all_ranks():
             parts = main_process_first(lambda: load_parts(cfg))
             audit(parts.models, parts.prompts.batch(1), cfg)
-        check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts)
+        check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts, parts.models.reward)
         if not cfg.check:
             parts = with_score_scale(parts, cfg, earlier.score_scale)
             cfg = fit_micro_batches(parts.models, cfg)

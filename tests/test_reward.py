@@ -845,7 +845,7 @@ def test_a_file_or_module_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_any_result_is_three_finite_numbers_or_one_line(result: object, any_result: PythonReward) -> None:
     any_result.function.result = result  # type: ignore[attr-defined]
     reward = any_result
-    reward.part_names = None
+    reward.returned_parts = None
     try:
         scores = reward(GIVEN)
     except UserError as error:

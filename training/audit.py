@@ -32,9 +32,9 @@ def audit(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
 
     Raises UserError naming the first fact that does not hold.
     """
-    ids, mask = (
-        F.pad(x[:4], (3, 0)) for x in (prompts.ids, prompts.mask)
-    )  # padding in every row, so that its bugs show
+    # padding in every row, so that its bugs show
+    ids = F.pad(prompts.ids[:4], (3, 0))
+    mask = F.pad(prompts.mask[:4], (3, 0))
     noise = uniforms(cfg.seed, 0, len(ids), min(cfg.max_new_tokens, 16))
 
     def sample(eos_id: int) -> Sequences:

@@ -14,12 +14,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from reward import PythonReward, Reward, parts_of
 from runtime.distributed import all_gather, world_size
 from runtime.fingerprints import weights_sha256
 
 
-def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse ranks that differ in settings, versions, weights or prompts (raises UserError)."""
+def check_same_on_all_ranks(
+    cfg: TrainConfig, policy: nn.Module, prompts: Sequence[Sequence[int]], reward: Reward
+) -> None:
+    """Refuse ranks that differ in settings, versions, weights, prompts or the parts of scores (raises UserError).
+
+    The reward has been called: reward_weights without names weigh the parts that it returned in their order.
+    """
     if world_size() == 1:
         return
     own = {
@@ -27,6 +33,7 @@ def check_same_on_all_ranks(cfg: TrainConfig, policy: nn.Module, prompts: Sequen
         "resume": None,
         "weights of policy_name": weights_sha256(policy)[:12],
         "python": sys.version.split()[0],
+        "parts of rm_name": [part.returned_parts for part in parts_of(reward) if isinstance(part, PythonReward)],
         "prompts of dataset": hashlib.sha256(repr(prompts).encode()).hexdigest()[:12],
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
     }
