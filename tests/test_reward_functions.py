@@ -39,6 +39,7 @@ from runtime.user_function import Source, match_arguments
 from tools.interpolate import main as interpolate_main
 from tools.sample import main as sample_main
 from training.plots import PARTS
+from training.ranks import check_same_on_all_ranks
 from utils import compute_gae, map_tensors, whiten
 
 # In the styles of public users, unchanged
@@ -647,3 +648,19 @@ def test_dicts_of_tensors_are_mapped_in_one_order_on_every_rank() -> None:
 
 def test_a_part_is_never_called_like_an_interval() -> None:
     assert distinct_names(["x", "x_ci", "mean"]) == ["x", "x_ci_2", "mean_2"]
+
+
+def test_ranks_whose_functions_return_their_parts_in_another_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """reward_weights without names would weigh other parts there."""
+    (tmp_path / "two_parts.py").write_text("def f(responses):\n    return {'a': [1.0], 'b': [2.0]}\n")
+    reward = PythonReward(f"{tmp_path / 'two_parts.py'}:f")
+    reward.scores(["x"])
+    assert reward.returned_parts == ["a", "b"]
+    monkeypatch.setattr("training.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("training.ranks.all_gather", lambda own: [own, {**own, "parts of rm_name": [["b", "a"]]}])
+    with pytest.raises(UserError, match=r"process 1 has parts of rm_name=\[\['b', 'a'\]\] where process 0 has"):
+        check_same_on_all_ranks(TrainConfig(), make_policy(), [[1]], reward)
+    monkeypatch.setattr("training.ranks.all_gather", lambda own: [own, own])
+    check_same_on_all_ranks(TrainConfig(), make_policy(), [[1]], reward)
