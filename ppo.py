@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data import PromptBatch, select_cells
 from model import GPT2WithValueHead, ReferenceStates, Sampler, Sequences, decode, evaluate_both, sample_responses
-from reward import UNSCALED, Classifier, Context, Reward, Scores, ScoreScale, normalized_sum, score_responses
+from reward import PART, UNSCALED, Classifier, Context, Reward, Scores, ScoreScale, normalized_sum, score_responses
 from runtime.device import Stopwatch
 from runtime.distributed import (
     all_reduce_max,
@@ -219,7 +219,7 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Averages over responses or, for kl_token and entropy, real tokens; and the share of different responses."""
         means = {"score_mean": self.scores.mean()}
-        means |= {f"reward_{name}": part.mean() for name, part in self.parts.items()}
+        means |= {f"{PART}{name}": part.mean() for name, part in self.parts.items()}
         if self.has_label:
             means["positive_rate"] = (self.scores > 0).float().mean()
         means |= {
@@ -393,7 +393,7 @@ def ppo_update(
     largest ratio and counts, on every rank the same.
     """
     watch = Stopwatch(rollout.mask.device)
-    set_learning_rates(optimizer, cfg, step)
+    optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)  # the policy's; that of an own critic is constant
 
     # advantages
     batch, explained_var = estimate_advantages(rollout, cfg)
@@ -594,8 +594,8 @@ def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.
     A critic of its own is the second group. Its gradients are small beside 1e-5, so its eps is Adam's 1e-8.
     """
     critic_weights = [] if policy.own_critic is None else list(policy.own_critic.parameters())
-    others = set(policy.parameters()) - set(critic_weights)
-    groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p in others]}]
+    own = set(critic_weights)
+    groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p not in own]}]
     if critic_weights:
         groups.append({"params": critic_weights, "lr": cfg.critic_lr, "eps": 1e-8})
     return torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0, fused=True)
@@ -604,11 +604,6 @@ def build_optimizer(policy: GPT2WithValueHead, cfg: TrainConfig) -> torch.optim.
 def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
     """A factor on the loss that keeps small gradients within float16's range; it does nothing in other precisions."""
     return GradScaler(policy.lm.device.type, enabled=policy.dtype == torch.float16)
-
-
-def set_learning_rates(optimizer: Optimizer, cfg: TrainConfig, step: int) -> None:
-    """Give the policy the learning rate of this step; that of a critic of its own is constant."""
-    optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:

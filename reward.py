@@ -38,6 +38,7 @@ SHORT_NAMES = {"pos": "positive", "neg": "negative", "neu": "neutral"}
 SENTIMENTS = ("positive", "negative", "neutral")
 TRIAL_TEXTS = ["", "I loved it.", "I saw it yesterday, a wonderful film.", "I saw it yesterday and hated it. " * 5]
 ROUNDING = 1e-4  # of a logit in float32, where one text is computed in batches of different widths
+PART = "reward_"  # begins the columns and keys of parts of a score
 LONG = 1024  # tokens: a trial of a longer text takes too long
 
 
@@ -559,9 +560,8 @@ class PythonReward:
             raise UserError(f"rm_name={name} is {type(target).__name__}, which cannot be called: name a function")
         self.file = self.code.file
         self.sha256 = self.code.sha256()
-        self.returned_parts: list[str] | None = (
-            None  # of the dict that it returns; none where it returns something else
-        )
+        # those of the dict that it returns, none where it returns something else; None before its first call
+        self.returned_parts: list[str] | None = None
         self.event_loop: asyncio.AbstractEventLoop | None = None  # once it has returned a coroutine
 
     def __call__(self, responses: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:

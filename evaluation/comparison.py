@@ -17,7 +17,7 @@ from evaluation.prompts import Review, held_out_reviews
 from evaluation.summary import summarise
 from model import GPT2WithValueHead, Sequences, evaluate_both
 from ppo import Models
-from reward import SentimentReward
+from reward import PART, SentimentReward
 from runtime.distributed import gather_to_main, is_main_process, raise_on_all_ranks, rank, world_size
 from runtime.files import spreadsheet_safe
 from runtime.fingerprints import model_sha256
@@ -121,7 +121,7 @@ class Comparison:
         reward = self.models.reward
         if not isinstance(reward, SentimentReward):
             scores = self.models.score(seqs, self.cells(rows), self.run)
-            parts = {f"{name}_reward_{part}": one.total.tolist() for part, one in scores.parts.items()}
+            parts = {f"{name}_{PART}{part}": one.total.tolist() for part, one in scores.parts.items()}
             return {f"{name}_score": scores.total.tolist(), **parts}
         log_odds = reward.log_odds(seqs.texts(self.models.tokenizer, self.run.reward_on_prompt))
         return {f"{name}_score": (log_odds / 2).tanh().tolist(), f"{name}_log_odds": log_odds.tolist()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from config import PRESETS, EvalConfig, TrainConfig, UserError, reward_names, runs_python
 
-from reward import parse_weights, part_names
+from reward import part_names
 from runtime.device import resolve_device, resolve_dtype
 from runtime.saved_run import SavedRun
 from training.parts import absolute_reward
@@ -49,7 +49,8 @@ def settings_of_run(cfg: EvalConfig, with_reward: bool = True) -> TrainConfig:
         named = flags.get(owner, getattr(run, owner))
         if named != getattr(run, owner) and not (owner == "rm_name" and absolute_reward(named) == run.rm_name):
             flags.setdefault(setting, None)  # the run's is that of another model or data set
-    flags.setdefault("reward_weights", weights_of_run(run, flags.get("rm_name", run.rm_name)))
+    if "reward_weights" not in flags:
+        flags["reward_weights"] = weights_of_run(run, flags.get("rm_name", run.rm_name))
     flags.setdefault("ref_name", run.policy_name if run.ref_name is None else run.ref_name)
     # 3. where it runs
     device = resolve_device(cfg.device)
@@ -73,9 +74,8 @@ def weights_of_run(run: TrainConfig, rm_name: str) -> str | None:
             f"rm_name={rm_name} names other rewards than the run, whose reward_weights={run.reward_weights} were for "
             f"{', '.join(names)}: give --reward_weights"
         )
-    pairs = parse_weights(run.reward_weights)
-    in_order = len(pairs) == len(names) > 1 and not any(name for name, _ in pairs)
-    if in_order and named != names:
-        weight_of = {name: number for name, (_, number) in zip(names, pairs, strict=True)}
-        return ",".join(f"{weight_of[name]:g}" for name in named)
-    return run.reward_weights
+    weights = run.reward_weights.split(",")
+    if named == names or "=" in run.reward_weights or len(weights) != len(names):  # which the reward itself refuses
+        return run.reward_weights
+    weight_of = dict(zip(names, weights, strict=True))
+    return ",".join(weight_of[name] for name in named)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reward import score_title
+from reward import PART, score_title
 
 PERCENT, SIGNED, PLAIN, LONG = "{:.1f}", "{:+.3f}", "{:.2f}", "{:.3f}"
 # Group -> key in eval_summary.json -> title of the row, in which {…} are filled in from the summary, and format.
@@ -47,7 +47,6 @@ GROUPS = {
 }
 SAME_THING = 0.2  # judge_slope: with less, the second judge measures something else than the reward
 FEW = 30  # prompts: with fewer, intervals are narrower than they should be
-PART = "reward_"  # begins the keys of parts of a score
 ANY_UNIT = "{:+.4g}"  # of scores that are not a label's probability
 LOSSES = (  # of a text: key, the sign of a change for the worse, its name and format
     ("distinct_2", -1, "less varied", LONG),

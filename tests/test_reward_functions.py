@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import eval as eval_script
 from data import load_texts
-from evaluation.settings import weights_of_run
+from evaluation.settings import settings_of_run, weights_of_run
 from ppo import estimate_advantages
 from reward import (
     Context,
@@ -619,6 +619,19 @@ def test_an_evaluation_weighs_the_rewards_as_the_run_did(
 ) -> None:
     run_cfg = TrainConfig(rm_name=of_run, reward_weights=weights, reward_every=0, gae_lambda=1.0)
     assert weights_of_run(run_cfg, named) == expected
+
+
+def test_weights_given_for_other_rewards_count(finished_run: Path, place: Path) -> None:
+    """And are not refused for being others than the run's."""
+    record = finished_run / "config.json"
+    settings = json.loads(record.read_text())
+    settings |= {"rm_name": f"{place}:length_reward,{place}:format_reward", "reward_weights": "1,2"}
+    record.write_text(json.dumps(settings))
+    named = f"{place}:format_reward,{place}:parts"
+    cfg = EvalConfig(policy_path=str(finished_run), rm_name=named, reward_weights="3,4", device="cpu")
+    assert settings_of_run(cfg).reward_weights == "3,4"
+    with pytest.raises(UserError, match="give --reward_weights"):
+        settings_of_run(replace(cfg, reward_weights=None))
 
 
 def test_weights_of_other_rewards_are_refused() -> None:

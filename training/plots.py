@@ -5,13 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from reward import score_title
+from reward import PART, score_title
 from runtime.files import read_table, rename
 from runtime.pictures import BLUE, blank_figure, line_style
 
 VALUE_FIT = "value fit (1: perfect)"
 PARTS = "parts of the score"
-PART = "reward_"  # begins the columns of parts
 LOWEST_FIT = -1.0  # it can fall without bound
 WORDS = {"kl_seq": "sampled tokens", "kl_seq_exact": "exact"}
 HELD_OUT: dict[str, Any] = {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""}
