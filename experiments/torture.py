@@ -6,6 +6,7 @@ SIGKILL, which no program can catch, comes at any time: while loading, sampling,
 run must end with the same weights, optimiser and tables, bit for bit.
 """
 
+import hashlib
 import random
 import shutil
 import subprocess
@@ -108,15 +109,15 @@ def start(flags: list[str], folder: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def remains(folder: Path) -> dict[str, bytes]:
-    """What a run leaves behind and must be the same every time: all but timings and pictures."""
+def remains(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all that a run leaves behind and that must be the same every time: not timings, not pictures."""
     patterns = ("**/*.safetensors", "samples.csv", "eval.csv")
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     left = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     if (folder / "metrics.csv").is_file():
         table = pd.read_csv(folder / "metrics.csv", dtype=str).drop(columns=TIMINGS)
         left["metrics.csv"] = table.to_csv(index=False).encode()
-    return left
+    return {name: hashlib.sha256(data).hexdigest() for name, data in left.items()}
 
 
 if __name__ == "__main__":
