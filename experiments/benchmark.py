@@ -3,6 +3,7 @@
     python -m experiments.benchmark                                    random-weight models of size `mini`
     python -m experiments.benchmark --size 124m --steps 3 --csv results/benchmark.csv
     python -m experiments.benchmark --policy_name DIR --rm_name DIR --dataset DATA
+    python -m experiments.benchmark --critic own                       a value head of its own network
     python -m experiments.benchmark --sweep response=16,32,64          how cost grows
     python -m experiments.benchmark --peer 'python other_ppo.py'       and a peer that prints "total 12.3 s"
 
@@ -61,6 +62,7 @@ class BenchConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "Precision of matrix products.")
     reward_every: int = opt(0, "As train.py's; 0, whole responses only, is what other programs do.")
+    critic: Literal["shared", "own"] = opt("shared", "As train.py's.")
     steps: int = opt(3, "Steps timed, after one that is not.", heading="What is timed")
     sweep: str | None = opt(None, "Shapes to go through, such as batch=16,32,64 or response=16,64.")
     peer: str | None = opt(None, "Another command to time after this one; the same command again alternates.")
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         configs = [make_config(cfg, work, Path(folder)) for work in works]
         with process_group(cfg.device):
             for work, train_cfg in zip(works, configs, strict=True):
-                row = {"models": names, **shapes(work), "reward_every": cfg.reward_every}
+                row = {"models": names, **shapes(work), "reward_every": cfg.reward_every, "critic": cfg.critic}
                 row |= measure(train_cfg, cfg.steps)
                 if cfg.peer:
                     row |= measure_peer(cfg.peer)
@@ -133,6 +135,7 @@ def make_config(cfg: BenchConfig, work: Workload, folder: Path) -> TrainConfig:
             max_prompt_len=work.prompt,
             max_new_tokens=work.response,
             reward_every=cfg.reward_every,
+            critic=cfg.critic,
         )
     )
 
