@@ -193,7 +193,8 @@ class TrainConfig:
     critic_lr: float = opt(1e-4, "AdamW step size of a critic of its own.", POSITIVE)
     critic_first_steps: int | None = opt(
         None,
-        "First steps, of total_steps, in which a critic of its own learns alone (default: 10, a quarter at most).",
+        "First steps in which lambda is 1, because a critic of its own foresees little yet (default: 10, a quarter of "
+        "total_steps at most).",
         AT_LEAST_0,
     )
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.", POSITIVE)
@@ -235,11 +236,6 @@ class TrainConfig:
             for name in ("critic_lr", "critic_first_steps"):
                 if getattr(self, name) != getattr(TrainConfig, name):
                     raise UserError(f"{name} is that of a critic of its own: set critic=own, too, or leave it out")
-        if self.critic_steps and self.critic_steps + self.warmup_steps >= self.total_steps:
-            raise UserError(
-                f"critic_first_steps={self.critic_steps} leaves the policy too few of total_steps={self.total_steps}: "
-                "lower it"
-            )
         if self.gamma < 1 and self.reward_every:
             raise UserError(
                 f"gamma={self.gamma} with reward_every={self.reward_every} would favour scores that come early: take "
@@ -273,7 +269,7 @@ class TrainConfig:
 
     @property
     def critic_steps(self) -> int:
-        """The first steps in which a critic of its own learns alone, as set or by default."""
+        """The first steps in which lambda is 1 for the sake of a critic of its own, as set or by default."""
         if self.critic == "shared":
             return 0
         if self.critic_first_steps is None:

@@ -396,7 +396,7 @@ def ppo_update(
     optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)  # the policy's; that of an own critic is constant
 
     # advantages
-    batch, explained_var = estimate_advantages(rollout, cfg)
+    batch, explained_var = estimate_advantages(rollout, cfg, step)
     stats = UpdateStats(rollout.mask.device)
     for epoch in range(cfg.ppo_epochs):
         epoch_stats = UpdateStats(rollout.mask.device)  # apart, for target_kl
@@ -426,8 +426,8 @@ def ppo_update(
     }
 
 
-def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, float]:
-    """Whitened advantages and the critic's returns, with what of the rollout the loss needs.
+def estimate_advantages(rollout: Rollout, cfg: TrainConfig, step: int) -> tuple[Batch, float]:
+    """Whitened advantages and the critic's returns at PPO step 1, 2, …, with what of the rollout the loss needs.
 
     A critic of its own is fitted to the reward still to come, whatever gae_lambda is for the advantages (decoupled GAE,
     VC-PPO, arXiv 2503.01491). Also returns explained_var, the share of the variance of the reward still to come that
@@ -441,7 +441,7 @@ def estimate_advantages(rollout: Rollout, cfg: TrainConfig) -> tuple[Batch, floa
     _, reward_to_go = compute_gae(rewards, baseline, mask, cfg.gamma, gae_lambda=1.0)
     if cfg.critic == "own":
         baseline = baseline + mean_error_of_others(reward_to_go, baseline, mask)
-    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, cfg.gae_lambda)
+    advantages, returns = compute_gae(rewards, baseline, mask, cfg.gamma, lambda_of(cfg, step))
     targets = reward_to_go if cfg.critic == "own" else returns
     batch = Batch(
         sequences=rollout.sequences,
@@ -607,19 +607,17 @@ def build_scaler(policy: GPT2WithValueHead) -> GradScaler:
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """The learning rate of PPO step 1, 2, …: 0 while a critic of its own learns first, then the schedule.
-
-    It rises over warmup_steps, then falls linearly to 0 or is constant.
-    """
-    if step <= cfg.critic_steps:
-        return 0.0
-    step -= cfg.critic_steps
-    total_steps = cfg.total_steps - cfg.critic_steps
+    """The learning rate of PPO step 1, 2, …: it rises over warmup_steps, then falls linearly to 0 or is constant."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     if cfg.lr_schedule == "constant":
         return cfg.lr
-    return cfg.lr * (1 - (step - 1 - cfg.warmup_steps) / (total_steps - cfg.warmup_steps))
+    return cfg.lr * (1 - (step - 1 - cfg.warmup_steps) / (cfg.total_steps - cfg.warmup_steps))
+
+
+def lambda_of(cfg: TrainConfig, step: int) -> float:
+    """GAE's lambda at PPO step 1, 2, …: 1 in the first steps of a critic of its own, which can foresee little yet."""
+    return 1.0 if step <= cfg.critic_steps else cfg.gae_lambda
 
 
 @dataclass

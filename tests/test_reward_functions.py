@@ -476,7 +476,7 @@ def test_a_reward_per_token_is_credited_on_its_token(place: Path, paid: dict[str
         expected[row, length - 1] += 2  # what is no token's own is paid at the end
     assert torch.allclose(rollout.rewards(), expected, atol=1e-6)
     cfg = TrainConfig(reward_every=0, gae_lambda=0.9, batch_size=5, minibatch_size=5)
-    batch, _ = estimate_advantages(rollout, cfg)
+    batch, _ = estimate_advantages(rollout, cfg, step=1)
     advantages, _ = compute_gae(expected, plain.values, mask, 1.0, 0.9)
     assert torch.allclose(batch.advantages, whiten(advantages, mask), atol=1e-5)
     scaled = type(plain)(**{**vars(rollout), "score_scale": ScoreScale(mean=1.0, std=4.0)})

@@ -159,8 +159,7 @@ class Session:
         score = f"{score_title(self.label)} {show_score(row['score_mean'], self.label)}"
         postfix = f"{score}, KL {row['kl_seq']:.2f}, beta {self.kl_controller.coef:.3g}"
         self.bar.set_postfix_str(postfix, refresh=False)
-        if step > self.cfg.critic_steps:  # before, the policy stands still
-            self.kl_controller.update(row["kl_seq"])
+        self.kl_controller.update(row["kl_seq"])
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) happens after this one; the last one counts."""

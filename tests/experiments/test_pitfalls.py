@@ -66,7 +66,10 @@ def test_the_named_test_fails_with_the_bug(bug: Bug) -> None:
     """
     flags = ["--noconftest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "--no-header"]
     planter = Planter(bug)
-    assert pytest.main([str(ROOT / bug.test), *flags], plugins=[sys.modules["conftest"], planter]) == pytest.ExitCode.TESTS_FAILED
+    assert (
+        pytest.main([str(ROOT / bug.test), *flags], plugins=[sys.modules["conftest"], planter])
+        == pytest.ExitCode.TESTS_FAILED
+    )
     assert isinstance(planter.error, AssertionError), planter.error
 
 
