@@ -396,7 +396,7 @@ def ppo_update(
     optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)  # the policy's; that of an own critic is constant
 
     # advantages
-    batch, explained_var = estimate_advantages(rollout, cfg, step)
+    batch, value_fit = estimate_advantages(rollout, cfg, step)
     stats = UpdateStats(rollout.mask.device)
     for epoch in range(cfg.ppo_epochs):
         epoch_stats = UpdateStats(rollout.mask.device)  # apart, for target_kl
@@ -418,7 +418,7 @@ def ppo_update(
             break
     return {
         **stats.metrics(),
-        "explained_var": explained_var,
+        **value_fit,
         "epochs": epoch + 1,
         "micro_batch_size": cfg.micro_batch_size or cfg.minibatch_size,
         "lr": learning_rate(cfg, step),
@@ -426,12 +426,12 @@ def ppo_update(
     }
 
 
-def estimate_advantages(rollout: Rollout, cfg: TrainConfig, step: int) -> tuple[Batch, float]:
+def estimate_advantages(rollout: Rollout, cfg: TrainConfig, step: int) -> tuple[Batch, dict[str, float]]:
     """Whitened advantages and the critic's returns at PPO step 1, 2, …, with what of the rollout the loss needs.
 
     A critic of its own is fitted to the reward still to come, whatever gae_lambda is for the advantages (decoupled GAE,
-    VC-PPO, arXiv 2503.01491). Also returns explained_var, the share of the variance of the reward still to come that
-    the baseline explains: 1 all, 0 nothing.
+    VC-PPO, arXiv 2503.01491). Also returns two columns of metrics.csv: return_std, the spread of the reward still to
+    come, and explained_var, the share of its variance that the baseline explains: 1 all, 0 nothing.
     """
     mask = rollout.mask
     rewards = rollout.rewards()
@@ -452,7 +452,11 @@ def estimate_advantages(rollout: Rollout, cfg: TrainConfig, step: int) -> tuple[
         kl_price=rollout.kl_coef * inverse_std(advantages, mask),
         ref_states=rollout.ref_states,
     )
-    return batch, explained_variance(reward_to_go, baseline, mask)
+    value_fit = {
+        "return_std": reward_to_go[mask].std(correction=0).item(),
+        "explained_var": explained_variance(reward_to_go, baseline, mask),
+    }
+    return batch, value_fit
 
 
 def accumulate_gradients(

@@ -586,6 +586,7 @@ def test_ppo_update_metrics_are_means_over_all_tokens_of_all_minibatches() -> No
     )
     expected = 1 - (to_go - v).var() / to_go.var()
     assert whole["explained_var"] == pytest.approx(expected, rel=1e-4)
+    assert whole["return_std"] == pytest.approx(to_go.std(), rel=1e-4)
 
 
 def test_ppo_update_reports_the_mean_clip_fraction_and_kl(monkeypatch: pytest.MonkeyPatch) -> None:

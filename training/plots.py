@@ -9,10 +9,15 @@ from reward import PART, score_title
 from runtime.files import read_table, rename
 from runtime.pictures import BLUE, blank_figure, line_style
 
-VALUE_FIT = "value fit (1: perfect)"
 PARTS = "parts of the score"
-LOWEST_FIT = -1.0  # it can fall without bound
-WORDS = {"kl_seq": "sampled tokens", "kl_seq_exact": "exact"}
+VALUE_FIT = "critic: the reward still to come"
+ERROR_STD = "error_std"  # of what the critic expects; computed here
+WORDS = {
+    "kl_seq": "sampled tokens",
+    "kl_seq_exact": "exact",
+    "return_std": "its spread",
+    ERROR_STD: "the critic's error",
+}
 HELD_OUT: dict[str, Any] = {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""}
 
 
@@ -31,7 +36,7 @@ def panels(label: str | None, parts: list[str]) -> dict[str, list[str]]:
         **scores,
         "KL to the reference, nats per response": ["kl_seq", "kl_seq_exact"],
         "entropy, nats per token": ["entropy"],
-        VALUE_FIT: ["explained_var"],
+        VALUE_FIT: ["return_std", ERROR_STD],
         "response length, tokens": ["response_len"],
     }
 
@@ -40,10 +45,10 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     """Draw the columns of metrics.csv over steps, and the averages over held-out prompts of eval.csv beside it."""
     names = read_table(metrics_csv, "step").columns
     columns_of = panels(label, [name for name in names if name.startswith(PART) and name != "reward_mean"])
-    drawn = [column for columns in columns_of.values() for column in columns]
-    table = read_table(metrics_csv, "step", *drawn).set_index("step")
-    cut = table.index[table["explained_var"] < LOWEST_FIT]
-    table["explained_var"] = table["explained_var"].clip(lower=LOWEST_FIT)
+    drawn = [column for columns in columns_of.values() for column in columns if column != ERROR_STD]
+    table = read_table(metrics_csv, "step", *drawn, "explained_var").set_index("step")
+    # explained_var = 1 - (error_std / return_std)^2, which falls without bound once all rewards are nearly alike
+    table[ERROR_STD] = table["return_std"] * (1 - table["explained_var"]).pow(0.5)
     figure = blank_figure(16 if PARTS in columns_of else 12, 6.4)
     places = list(figure.subplots(2, 4 if PARTS in columns_of else 3, sharex=True).flat)
     for axis in places[len(columns_of) :]:
@@ -59,9 +64,7 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("PPO step", fontsize=9)
         axis.grid(alpha=0.3)
-    axes[VALUE_FIT].set_ylim(LOWEST_FIT - 0.1, 1.05)
-    if len(cut):
-        axes[VALUE_FIT].plot(cut, [LOWEST_FIT] * len(cut), "v", color=BLUE, markersize=4, label="below −1")
+    axes[VALUE_FIT].set_ylim(bottom=0)
     held_out = metrics_csv.with_name("eval.csv")
     if held_out.exists():
         draw_held_out(axes, columns_of, pd.read_csv(held_out).set_index("step"))

@@ -13,13 +13,13 @@ from training.plots import VALUE_FIT, plot_curves
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("lowest", [-0.9, -40.0])
-def test_a_value_fit_that_falls_without_bound_is_cut_and_marked(
-    lowest: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fit", "ratio"), [(0.75, 0.5), (0.0, 1.0), (-3.0, 2.0), (np.nan, np.nan)])
+def test_the_critics_error_is_drawn_beside_the_spread_of_what_it_expects(
+    fit: float, ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = pd.read_csv(ROOT / "results" / "tiny_metrics.csv")
-    fit = np.linspace(0.9, lowest, len(table))
-    table.assign(explained_var=fit).to_csv(tmp_path / "metrics.csv", index=False)
+    spread = np.linspace(0.9, 0.1, len(table))
+    table.assign(explained_var=fit, return_std=spread).to_csv(tmp_path / "metrics.csv", index=False)
     figures: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(
@@ -28,15 +28,15 @@ def test_a_value_fit_that_falls_without_bound_is_cut_and_marked(
     plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", "positive")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     (axis,) = [axis for axis in figures[0].axes if axis.get_title() == VALUE_FIT]
-    assert axis.get_ylim()[0] > -1.2
-    marked = [x for line in axis.lines if line.get_marker() == "v" for x in line.get_xdata()]
-    assert marked == table.step[fit < -1].tolist()
-    labels = [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
-    assert ("below −1" in labels) == (lowest < -1)
+    of_batches = [line.get_ydata() for line in axis.lines if line.get_alpha()]
+    assert of_batches[0] == pytest.approx(spread)
+    assert of_batches[1] == pytest.approx(ratio * spread, nan_ok=True)
+    assert axis.get_ylim()[0] == 0
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["its spread", "the critic's error"]
 
 
 def test_lines_and_points_are_explained_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = pd.read_csv(ROOT / "results" / "tiny_metrics.csv")
+    table = pd.read_csv(ROOT / "results" / "tiny_metrics.csv").assign(return_std=0.5)
     table.to_csv(tmp_path / "metrics.csv", index=False)
     held_out = pd.DataFrame(
         {"step": [0, 10], "score_mean": [0.1, 0.9], "kl_seq": [0.0, 7.0], "kl_seq_exact": [0.0, 2.0]}
