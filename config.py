@@ -191,11 +191,8 @@ class TrainConfig:
         heading="Critic",
     )
     critic_lr: float = opt(1e-4, "AdamW step size of a critic of its own.", POSITIVE)
-    critic_first_steps: int | None = opt(
-        None,
-        "First steps in which lambda is 1, because a critic of its own foresees little yet (default: 10, a quarter of "
-        "total_steps at most).",
-        AT_LEAST_0,
+    lambda_warmup_steps: int = opt(
+        0, "Steps over which lambda falls from 1 to gae_lambda, while the critic learns to foresee.", AT_LEAST_0
     )
     value_clip_range: float = opt(0.2, "A value may move this far from the acting critic's.", POSITIVE)
     value_coef: float = opt(0.1, "Weight of the value loss.", AT_LEAST_0)
@@ -232,10 +229,8 @@ class TrainConfig:
             raise UserError(
                 f"warmup_steps={self.warmup_steps} must be less than total_steps={self.total_steps}: lower it"
             )
-        if self.critic == "shared":
-            for name in ("critic_lr", "critic_first_steps"):
-                if getattr(self, name) != getattr(TrainConfig, name):
-                    raise UserError(f"{name} is that of a critic of its own: set critic=own, too, or leave it out")
+        if self.critic == "shared" and self.critic_lr != TrainConfig.critic_lr:
+            raise UserError("critic_lr is that of a critic of its own: set critic=own, too, or leave it out")
         if self.gamma < 1 and self.reward_every:
             raise UserError(
                 f"gamma={self.gamma} with reward_every={self.reward_every} would favour scores that come early: take "
@@ -266,15 +261,6 @@ class TrainConfig:
         if self.report_to.strip() == "none":
             return []
         return list(dict.fromkeys(name.strip() for name in self.report_to.split(",")))
-
-    @property
-    def critic_steps(self) -> int:
-        """The first steps in which lambda is 1 for the sake of a critic of its own, as set or by default."""
-        if self.critic == "shared":
-            return 0
-        if self.critic_first_steps is None:
-            return min(10, self.total_steps // 4)
-        return self.critic_first_steps
 
     @property
     def ref_revision(self) -> str | None:

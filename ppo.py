@@ -620,8 +620,14 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 
 
 def lambda_of(cfg: TrainConfig, step: int) -> float:
-    """GAE's lambda at PPO step 1, 2, …: 1 in the first steps of a critic of its own, which can foresee little yet."""
-    return 1.0 if step <= cfg.critic_steps else cfg.gae_lambda
+    """GAE's lambda at PPO step 1, 2, …: it falls linearly from 1 to gae_lambda over lambda_warmup_steps.
+
+    With 1 any critic leaves the expected gradient as it is; the lower it is, the more a critic that cannot foresee biases
+    it.
+    """
+    if step > cfg.lambda_warmup_steps:
+        return cfg.gae_lambda
+    return 1 - (1 - cfg.gae_lambda) * (step - 1) / cfg.lambda_warmup_steps
 
 
 @dataclass

@@ -48,7 +48,7 @@ FROM_ZERO = {
     "seed",
     "eval_every",
     "frontier",
-    "critic_first_steps",
+    "lambda_warmup_steps",
 }
 
 

@@ -201,7 +201,7 @@ OWN_CRITIC = {
     "kl_coef": BETA,
     "critic": "own",
     "critic_lr": 1e-3,
-    "critic_first_steps": 20,
+    "lambda_warmup_steps": 40,
     "warmup_steps": 10,
     "value_coef": 1.0,
 }
@@ -212,7 +212,7 @@ def test_a_critic_of_its_own_learns_the_true_values() -> None:
     policy, reference = make_policy(VOCAB), make_policy(VOCAB)
     add_own_critic(policy, reference)
     rewards = torch.rand(85, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    still = {"lr": 0.0, "warmup_steps": 0, "critic_first_steps": 0, "critic_lr": 3e-4, "total_steps": 60}
+    still = {"lr": 0.0, "warmup_steps": 0, "lambda_warmup_steps": 0, "critic_lr": 3e-4, "total_steps": 60}
     train(policy, reference, rewards, TrainConfig(**{**OWN_CRITIC, **still}, gae_lambda=0.5))
     values, exact = learned_values(policy), true_values(reference, rewards)
     assert values.keys() == exact.keys()

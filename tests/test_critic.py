@@ -28,9 +28,8 @@ SETTINGS: dict[str, Any] = {
     "max_grad_norm": 1e6,
     "total_steps": 10,
     "critic": "own",
-    "critic_first_steps": 0,
 }
-SHARED = {"critic": "shared", "critic_first_steps": None}
+SHARED = {"critic": "shared"}
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -202,18 +201,16 @@ def test_a_critic_that_lags_credits_no_token_for_being_the_last() -> None:
     assert not torch.allclose(one, other, atol=0.1)
 
 
-def test_in_the_first_steps_lambda_is_1() -> None:
+def test_lambda_falls_from_1_while_the_critic_learns() -> None:
+    cfg = settings(lambda_warmup_steps=4, gae_lambda=0.6)
+    assert [lambda_of(cfg, step) for step in range(1, 8)] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.6, 0.6])
+    assert lambda_of(settings(gae_lambda=0.6), 1) == 0.6
     policy = with_own_critic()
     rollout = rollout_of(policy)
-    cfg = settings(critic_first_steps=2, gae_lambda=0.5)
-    first, last_of_first, later = (estimate_advantages(rollout, cfg, step)[0].advantages for step in (1, 2, 3))
-    whole, half = (
-        estimate_advantages(rollout, settings(gae_lambda=gae_lambda), step=1)[0].advantages for gae_lambda in (1, 0.5)
-    )
-    assert torch.equal(first, whole)
-    assert torch.equal(last_of_first, whole)
-    assert torch.equal(later, half)
-    assert not torch.allclose(whole, half, atol=0.1)
+    for step, gae_lambda in ((1, 1.0), (3, 0.8), (5, 0.6)):
+        at_step = estimate_advantages(rollout, cfg, step)[0].advantages
+        expected = estimate_advantages(rollout, settings(gae_lambda=gae_lambda), step=1)[0].advantages
+        assert torch.allclose(at_step, expected, atol=1e-6)
 
 
 def test_each_network_has_its_learning_rate_and_its_own_clipping() -> None:
@@ -234,19 +231,10 @@ def test_each_network_has_its_learning_rate_and_its_own_clipping() -> None:
     assert row["grad_norm"] > 0.05
 
 
-@pytest.mark.parametrize(("total_steps", "first"), [(200, 10), (40, 10), (22, 5), (3, 0), (1, 0)])
-def test_the_first_steps_are_a_quarter_of_all_at_most(total_steps: int, first: int) -> None:
-    cfg = settings(total_steps=total_steps, critic_first_steps=None)
-    assert cfg.critic_steps == first
-    assert lambda_of(cfg, first + 1) == cfg.gae_lambda < 1
-    assert settings(**SHARED).critic_steps == 0
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({**SHARED, "critic_lr": 1e-3}, "critic_lr is that of a critic of its own"),
-        ({"critic": "shared", "critic_first_steps": 3}, "critic_first_steps is that of a critic of its own"),
         ({"critic": "both"}, "critic='both' is unknown"),
     ],
 )

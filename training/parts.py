@@ -55,8 +55,6 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                 raise UserError(f"dataset {name} does not exist: check the path given to --dataset")
         elif not name.startswith("tiny:"):
             require_hub(setting, name)
-    if cfg.critic == "own":  # so that a resumed run with more steps keeps them
-        absolute["critic_first_steps"] = cfg.critic_steps
     return replace(cfg, device=device, dtype=resolve_dtype(cfg.dtype, device), **absolute)
 
 

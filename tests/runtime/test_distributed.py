@@ -205,7 +205,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(
 
 
 def test_resume_with_another_number_of_processes(flags: dict[str, str], tmp_path: Path) -> None:
-    more = {"kl_in_loss": "true", "critic": "own", "critic_first_steps": "2"}  # to gather, to sum and to send to all
+    more = {"kl_in_loss": "true", "critic": "own", "lambda_warmup_steps": "2"}  # to gather, to sum and to send to all
     flags = {**flags, **more}
     whole = run({**flags, **STEPS, "total_steps": "6", "save_every": "3", "ckpt_dir": str(tmp_path / "whole")})
     shutil.copytree(whole, tmp_path / "broken")

@@ -72,7 +72,7 @@ def interrupted(flags: dict[str, str], at: int, monkeypatch: pytest.MonkeyPatch,
         (5, "--lr_schedule constant --warmup_steps 2 --top_k 9"),
         (5, "--micro_batch_size 2 --ent_coef 0.01"),
         (5, "--kl_in_loss true --adaptive_kl_target 0.5"),
-        (5, "--critic own --critic_first_steps 2 --reward_every 0 --gae_lambda 0.8"),
+        (5, "--critic own --lambda_warmup_steps 2 --reward_every 0 --gae_lambda 0.8"),
     ],
 )
 def test_n_steps_equal_k_steps_and_a_resume(
