@@ -622,8 +622,8 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 def lambda_of(cfg: TrainConfig, step: int) -> float:
     """GAE's lambda at PPO step 1, 2, …: it falls linearly from 1 to gae_lambda over lambda_warmup_steps.
 
-    With 1 any critic leaves the expected gradient as it is; the lower it is, the more a critic that cannot foresee biases
-    it.
+    At 1 any critic leaves the expected gradient as it is. The lower lambda is, the more a critic that foresees little
+    biases it.
     """
     if step > cfg.lambda_warmup_steps:
         return cfg.gae_lambda
