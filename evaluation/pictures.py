@@ -122,12 +122,14 @@ def draw_best_possible(axis: Any, summary: dict[str, Any], farthest: float = mat
     """
     curve = pd.DataFrame(summary["optimal_curve"]).query("kl <= @farthest")
     best_of_n = pd.DataFrame(summary["best_of_n"]).query("kl <= @farthest")
-    certain = curve.kl <= summary["kl_certain"]
-    axis.plot(curve.kl[certain], curve.score_mean[certain], color=BEST, label="best possible")
-    if not certain.all():
-        axis.plot(curve.kl[~certain], curve.score_mean[~certain], ":", color=BEST, label="possible, at least")
-    axis.plot(best_of_n.kl, best_of_n.score_mean, "o-", color=GREY, markersize=4, linewidth=1, label="best of n")
-    annotate(axis, best_of_n.n, best_of_n.kl, best_of_n.score_mean)
+    certain = curve[curve.kl <= summary["kl_certain"]]
+    uncertain = curve[len(certain) :]
+    axis.plot(certain.kl, certain.score_mean, color=BEST, label="best possible")
+    if len(uncertain):
+        joined = pd.concat([certain[-1:], uncertain])  # no gap between the two lines
+        axis.plot(joined.kl, joined.score_mean, ":", color=BEST, label="possible, at least")
+    label = f"best of {', '.join(map(str, best_of_n.n))}"  # numbers beside the points would hide policies
+    axis.plot(best_of_n.kl, best_of_n.score_mean, "o-", color=GREY, markersize=4, linewidth=1, label=label)
 
 
 def draw_points(axis: Any, points: pd.DataFrame, **style: Any) -> None:
@@ -175,7 +177,7 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
     alone = table.run.nunique() == 1
     for number, (run, unordered) in enumerate(table.groupby("run", sort=False)):
         points, style, mark = unordered.sort_values("alpha"), line_style(number), point_style(number)
-        name = "between base and policy, and beyond" if alone else str(run)
+        name = "from base to policy and beyond, with alpha" if alone else str(run)
         axis.plot([0, *points.kl], [base, *points.score], **style, label=name)
         draw_points(axis, points, color=style["color"], marker=".", alpha=1 if alone else 0.4)
         trained = points[points.alpha == 1]

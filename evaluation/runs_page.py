@@ -5,6 +5,7 @@ The page needs no network; runs_page.html is its frame. What a run is made of is
 
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,17 @@ def write_runs(runs: Sequence[ComparedRun], notes: Sequence[str], page: Path) ->
 
 
 def groups_of(runs: Sequence[ComparedRun]) -> list[list[ComparedRun]]:
-    """The runs of each setting, which differ in nothing but their seed; they have one colour, line and marker."""
+    """The runs of each setting, which differ in nothing but their seed; they have one colour, line and marker.
+
+    A second run of the same seed, such as one of other code, is no further seed: it begins another group.
+    """
     groups: dict[str, list[ComparedRun]] = {}
+    of_this_seed: Counter[str] = Counter()
     for run in runs:
         setting = {name: value for name, value in run.settings.items() if name != "seed"}
-        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(run)
+        with_seed = json.dumps(run.settings, sort_keys=True)
+        of_this_seed[with_seed] += 1
+        groups.setdefault(json.dumps([setting, of_this_seed[with_seed]], sort_keys=True), []).append(run)
     return list(groups.values())
 
 

@@ -13,6 +13,7 @@ AS_ON_WINDOWS = """
 import sys, warnings
 for name in ("resource", "fcntl", "termios", "pwd", "grp", "tty", "pty", "syslog"):
     sys.modules[name] = None
+sys.modules["psutil"] = None  # where it is installed, transformers imports it, and psutil for Linux imports resource
 ours = r"(config|train|eval|ppo|model|reward|data|utils|runtime|training|evaluation|pretrain)\\b.*"
 warnings.filterwarnings("error", category=EncodingWarning, module=ours)
 import train, eval, runtime.files

@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with redirect_stdout(sys.stderr) if cfg.json else nullcontext():  # notes must not get among the objects
         models = load(cfg)
     asks = cfg.prompt is None and sys.stdin.isatty()
-    if can_shade(sys.stdout) and not cfg.json:
-        scale = [paint([(char, least) for char in f" {least:g} "], True) for least, _ in SHADES]
-        print("KL of each token to base, from so many nats on:", *scale, end="\n\n")
+    shaded = can_shade(sys.stdout)
+    if shaded and not cfg.json:
+        print(shade_scale(), end="\n\n")
     for draw, prompt in enumerate(prompts(cfg.prompt)):
         try:
             rows = models.respond(prompt, draw)
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.json:
             print("\n".join(json.dumps(asdict(one)) for row in rows for one in row), flush=True)
         else:
-            print(shown(rows, models.label), flush=True)
+            width = shutil.get_terminal_size((100, 24)).columns
+            print(shown(rows, models.label, width, shaded), flush=True)
 
 
 def prompts(prompt: str | None) -> Iterator[str]:
@@ -271,9 +272,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
     return texts
 
 
-def shown(rows: list[list[Response]], label: str | None) -> str:
-    """A prompt and its responses, side by side, each token shaded by its KL where the terminal can do so."""
-    shaded, width = can_shade(sys.stdout), shutil.get_terminal_size((100, 24)).columns
+def shade_scale() -> str:
+    """What the shades of `shown` mean."""
+    scale = [paint([(char, least) for char in f" {least:g} "], True) for least, _ in SHADES]
+    return " ".join(["KL of each token to base, from so many nats on:", *scale])
+
+
+def shown(rows: list[list[Response]], label: str | None, width: int, shaded: bool) -> str:
+    """A prompt and its responses, side by side in `width` characters, each token shaded by its KL if `shaded`."""
     blocks = [paint(cells([(rows[0][0].prompt, 0.0)]), False)]
     for row in rows:
         blocks.append(side_by_side([(heading(one, label), cells(one.tokens)) for one in row], width, shaded))

@@ -1,6 +1,7 @@
 """Pictures and pages can be read: by colour-blind readers, on white and on black, and whole."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -86,6 +87,12 @@ def test_runs_of_one_setting_are_one_group() -> None:
     assert styles[0.0, 0.2] == styles[0.0, 0.6] != styles[0.0, 0.9]
 
 
+def test_a_second_run_of_the_same_seed_is_no_further_seed() -> None:
+    """Such as the run of a planted bug beside the right one: a mean of the two would hide both."""
+    runs = [compared(name, seed, 0.1, 0.5) for name, seed in (("right", 0), ("sick", 0), ("other seed", 1))]
+    assert [[run.name for run in group] for group in groups_of(runs)] == [["right", "other seed"], ["sick"]]
+
+
 def test_no_line_is_cut_off_where_a_later_panel_goes_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     new_figure = pictures.new_figure
@@ -99,3 +106,20 @@ def test_no_line_is_cut_off_where_a_later_panel_goes_further(tmp_path: Path, mon
         assert axis.get_xlim()[0] == 0
         assert axis.get_xlim()[1] > 8
         assert axis.get_ylim()[1] > 80
+
+
+def test_the_best_possible_is_one_line_that_is_dotted_where_it_is_uncertain() -> None:
+    summary = {
+        "optimal_curve": {"kl": [0.0, 0.5, 1.0, 1.5, 2.0], "score_mean": [0.0, 0.4, 0.7, 0.8, 0.9]},
+        "best_of_n": {"n": [1, 2, 4], "kl": [0.0, 0.2, 0.7], "score_mean": [0.0, 0.2, 0.5]},
+        "kl_certain": 1.2,
+    }
+    _, (axis,) = pictures.new_figure(1)
+    pictures.draw_best_possible(axis, summary)
+    solid, dotted, best_of_n = axis.lines
+    assert solid.get_xdata().tolist() == [0, 0.5, 1]
+    assert dotted.get_xdata().tolist() == [1, 1.5, 2]
+    assert best_of_n.get_label() == "best of 1, 2, 4"
+    _, (axis,) = pictures.new_figure(1)
+    pictures.draw_best_possible(axis, {**summary, "kl_certain": math.inf})
+    assert [line.get_linestyle() for line in axis.lines] == ["-", "-"]
