@@ -197,7 +197,8 @@ def curve_picture(table: pd.DataFrame, summary: dict[str, Any], path: Path) -> N
 def shares_picture(tables: dict[str, pd.DataFrame], path: Path) -> None:
     """Draw each run's share of the best gain against KL, a panel for each table of tools.interpolate by its title."""
     rows = math.ceil(len(tables) / 2)
-    figure, axes = new_figure(len(tables), rows, (13, 3.8 * rows), share=True)
+    width = 13 if len(tables) > 1 else 7.5
+    figure, axes = new_figure(len(tables), rows, (width, 3.8 * rows), share=True)
     runs = dict.fromkeys(run for table in tables.values() for run in table.run)
     styles = {run: line_style(number) | point_style(number) for number, run in enumerate(runs)}
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
