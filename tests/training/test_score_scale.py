@@ -350,7 +350,7 @@ def test_a_function_may_judge_prompt_and_response(python: dict[str, str]) -> Non
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
-FIVE = DOCS.read_text(encoding="utf-8").split("### Five examples")[1].split("\n## ")[0]
+FIVE = DOCS.read_text(encoding="utf-8").split("\n## A Python function\n")[1].split("\n## ")[0]
 EXAMPLES = re.findall(r"```python\n(.*?)```", FIVE, re.DOTALL)
 EXPECTED = {  # what the first four give "a film. good! " + 30 words, by hand
     "about_20_words": lambda n: -abs(n - 20),
