@@ -519,5 +519,7 @@ PRESETS[TrainConfig] = {
 PRESETS[EvalConfig] = {"default": EvalConfig(), "tiny": EvalConfig(preset="tiny", device="cpu")}
 
 # A Python reward judges finished texts: scores of unfinished ones would mean little, and be up to 63 more texts per
-# response. It is paid on the last token, with settings that are good for that, unless --reward_every is given
-PAID_AT_END: dict[str, Any] = {"reward_every": 0, "gae_lambda": 1.0}
+# response. It is paid on the last token, unless --reward_every is given. A critic of its own then learns to foresee it;
+# a shared one foresees too little for a lambda below 1 (docs/lab_notes.md)
+PAID_AT_END: dict[str, Any] = {"reward_every": 0, "critic": "own", "gae_lambda": 0.7, "lambda_warmup_steps": 20}
+PAID_AT_END_SHARED: dict[str, Any] = {"gae_lambda": 1.0, "lambda_warmup_steps": 0}

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from config import (
     PAID_AT_END,
+    PAID_AT_END_SHARED,
     PRESETS,
     EvalConfig,
     PathUse,
@@ -122,6 +123,9 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     if cls is TrainConfig and values["reward_every"] and runs_python(values["rm_name"]):
         parser.set_defaults(**PAID_AT_END)
         paid_at_end = vars(parser.parse_args(argv))
+        if paid_at_end["critic"] == "shared":
+            parser.set_defaults(**PAID_AT_END_SHARED)
+            paid_at_end = vars(parser.parse_args(argv))
         if not paid_at_end["reward_every"]:  # otherwise a flag asks for partial scores
             values = paid_at_end
     # 3. The settings of the run to resume

@@ -559,7 +559,7 @@ def test_an_example_of_the_page_gives_what_is_expected(code: str, tmp_path: Path
 @pytest.mark.parametrize("line", re.findall(r"^python train\.py .+", ON_THE_PAGE, re.MULTILINE))
 def test_a_command_of_the_page_parses(line: str) -> None:
     cfg = parse_config(TrainConfig, shlex.split(line)[2:])
-    assert (cfg.reward_every, cfg.gae_lambda) == (0, 1), "as suits Python rewards, also where there are several"
+    assert (cfg.reward_every, cfg.critic) == (0, "own"), "as suits Python rewards, also where there are several"
     assert reward_names(cfg.rm_name)[0] == "rewards.py:correct"
 
 

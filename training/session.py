@@ -253,8 +253,9 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     print(f"policy {cfg.policy_name} ({size:,} weights), reward {cfg.rm_name}, on {cfg.device} in {cfg.dtype}")
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
     if runs_python(cfg.rm_name) and not cfg.reward_every:
+        critic = "a critic of its own, " if cfg.critic == "own" else ""
         print(
-            f"a Python reward judges finished responses: it is paid on their last token, with gae_lambda "
+            f"a Python reward judges finished responses: it is paid on their last token, with {critic}gae_lambda "
             f"{cfg.gae_lambda:g} and lr {cfg.lr:g}"
         )
     scale = parts.models.score_scale

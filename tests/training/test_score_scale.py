@@ -61,7 +61,7 @@ def test_a_python_reward_trains_in_its_own_units(python: dict[str, str], capsys:
     assert len(about["sha256"]) == 64
     scale = f"(score {-about['mean']:+.4g}) / {about['std']:.4g}"
     assert scale in printed.out
-    assert "paid on their last token, with gae_lambda 1" in printed.out
+    assert "paid on their last token, with a critic of its own, gae_lambda 0.7" in printed.out
     assert "mean score" in printed.out
     assert "sentiment" not in printed.out + printed.err
     assert "positive" not in printed.out + printed.err
@@ -286,11 +286,14 @@ def test_no_run_folder_can_run_code(
 def test_settings_for_rewards_that_are_paid_at_the_end() -> None:
     ours = parse_config(TrainConfig, ["--rm_name", "rewards.py:f"])
     assert {name: getattr(ours, name) for name in PAID_AT_END} == PAID_AT_END
-    assert ours.gae_lambda == 1
+    assert (ours.critic, ours.gae_lambda) == ("own", 0.7)
+    shared = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--critic", "shared"])
+    assert (shared.reward_every, shared.gae_lambda, shared.lambda_warmup_steps) == (0, 1, 0)
     asked = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--gae_lambda", "0.9"])
     assert (asked.reward_every, asked.gae_lambda) == (0, 0.9)
     partial_scores = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--reward_every", "4"])
     assert (partial_scores.reward_every, partial_scores.gae_lambda) == (4, TrainConfig.gae_lambda)
+    assert partial_scores.critic == "shared"
     classifier = parse_config(TrainConfig, ["--rm_name", "some/classifier"])
     assert classifier.reward_every == TrainConfig.reward_every
     tiny = parse_config(TrainConfig, ["--preset", "tiny", "--rm_name", "rewards.py:f"])
