@@ -245,6 +245,12 @@ def kl_logged(right: Function, self: Rollout) -> dict[str, float]:
     return right(replace(self, logprobs=upside_down, ref_logprobs=torch.zeros_like(upside_down)))
 
 
+@instead_of(utils, "shape_rewards")
+def kl_upside_down(right: Function, kl: Tensor, **rest: Any) -> Any:
+    """The KL that the reward pays for is the k3 estimate with the ratio upside down."""
+    return right(kl=kl.exp() - 1 - kl, **rest)
+
+
 @instead_of(parts, "load_models")
 def reference_is_policy(right: Function, **call: Any) -> Models:
     """The reference is the policy itself and not a copy, so the KL is always 0."""

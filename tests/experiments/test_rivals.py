@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,8 @@ def language() -> tuple[GPT2WithValueHead, GPT2WithValueHead, Tensor, Tensor]:
 
 
 def settings(**changes: Any) -> TrainConfig:
-    known = {"total_steps": 60, "batch_size": 512, "minibatch_size": 512, "ppo_epochs": 2, "lr": 4e-3, "kl_coef": BETA}
-    return TrainConfig(**{**known, **changes}, gae_lambda=1.0)
+    known = {"total_steps": 90, "batch_size": 256, "minibatch_size": 256, "ppo_epochs": 3, "lr": 2e-3, "kl_coef": BETA}
+    return TrainConfig(**{**known, **changes}, warmup_steps=5, gae_lambda=1.0)
 
 
 def learn(
@@ -207,7 +208,7 @@ def learn(
 
     offline: the reference responds, not the policy. bradley_terry: the better one of a pair is drawn, with probability
     sigmoid(difference of the rewards). The random numbers of a step are Sobol's, spread evenly, so that few steps are
-    enough: a point is a group of `count` responses, or of 4.
+    enough. A point is a group of responses, unless they are many.
     """
     policy, reference, start, rewards = language()
     number = {y: i for i, y in enumerate(RESPONSES)}
@@ -273,8 +274,10 @@ class Tabular:
         return torch.tensor(rows).log()
 
 
-def optimum_of_grpo(start: Tensor, rewards: Tensor, by_std: bool, by_length: bool) -> Tensor:
+@cache
+def optimum_of_grpo(by_std: bool, by_length: bool) -> Tensor:
     """Where the mean of GRPO's gradient is 0, over all responses by their probabilities, with a group without end."""
+    _, _, start, rewards = language()
     table = Tabular()
     reference = table.logprobs(table.logits_of(start))
     logits = table.logits_of(start).requires_grad_()
@@ -301,14 +304,13 @@ def optimum_of_grpo(start: Tensor, rewards: Tensor, by_std: bool, by_length: boo
 @pytest.mark.parametrize(("name", "divided"), [("grpo", True), ("dr_grpo", False)])
 def test_grpo_reaches_its_own_optimum(name: str, divided: bool) -> None:
     """k3 in the loss pulls towards the reference by KL(ref || pi), so it is another optimum than PPO's."""
-    start, rewards, learned = learn(name, 512, settings())
-    best = optimum_of_grpo(start, rewards, by_std=divided, by_length=divided)
-    assert is_close(learned, best), (variation(learned, best), divergence(learned, best))
-    for wrong in (start, optimum(start, rewards)):
-        assert not is_close(best, wrong)
-        assert not is_close(learned, wrong)
-    if divided:
-        assert not is_close(learned, optimum_of_grpo(start, rewards, by_std=False, by_length=False))
+    start, rewards, learned = learn(name, 256, settings())
+    best = optimum_of_grpo(by_std=divided, by_length=divided)
+    assert variation(learned, best) < 0.07
+    assert divergence(learned, best) < 0.03
+    of_the_other = optimum_of_grpo(by_std=not divided, by_length=not divided)
+    for wrong in (start, optimum(start, rewards), of_the_other):
+        assert divergence(learned, wrong) > 0.09
 
 
 @torch.no_grad()
@@ -334,12 +336,12 @@ def test_dr_grpo_has_an_optimum_in_closed_form() -> None:
 
     found = solve(())[1]
     with torch.enable_grad():
-        best = optimum_of_grpo(start, rewards, by_std=False, by_length=False)
+        best = optimum_of_grpo(by_std=False, by_length=False)
     torch.testing.assert_close(torch.stack([found[y] for y in RESPONSES]), best, atol=1e-3, rtol=0)
 
 
 def test_best_of_n_reaches_the_optimum_of_ppo() -> None:
-    start, rewards, learned = learn("best_of_n", 512, settings(), offline=True)
+    start, rewards, learned = learn("best_of_n", 256, settings(total_steps=60), offline=True)
     best = optimum(start, rewards)
     assert variation(learned, best) < 0.04
     assert divergence(learned, best) < 0.02
@@ -354,25 +356,33 @@ def loss_of_ranked_pairs(p: Tensor, start: Tensor, rewards: Tensor) -> float:
     return float(start.exp() @ losses @ start.exp())
 
 
-@pytest.mark.parametrize("name", ["dpo", "dpo_online"])
-def test_dpo_on_ranked_pairs_has_no_finite_optimum(name: str) -> None:
+def test_dpo_on_ranked_pairs_has_no_finite_optimum() -> None:
     """The better of a pair always wins, so the loss falls without end towards the best response, whatever beta is."""
-    start, rewards, learned = learn(name, 2, settings(total_steps=30), offline=name == "dpo")
+    start, rewards, learned = learn("dpo", 2, settings(total_steps=40), offline=True)
     losses = [loss_of_ranked_pairs(optimum(start, rewards, beta), start, rewards) for beta in (1, 0.3, 0.1, 0.03, 0.01)]
     assert losses == sorted(losses, reverse=True)
     of_ppo = optimum(start, rewards)
-    assert divergence(learned, start) > 1.5 * divergence(of_ppo, start)
+    assert loss_of_ranked_pairs(learned, start, rewards) < loss_of_ranked_pairs(of_ppo, start, rewards)
+    assert divergence(learned, start) > 5 * divergence(of_ppo, start)
     assert learned.exp() @ rewards.double() > of_ppo.exp() @ rewards.double()
+
+
+def test_online_dpo_on_ranked_pairs_ends_with_one_response() -> None:
+    """Pairs of one response teach nothing, so a policy that has found one stays with it."""
+    start, rewards, learned = learn("dpo_online", 2, settings(total_steps=40))
+    assert learned.exp().max() > 0.99
+    assert divergence(learned, start) > 2 * divergence(optimum(start, rewards), start)
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo_online"])
 def test_dpo_on_drawn_preferences_reaches_the_optimum_of_ppo(name: str) -> None:
     """Where the better response wins with probability sigmoid(r+ - r-), as the paper assumes."""
-    cfg = settings(batch_size=2048, minibatch_size=2048, ppo_epochs=1)
+    cfg = settings(batch_size=512, minibatch_size=512, ppo_epochs=2, lr=1e-3)
     start, rewards, learned = learn(name, 2, cfg, offline=name == "dpo", bradley_terry=True)
     best = optimum(start, rewards)
-    assert divergence(learned, best) < 0.03
-    assert divergence(start, best) > 0.3
+    assert divergence(learned, best) < 0.07
+    for wrong in (start, optimum(start, rewards, BETA / 4)):
+        assert divergence(learned, wrong) > 0.14
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
