@@ -3,7 +3,7 @@
     python -m experiments.methods                              the tiny world: three seeds of each method
     python -m experiments.methods --methods rloo,grpo          some of them
     python -m experiments.methods --draw results/methods_tiny.csv          only the tables and the picture
-    python -m experiments.methods --train "--policy_name gpt2 --total_steps 40" --evaluate "" --csv methods.csv
+    python -m experiments.methods --train "--policy_name gpt2 --total_steps 40" --csv methods.csv --folder methods_gpt2
 
 Each method is trained with every pair of --lrs and --betas on the search seed. The pair with the largest share of the
 best gain at --choose_at nats is trained with the seeds and measured; where no pair gets there it is the one that gets
@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, opt
+from config import EvalConfig, UserError, opt
 
 import numpy as np
 import pandas as pd
@@ -46,9 +45,11 @@ from experiments.runner import (
     store,
     to_json,
 )
-from runtime.cli import numbers, parse_flags, run, words
+from runtime.cli import numbers, parse_config, parse_flags, run, words
 from runtime.files import read_table, write_atomic
 
+SHARED = ("seed", "device", "dtype", "rm_name", "reward_weights")  # settings that eval.py and tools.interpolate have
+OTHER_PROMPTS = ("dataset", "split", "text_column", "max_prompt_len", "min_prompt_len", "max_new_tokens")
 SEARCH, MEASURED = "search", "measured"  # what a run is for
 SETTINGS_HELP = "for all methods, and name=… for one"
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
@@ -121,6 +122,12 @@ def check_settings(cfg: MethodsConfig) -> None:
             of_method(cfg, setting, name)
     if cfg.search_seed in numbers("seeds", cfg.seeds, int):
         raise UserError(f"search_seed={cfg.search_seed} is one of the seeds: a setting is found on another one")
+    evaluation = parse_config(EvalConfig, words("evaluate", cfg.evaluate))
+    for setting in OTHER_PROMPTS:
+        if getattr(evaluation, setting) is not None:
+            raise UserError(
+                f"evaluate: {setting} must be that of the runs: curves and evaluation have the same prompts"
+            )
     if cfg.frontier < 2:
         raise UserError(f"frontier={cfg.frontier} must be 2 or more: shares of the best gain need it")
     if f"{cfg.choose_at:g}" not in kls():
@@ -206,11 +213,17 @@ def run_all(cfg: MethodsConfig, method: str, role: str, jobs: Sequence[Job]) -> 
 
 def interpolate(cfg: MethodsConfig, path: Path, jobs: Sequence[Job]) -> pd.DataFrame:
     """The curves of some runs, on the prompts of their evaluation (raises UserError)."""
-    settings = {"alphas": cfg.alphas, "frontier": cfg.frontier, "n_samples": cfg.n_samples, "judge": "none"}
+    evaluation = parse_config(EvalConfig, words("evaluate", cfg.evaluate))
+    settings = {
+        "alphas": cfg.alphas,
+        "frontier": cfg.frontier,
+        "n_samples": cfg.n_samples,
+        "judge": "none",
+        **{name: getattr(evaluation, name) for name in SHARED if getattr(evaluation, name) is not None},
+    }
     flags = [f"--{name}={value}" for name, value in settings.items()]
     folders = [str(job.folder) for job in jobs]
-    command = ["python", "-m", "tools.interpolate", *folders, "--curve", "--each", *flags, "--seed=1234"]
-    command += [flag for flag in words("evaluate", cfg.evaluate) if re.match("--(rm_name|device|dtype)=", flag)]
+    command = ["python", "-m", "tools.interpolate", *folders, "--curve", "--each", *flags]
     run_once([*command, f"--csv={path}"], path)
     return read_table(path, "run", "kl", "optimal_share")
 

@@ -51,6 +51,7 @@ def test_settings_are_for_all_methods_or_for_one() -> None:
         (["--frontier=0"], "frontier=0"),
         (["--choose_at=3"], "choose_at=3 is no column of the table: take 1, 2, 4"),
         (["--lrs=fast"], "lrs='fast'"),
+        (["--evaluate=--split train"], "evaluate: split must be that of the runs"),
     ],
 )
 def test_wrong_input_is_one_line(words: list[str], message: str) -> None:
@@ -127,7 +128,7 @@ def test_methods_are_searched_measured_kept_and_drawn(
         f"--folder={tmp_path / 'runs'}",
         f"--csv={tmp_path / 'table.csv'}",
         f"--train={shlex.join(f'--{name}={value}' for name, value in {**flags, 'eval_every': '0'}.items())}",
-        "--evaluate=--device=cpu --judge=none",
+        "--evaluate=--device cpu --judge none",
     ]
     monkeypatch.setattr(runner, "call", call_here)
     monkeypatch.setattr(methods, "call", call_here)

@@ -433,8 +433,17 @@ def test_offline_methods_learn_from_responses_of_base(
         seen.append(rollout)
         return right(rollout=rollout, **rest)
 
-    with planted(Substitute(ppo, "ppo_update", watch)):
-        train_by(find_method("dpo"), [*words(flags), "--total_steps", "3", "--lr", "0.01", "--eval_every", "0"])
+    reported: list[Rollout] = []
+
+    def watch_metrics(right: Any, self: Rollout) -> Any:
+        reported.append(self)
+        return right(self)
+
+    watchers = Substitute(ppo, "ppo_update", watch), Substitute(Rollout, "metrics", watch_metrics)
+    with planted(*watchers):
+        train_by(find_method("dpo"), [*words(flags), "--total_steps", "3", "--lr", "0.01", "--eval_every", "3"])
+    assert {type(rollout) for rollout in seen} == {OfflineRollout}
+    assert {type(rollout) for rollout in reported} == {Rollout, OfflineRollout}, "base responds in training alone"
     last = seen[-1]
     base = taught(last)
     assert base is not last
@@ -461,6 +470,7 @@ def test_wrong_settings_are_one_line(name: str, more: list[str], message: str, f
 def test_a_run_is_resumed_by_its_own_method_only(flags: dict[str, str], no_pictures: None) -> None:
     few = [*words(flags), "--total_steps", "1", "--eval_every", "0"]
     train_by(find_method("rloo"), few)
+    train_by(find_method("rloo"), [*few, "--resume"])  # it has ended
     with pytest.raises(UserError, match="is no run of grpo"):
         train_by(find_method("grpo"), [*few, "--resume"])
 
