@@ -8,7 +8,7 @@
 Each method is trained with every pair of --lrs and --betas on the search seed. The pair with the largest share of the
 best gain at --choose_at nats is trained with the seeds and measured; where no pair gets there it is the one that gets
 farthest. A share is read off the line of weights between base and policy, and beyond (tools.interpolate). The search's
-runs stand in the table as well.
+runs stand in the table as well. With one step size and one beta there is no search.
 
 Finished runs are kept and interrupted ones are resumed, so the same command again does what is left.
 """
@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if not len(runs):
         raise UserError(f"{path} has no runs: train them first")
     print(markdown(runs))
-    print(f"\nThe search, share of the best gain at {cfg.choose_at:g} nats:\n\n{markdown_of_search(runs)}")
+    if (runs.role == SEARCH).any():
+        print(f"\nThe search:\n\n{markdown_of_search(runs)}")
     draw_methods(runs[runs.role == MEASURED], path.with_suffix(".png"))
     if failed:
         raise UserError(f"{failed} runs failed, see above and log.txt in their folders")
@@ -158,12 +159,15 @@ def of_method(cfg: MethodsConfig, setting: str, method: str) -> list[str]:
 
 
 def measure_method(cfg: MethodsConfig, method: str) -> int:
-    """Search, choose and measure; returns how many runs failed."""
+    """Search, where there is a choice, and measure the best; returns how many runs failed."""
     pairs = list(itertools.product(of_method(cfg, "lrs", method), of_method(cfg, "betas", method)))
-    search = [job_of(cfg, method, lr, beta, cfg.search_seed) for lr, beta in pairs]
-    failed = run_all(cfg, method, SEARCH, search)
-    best = best_setting(cfg, search)
-    if best is None:  # nothing to choose from
+    failed = 0
+    best: int | None = 0
+    if len(pairs) > 1:
+        search = [job_of(cfg, method, lr, beta, cfg.search_seed) for lr, beta in pairs]
+        failed = run_all(cfg, method, SEARCH, search)
+        best = best_setting(cfg, search)
+    if best is None:  # all have failed
         return failed
     seeds = numbers("seeds", cfg.seeds, int)
     return failed + run_all(cfg, method, MEASURED, [job_of(cfg, method, *pairs[best], seed) for seed in seeds])
@@ -308,7 +312,7 @@ def cell(runs: pd.DataFrame, column: str) -> str:
 def markdown_of_search(runs: pd.DataFrame, column: str = "share_2") -> str:
     """A row for each method: the share of each setting that was tried, in the order of lr and beta."""
     search = runs[runs.role == SEARCH]
-    lines = [markdown_row("method", "lr, β: share, %"), markdown_row("---", "---")]
+    lines = [markdown_row("method", "lr, β: share of the best gain at 2 nats, %"), markdown_row("---", "---")]
     for method, tried in search.groupby("method", sort=False):
         cells = []
         for row in tried.to_dict("records"):

@@ -146,6 +146,8 @@ def draw_bug(axis: Any, column: str, bug: str, right: str, runs: pd.DataFrame, s
 
 def draw_methods(runs: pd.DataFrame, path: Path) -> None:
     """Draw score against KL of each method: its line from base through its policies, and each policy as trained."""
+    if not len(runs):
+        return
     figure = blank_figure(11, 6.5)
     axis = figure.subplots()
     with_best = runs[runs.optimal_curve.notna() & (runs.optimal_curve != "null")]

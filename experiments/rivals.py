@@ -122,6 +122,8 @@ def check_settings(chosen: Method, responses: int | None, cfg: TrainConfig) -> i
         raise UserError(f"responses={count} must be 2 or more and divide batch_size={cfg.batch_size}: change one")
     if chosen.is_rival and cfg.kl_in_loss:
         raise UserError(f"kl_in_loss is PPO's, and {chosen.name} has a place of its own for KL: leave it out")
+    if chosen.is_rival and cfg.batch_size < 2:
+        raise UserError(f"batch_size={cfg.batch_size} has nothing to compare a response with: take 2 or more")
     if chosen.is_rival and world_size() > 1:
         raise UserError(f"{chosen.name} runs in one process: start it without torchrun")
     if cfg.minibatch_size % count and chosen.name.startswith("dpo"):

@@ -460,6 +460,7 @@ def test_offline_methods_learn_from_responses_of_base(
         ("reinforce", ["--responses", "4"], "responses: reinforce has 1"),
         ("dpo", ["--minibatch_size", "1"], "splits a pair"),
         ("grpo", ["--kl_in_loss", "true"], "kl_in_loss is PPO's"),
+        ("reinforce", ["--batch_size", "1", "--minibatch_size", "1"], "batch_size=1 has nothing"),
     ],
 )
 def test_wrong_settings_are_one_line(name: str, more: list[str], message: str, flags: dict[str, str]) -> None:
