@@ -34,8 +34,7 @@ from experiments.weighted_likelihood import weighted_loss
 from model import GPT2WithValueHead
 from ppo import LARGEST_LOG_RATIO, NO_SCALER, Batch, Models, Rollout, UpdateStats
 from runtime import cli
-from runtime.cli import parse_config
-from runtime.distributed import world_size
+from runtime.cli import numbers, parse_config, was_launched
 from runtime.saved_run import SavedRun, resume_folder
 from training import parts, run_record
 from training.parts import Parts
@@ -100,10 +99,11 @@ def main() -> None:
 def train_by(chosen: Method, flags: Sequence[str]) -> None:
     """Train by a method; flags are train.py's and --responses (raises UserError)."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--responses", type=int)
+    parser.add_argument("--responses", nargs="?", const="")
     own, rest = parser.parse_known_args(flags)
     cfg = parse_config(TrainConfig, [*rest, *chosen.flags])
-    responses = check_settings(chosen, own.responses, cfg)
+    given = None if own.responses is None else numbers("responses", own.responses, int)[0]
+    responses = check_settings(chosen, given, cfg)
     torch.manual_seed(cfg.seed)
 
     def record(right: Function, **call: Any) -> dict[str, Any]:
@@ -124,14 +124,17 @@ def check_settings(chosen: Method, responses: int | None, cfg: TrainConfig) -> i
         raise UserError(f"kl_in_loss is PPO's, and {chosen.name} has a place of its own for KL: leave it out")
     if chosen.is_rival and cfg.batch_size < 2:
         raise UserError(f"batch_size={cfg.batch_size} has nothing to compare a response with: take 2 or more")
-    if chosen.is_rival and world_size() > 1:
+    if chosen.is_rival and was_launched():
         raise UserError(f"{chosen.name} runs in one process: start it without torchrun")
     if cfg.minibatch_size % count and chosen.name.startswith("dpo"):
         raise UserError(f"minibatch_size={cfg.minibatch_size} splits a pair: take an even number")
     if cfg.resume:
         earlier = SavedRun(resume_folder(cfg.resume, cfg.ckpt_dir))
-        if earlier.exists and earlier.record.get("method") != chosen.name:
-            raise UserError(f"{earlier.folder} is no run of {chosen.name}: choose another --ckpt_dir")
+        is_same = [earlier.record.get(name) for name in ("method", "responses_per_prompt")] == [chosen.name, count]
+        if earlier.exists and not is_same:
+            raise UserError(
+                f"{earlier.folder} is no run of {chosen.name} with {count} per prompt: choose another --ckpt_dir"
+            )
     return count
 
 

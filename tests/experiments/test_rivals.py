@@ -458,6 +458,7 @@ def test_offline_methods_learn_from_responses_of_base(
     [
         ("rloo", ["--responses", "3"], "responses=3 must be 2 or more and divide batch_size=8"),
         ("reinforce", ["--responses", "4"], "responses: reinforce has 1"),
+        ("rloo", ["--responses", "four"], "responses='four' is not understood"),
         ("dpo", ["--minibatch_size", "1"], "splits a pair"),
         ("grpo", ["--kl_in_loss", "true"], "kl_in_loss is PPO's"),
         ("reinforce", ["--batch_size", "1", "--minibatch_size", "1"], "batch_size=1 has nothing"),
@@ -474,6 +475,15 @@ def test_a_run_is_resumed_by_its_own_method_only(flags: dict[str, str], no_pictu
     train_by(find_method("rloo"), [*few, "--resume"])  # it has ended
     with pytest.raises(UserError, match="is no run of grpo"):
         train_by(find_method("grpo"), [*few, "--resume"])
+    with pytest.raises(UserError, match="is no run of rloo with 2 per prompt"):
+        train_by(find_method("rloo"), [*few, "--responses", "2", "--resume"])
+
+
+def test_rivals_run_in_one_process(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="grpo runs in one process"):
+        train_by(find_method("grpo"), words(flags))
 
 
 def test_an_unknown_method_names_the_choices() -> None:
