@@ -85,8 +85,8 @@ class MethodsConfig:
     responses: str = opt("4 best_of_n=16", f"Responses per prompt {SETTINGS_HELP}; others have a number of their own.")
     choose_at: float = opt(2.0, "KL, in nats, at which the best setting has the largest share.")
 
-    n_samples: int = opt(200, "Held-out prompts.", heading="What is measured, and where it is kept")
-    alphas: str = opt("0.25,0.5,0.75,1,1.5,2", "Points of the line between base, at 0, and policy, at 1.")
+    n_samples: int = opt(128, "Held-out prompts.", heading="What is measured, and where it is kept")
+    alphas: str = opt("0.5,0.75,1,1.5,2", "Points of the line between base, at 0, and policy, at 1.")
     frontier: int = opt(16, "Base responses per prompt, for the best possible score.")
     jobs: int = opt(1, "Runs at a time; with more than one, seconds mean nothing.")
     folder: str = opt("methods", "Where the runs are kept.", path="written")
@@ -107,12 +107,18 @@ def main(argv: list[str] | None = None) -> None:
     runs, _ = read_runs(path)
     if not len(runs):
         raise UserError(f"{path} has no runs: train them first")
+    runs = in_order(runs)
     print(markdown(runs))
     if (runs.role == SEARCH).any():
         print(f"\nThe search:\n\n{markdown_of_search(runs)}")
     draw_methods(runs[runs.role == MEASURED], path.with_suffix(".png"))
     if failed:
         raise UserError(f"{failed} runs failed, see above and log.txt in their folders")
+
+
+def in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs in the order of METHODS, whatever was run last."""
+    return runs.sort_values("method", key=lambda names: names.map(list(METHODS).index), kind="stable")
 
 
 def check_settings(cfg: MethodsConfig) -> None:
@@ -273,7 +279,7 @@ def add_best_possible(cfg: MethodsConfig) -> None:
     measured = runs[runs.role == MEASURED] if len(runs) else runs
     if not len(measured):
         return
-    row = measured.iloc[0].to_dict()
+    row = measured.sort_values(["setting", "seed"]).iloc[0].to_dict()  # always the same one
     path = Path(cfg.folder) / "best_possible.csv"
     # the last of two flags counts
     run_once([*shlex.split(row["judged"]), f"--out_csv={path}", f"--frontier={4 * cfg.frontier}"], path)

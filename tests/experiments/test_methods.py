@@ -18,6 +18,7 @@ from experiments import methods, runner
 from experiments.methods import (
     MethodsConfig,
     best_setting,
+    in_order,
     job_of,
     main,
     markdown,
@@ -171,7 +172,7 @@ def test_the_page_has_the_tables_and_a_section_for_each_method() -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "results").glob("methods_*.csv")):
         if not path.name.endswith("_steps.csv"):
-            runs = pd.read_csv(path)
+            runs = in_order(pd.read_csv(path))
             assert markdown(runs) in page, path
             if (runs.role == "search").any():
                 assert markdown_of_search(runs) in page, path
