@@ -151,12 +151,13 @@ def draw_methods(runs: pd.DataFrame, path: Path) -> None:
     figure = blank_figure(11, 6.5)
     axis = figure.subplots()
     with_best = runs[runs.optimal_curve.notna() & (runs.optimal_curve != "null")]
+    base = runs.base_score.mean()
     end = min(8.0, max(4.5, 1.15 * runs.kl.max()))
     if len(with_best):
         one = with_best.iloc[0]
         best = {name: json.loads(one[name]) for name in ("optimal_curve", "best_of_n")}
         draw_best_possible(axis, {**best, "kl_certain": one.get("kl_certain", np.inf)}, end)
-    base = runs.base_score.mean()
+        base = best["best_of_n"][0]["score_mean"]  # the mean of many responses: what a share's gain is counted from
     for number, (method, seeds) in enumerate(runs.groupby("method", sort=False)):
         curves = pd.concat(pd.DataFrame(json.loads(curve)) for curve in seeds.curve)
         mean = curves.groupby("alpha")[["kl", "score"]].mean()
