@@ -3,21 +3,19 @@
     python -m experiments.bugs shift --preset tiny --ckpt_dir runs/shift     train.py with a bug and no self-audit
 
 Nothing in the product knows of them. A bug is a function here: its docstring says what is wrong, and `instead_of` names
-the function whose place it takes. It gets that function as `right`, and the arguments of each call by name.
+the function whose place it takes, which it gets as `right` (experiments/planting.py).
 """
 
 import copy
-import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from weakref import WeakKeyDictionary
 
 from config import TrainConfig, UserError
@@ -31,6 +29,7 @@ import ppo
 import reward
 import train
 import utils
+from experiments.planting import Function, Substitute, planted, replaced
 from model import GPT2WithValueHead, Sequences, evaluate_both, transformer_forward, visible_keys
 from ppo import Batch, Models, Rollout
 from runtime import cli
@@ -41,19 +40,12 @@ from utils import position_ids, whiten
 
 PAGE = Path(__file__).parent.parent / "docs" / "pitfalls.md"
 RIGHT = "right"  # the name of training without a bug
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Bug:
-    """A bug: a function, and owner.replaces, in whose place it stands.
+class Bug(Substitute):
+    """A bug: the docstring of its function says what is wrong, its section of docs/pitfalls.md everything else."""
 
-    Its docstring says what is wrong. Everything else stands in its section of docs/pitfalls.md.
-    """
-
-    owner: Any
-    replaces: str
-    function: Function
     flags: tuple[str, ...] = ()  # settings that the bug needs to show
     resumed: bool = False  # it shows only in a run that was stopped half-way and resumed
 
@@ -103,38 +95,6 @@ def find_bug(name: str) -> Bug | None:
         if bug.name == name:
             return bug
     raise UserError(f"bug={name!r} is unknown: choose {', '.join([RIGHT, *(bug.name for bug in BUGS)])}")
-
-
-@contextmanager
-def planted(bug: Bug | None) -> Iterator[None]:
-    """A context in which the product has the bug."""
-    if bug is None:
-        yield
-        return
-    right = inspect.getattr_static(bug.owner, bug.replaces)
-    signature = inspect.signature(right)
-
-    def by_name(*args: Any, **named: Any) -> Any:
-        call = signature.bind(*args, **named)
-        return right(*call.args, **call.kwargs)  # a decorator may take no names
-
-    def wrong(*args: Any, **named: Any) -> Any:
-        return bug.function(by_name, **signature.bind(*args, **named).arguments)
-
-    with replaced(bug.owner, bug.replaces, wrong):
-        yield
-
-
-@contextmanager
-def replaced(owner: Any, name: str, other: Any) -> Iterator[None]:
-    """A context in which `other` stands for owner.name: in that class, or in every module that imported it by name."""
-    right, places = getattr(owner, name), [owner]
-    if inspect.ismodule(owner):
-        places = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is right]
-    with ExitStack() as stack:
-        for place in places:
-            stack.enter_context(mock.patch.object(place, name, other))
-        yield
 
 
 # --- training with a bug --------------------------------------------------------------------------------------------
@@ -283,6 +243,12 @@ def kl_logged(right: Function, self: Rollout) -> dict[str, float]:
     """The KL that is logged is the k3 estimate with the ratio upside down; the penalty is right."""
     upside_down = self.kl.exp() - 1 - self.kl
     return right(replace(self, logprobs=upside_down, ref_logprobs=torch.zeros_like(upside_down)))
+
+
+@instead_of(utils, "shape_rewards")
+def kl_upside_down(right: Function, kl: Tensor, **rest: Any) -> Any:
+    """The KL that the reward pays for is the k3 estimate with the ratio upside down."""
+    return right(kl=kl.exp() - 1 - kl, **rest)
 
 
 @instead_of(parts, "load_models")

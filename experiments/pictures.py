@@ -1,4 +1,4 @@
-"""The pictures of studies and pitfalls, from their tables of runs and of training steps."""
+"""The pictures of studies, pitfalls and methods, from their tables of runs and of training steps."""
 
 import json
 from collections.abc import Sequence
@@ -139,3 +139,35 @@ def draw_bug(axis: Any, column: str, bug: str, right: str, runs: pd.DataFrame, s
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xticks(numbers[3::4])
     axis.tick_params(labelsize=8)
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+
+def draw_methods(runs: pd.DataFrame, path: Path) -> None:
+    """Draw score against KL of each method: its line from base through its policies, and each policy as trained."""
+    if not len(runs):
+        return
+    figure = blank_figure(11, 6.5)
+    axis = figure.subplots()
+    with_best = runs[runs.optimal_curve.notna() & (runs.optimal_curve != "null")]
+    base = runs.base_score.mean()
+    end = min(8.0, max(4.5, 1.15 * runs.kl.max()))
+    if len(with_best):
+        one = with_best.iloc[0]
+        best = {name: json.loads(one[name]) for name in ("optimal_curve", "best_of_n")}
+        draw_best_possible(axis, {**best, "kl_certain": one.get("kl_certain", np.inf)}, end)
+        base = best["best_of_n"][0]["score_mean"]  # the mean of many responses: what a share's gain is counted from
+    for number, (method, seeds) in enumerate(runs.groupby("method", sort=False)):
+        curves = pd.concat(pd.DataFrame(json.loads(curve)) for curve in seeds.curve)
+        mean = curves.groupby("alpha")[["kl", "score"]].mean()
+        style, mark = line_style(number), point_style(number)
+        axis.plot([0, *mean.kl], [base, *mean.score], **style, linewidth=1.2)
+        axis.plot(seeds.kl, seeds.score, linestyle="", markersize=7, **mark)
+        axis.plot([], [], label=str(method), **style | mark)
+    axis.plot(0, base, "s", color="black", label="base", clip_on=False)
+    axis.set(xlabel="KL to base, nats per response", ylabel="mean score", xlim=(0, end))
+    axis.set_title("lines: mean over seeds of the weights between base and policy, and beyond; marks: each policy")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=9)
+    figure.savefig(path, dpi=110)

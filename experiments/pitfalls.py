@@ -24,8 +24,9 @@ import pandas as pd
 
 import train
 from data import load_examples
-from experiments.bugs import BUGS, RIGHT, Bug, find_bug, planted, train_with
+from experiments.bugs import BUGS, RIGHT, Bug, find_bug, train_with
 from experiments.pictures import draw_pitfalls
+from experiments.planting import planted
 from experiments.runner import (
     TRAINED,
     Job,

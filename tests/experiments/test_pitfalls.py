@@ -16,8 +16,9 @@ from conftest import run
 
 import eval as evaluation
 from experiments import pitfalls, runner
-from experiments.bugs import BUGS, Bug, find_bug, planted, replaced, train_with
+from experiments.bugs import BUGS, Bug, find_bug, train_with
 from experiments.pitfalls import markdown
+from experiments.planting import planted, replaced
 from runtime.cli import parse_config
 from training import audit, plots
 
