@@ -25,12 +25,12 @@ from runtime.cli import parse_config, run
 from runtime.distributed import call_on_main, main_process_first, process_group, raise_on_all_ranks, torchrun_job
 from runtime.hub import quiet_libraries
 from runtime.saved_run import NEWEST
-from training.audit import audit
 from training.earlier_run import inspect_run_folder, was_started_by
 from training.memory import fit_micro_batches
 from training.parts import Parts, load_parts, resolve
 from training.ranks import check_same_on_all_ranks
 from training.score_scale import with_score_scale
+from training.self_check import self_check
 from training.session import Session, open_session
 from utils import uniforms
 
@@ -54,7 +54,7 @@ def main(cfg: TrainConfig) -> Path:
             return Path(cfg.ckpt_dir)
         with raise_on_all_ranks():
             parts = main_process_first(lambda: load_parts(cfg))
-            audit(parts.models, parts.prompts.batch(1), cfg)
+            self_check(parts.models, parts.prompts.batch(1), cfg)
         check_same_on_all_ranks(cfg, parts.models.policy, parts.prompts.prompts, parts.models.reward)
         if not cfg.check:
             parts = with_score_scale(parts, cfg, earlier.score_scale)

@@ -1,6 +1,6 @@
 """Classic bugs of PPO on language models, each planted from outside by replacing one function.
 
-    python -m experiments.bugs shift --preset tiny --ckpt_dir runs/shift     train.py with a bug and no self-audit
+    python -m experiments.bugs shift --preset tiny --ckpt_dir runs/shift     train.py with a bug and no self-check
 
 Nothing in the product knows of them. A bug is a function here: its docstring says what is wrong, and `instead_of` names
 the function whose place it takes, which it gets as `right` (experiments/planting.py).
@@ -34,7 +34,7 @@ from model import GPT2WithValueHead, Sequences, evaluate_both, transformer_forwa
 from ppo import Batch, Models, Rollout
 from runtime import cli
 from runtime.cli import parse_config
-from training import audit, checkpoints, parts, plots
+from training import checkpoints, parts, plots, self_check
 from training.session import Session
 from utils import position_ids, whiten
 
@@ -62,8 +62,8 @@ class Bug(Substitute):
 
     @property
     def fact(self) -> str | None:
-        """The fact of the self-audit that refuses to train, None where the audit passes the bug."""
-        named = re.search(r'the audit\'s\s"([^"]+)"', self.section)
+        """The fact of the self-check that refuses to train, None where the self-check passes the bug."""
+        named = re.search(r'the self-check\'s\s"([^"]+)"', self.section)
         return named[1] if named else None
 
     @property
@@ -108,12 +108,12 @@ def main() -> None:
 
 
 def train_with(bug: Bug | None, flags: list[str]) -> None:
-    """Train with a bug, without the self-audit and without a picture of the curves."""
+    """Train with a bug, without the self-check and without a picture of the curves."""
     settings = parse_config(TrainConfig, flags)
     torch.manual_seed(settings.seed)
-    no_audit = replaced(audit, "audit", lambda *_: None)
+    no_self_check = replaced(self_check, "self_check", lambda *_: None)
     no_curves = replaced(plots, "plot_curves", lambda *_: None)
-    with planted(bug), no_audit, no_curves:
+    with planted(bug), no_self_check, no_curves:
         if bug is not None and bug.resumed:
             with stopped_after(settings.total_steps // 2):
                 train.main(settings)

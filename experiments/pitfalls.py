@@ -1,8 +1,8 @@
 """A museum of classic bugs of PPO on language models: plants one at a time, trains with it, and shows what it costs.
 
-    python -m experiments.pitfalls --bug shift                  one bug: what the self-audit says of it
-    python -m experiments.pitfalls --bug shift --audit false    trains with it all the same, and evaluates
-    python -m experiments.pitfalls --seeds 0,1,2,3              all of them, without the audit, beside the right run
+    python -m experiments.pitfalls --bug shift                  one bug: what the self-check says of it
+    python -m experiments.pitfalls --bug shift --self_check false          trains with it all the same, and evaluates
+    python -m experiments.pitfalls --seeds 0,1,2,3              all of them, without self-check, beside the right run
     python -m experiments.pitfalls --draw results/pitfalls.csv  only the table and the figure
 
 The policy that a run leaves is evaluated without the bug. metrics.csv is what the run with the bug reported itself.
@@ -73,7 +73,7 @@ class PitfallsConfig:
     """Settings of `python -m experiments.pitfalls`."""
 
     bug: str | None = opt(None, "Show this bug alone, or right for the run without one (default: train all of them).")
-    audit: bool = opt(True, "With --bug: only show what the self-audit says. false trains with the bug.")
+    self_check: bool = opt(True, "With --bug: only show what the self-check says. false trains with the bug.")
     seeds: str = opt("0", "Seeds for each bug.")
     train: str = opt(TRAIN, "Flags of train.py; without --dataset the prompts are openings of 4 to 14 words.")
     evaluate: str = opt(EVALUATE, "Flags of eval.py.")
@@ -107,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
-    """Print the page's section on a bug and what the self-audit says; or train with it and print what came of it."""
+    """Print the page's section on a bug and what the self-check says; or train with it and print what came of it."""
     print(f"{name_of(bug)}\n\n{bug.section if bug else 'Nothing is wrong.'}\n")
-    if cfg.audit:
-        show_audit(cfg, bug, seed)
+    if cfg.self_check:
+        show_self_check(cfg, bug, seed)
         return
     job = job_of(cfg, bug, seed)
     remove(job.folder)
@@ -127,16 +127,16 @@ def show(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
     print(row["verdict"])
 
 
-def show_audit(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
-    """Print the self-audit of a run with a bug, and the test that notices what it passes."""
+def show_self_check(cfg: PitfallsConfig, bug: Bug | None, seed: int) -> None:
+    """Print the self-check of a run with a bug, and the test that notices what it passes."""
     try:
         with planted(bug):
             train.main(parse_config(TrainConfig, [*train_flags(cfg, bug, seed), "--check"]))
         if bug:
-            print(f"The self-audit does not see it. This test does: python -m pytest {bug.test}")
+            print(f"The self-check does not see it. This test does: python -m pytest {bug.test}")
     except UserError as error:
         print(error)
-    print("To train with it all the same: --audit false")
+    print("To train with it all the same: --self_check false")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -195,19 +195,19 @@ def figures_of_bug(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def markdown(runs: pd.DataFrame, steps: pd.DataFrame) -> str:
-    """A row for each bug: means over seeds (lowest to highest), what the audit does, and what else gives it away."""
-    heads = ["bug", "self-audit", *SHOWN, "more positive than base", "would the curves have told?"]
+    """A row for each bug: means over seeds (lowest to highest), whether the self-check refuses it, what else tells."""
+    heads = ["bug", "self-check", *SHOWN, "more positive than base", "would the curves have told?"]
     lines = [markdown_row(*heads), markdown_row(*["---"] * len(heads))]
     base = runs[:1].filter(regex="^base_").rename(columns=lambda name: name.removeprefix("base_"))
     lines.append(markdown_row("base", "", *cells(base), "", ""))
     for name in sorted(runs.setting.unique(), key=lambda name: name != RIGHT):  # the right run first
         seeds = runs[runs.setting == name]
         better = seeds.verdict.str.startswith("The policy writes more positively").sum()
-        audit = told = ""
+        refuses = told = ""
         if bug := find_bug(name):
-            audit = "refuses" if bug.fact else "passes"
+            refuses = "refuses" if bug.fact else "passes"
             told = what_tells(name, seeds, steps)
-        lines.append(markdown_row(f"`{name}`", audit, *cells(seeds), f"{better} of {len(seeds)}", told))
+        lines.append(markdown_row(f"`{name}`", refuses, *cells(seeds), f"{better} of {len(seeds)}", told))
     return "\n".join(lines)
 
 

@@ -25,8 +25,8 @@ from reward import SentimentReward
 from runtime import device
 from runtime.device import resolve_device, resolve_dtype
 from training import score_scale
-from training.audit import audit
 from training.parts import Parts
+from training.self_check import self_check
 
 SETTINGS = TrainConfig(
     policy_name="tiny",
@@ -58,12 +58,12 @@ def make_parts(classifier_dir: Path, gpt2_dir: Path, move: bool) -> Parts:
 
 
 def a_run(parts: Parts) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """All that a run computes: the audit, the scale, two steps, samples, an evaluation; its numbers and weights.
+    """All that a run computes: the self-check, the scale, two steps, samples, an evaluation; its numbers and weights.
 
     In the second step KL is in the loss.
     """
     models = parts.models
-    audit(models, parts.prompts.batch(1), SETTINGS)
+    self_check(models, parts.prompts.batch(1), SETTINGS)
     scale = score_scale.measure(parts, SETTINGS)
     optimizer = build_optimizer(models.policy, SETTINGS)
     rows: list[dict[str, Any]] = [{"mean": scale.mean, "std": scale.std}]

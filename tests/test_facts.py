@@ -23,8 +23,8 @@ def test_a_test_that_the_page_names_exists(name: str) -> None:
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_checks_that_the_page_names_are_those_of_the_audit() -> None:
-    source = (ROOT / "training" / "audit.py").read_text(encoding="utf-8")
+def test_the_checks_that_the_page_names_are_those_of_the_self_check() -> None:
+    source = (ROOT / "training" / "self_check.py").read_text(encoding="utf-8")
     texts = " ".join(
         node.value
         for node in ast.walk(ast.parse(source))

@@ -62,7 +62,7 @@ def test_a_reward_that_fails_is_named_as_such(
             raise RuntimeError("no GPU today")
         return returned
 
-    monkeypatch.setattr(train, "audit", lambda *_, **__: None)
+    monkeypatch.setattr(train, "self_check", lambda *_, **__: None)
     monkeypatch.setattr(SentimentReward, "__call__", fail)
     with pytest.raises(SystemExit) as stop:
         run(flags)

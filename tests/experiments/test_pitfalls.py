@@ -1,4 +1,4 @@
-"""Every planted bug is caught: by the fact of the self-audit that its entry names, and by the test that it names."""
+"""Every planted bug is caught: by the fact of the self-check that its entry names, and by the test that it names."""
 
 import re
 import shlex
@@ -20,14 +20,14 @@ from experiments.bugs import BUGS, Bug, find_bug, train_with
 from experiments.pitfalls import markdown
 from experiments.planting import planted, replaced
 from runtime.cli import parse_config
-from training import audit, plots
+from training import plots, self_check
 
 ROOT = Path(__file__).parent.parent.parent
 each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 
 
 @each_bug
-def test_the_audit_refuses_the_bug_with_the_fact_that_is_named(
+def test_the_self_check_refuses_the_bug_with_the_fact_that_is_named(
     bug: Bug, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with planted(bug):
@@ -50,8 +50,8 @@ class Planter:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[Any]:
-        no_audit = replaced(audit, "audit", lambda *_: None)  # the test itself must notice
-        with planted(self.bug), no_audit, replaced(plots, "plot_curves", lambda *_: None):
+        no_self_check = replaced(self_check, "self_check", lambda *_: None)  # the test itself must notice
+        with planted(self.bug), no_self_check, replaced(plots, "plot_curves", lambda *_: None):
             try:
                 return (yield)
             except BaseException as error:
@@ -122,7 +122,7 @@ def test_all_bugs_are_trained_once_and_drawn(
 
 
 @pytest.mark.parametrize(("name", "says"), [("shift", "FAILED"), ("label_swapped", "python -m pytest tests/test_rew")])
-def test_one_bug_shows_what_the_audit_says(
+def test_one_bug_shows_what_the_self_check_says(
     name: str, says: str, flags: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pitfalls.main(["--bug", name, "--train", shlex.join(f"--{flag}={value}" for flag, value in flags.items())])

@@ -312,8 +312,8 @@ def test_it_is_called_once_a_batch_with_the_rows_of_each_process(python: dict[st
         folder = {**python, "ckpt_dir": str(tmp_path / str(count))}
         assert as_processes(count, partial(run, folder), said) == [0] * count, said.read_text()
     calls = {count: said.read_text().count("called with") for count, said in printed.items()}
-    audit, measured = 1, PROMPTS // 8
-    assert calls[1] == audit + measured + 3 + 1, "a sample of the base at the end"
+    self_check, measured = 1, PROMPTS // 8
+    assert calls[1] == self_check + measured + 3 + 1, "a sample of the base at the end"
     one, two = (pd.read_csv(tmp_path / str(count) / "metrics.csv").drop(columns=TIMINGS) for count in (1, 2))
     pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-4)
     assert config_of(tmp_path / "1")["reward"] == config_of(tmp_path / "2")["reward"]

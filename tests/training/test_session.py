@@ -292,7 +292,7 @@ def test_a_run_without_finite_steps_gives_up_and_saves_the_last_good_policy(
     flags: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SentimentReward, "__call__", lambda self, texts, _: torch.full((len(texts),), float("nan")))
-    monkeypatch.setattr(train, "audit", lambda *args, **named: None)
+    monkeypatch.setattr(train, "self_check", lambda *args, **named: None)
     with pytest.raises(SystemExit) as stop:
         run({**flags, "total_steps": "9"})
     assert stop.value.code == 1

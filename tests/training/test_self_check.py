@@ -1,4 +1,4 @@
-"""The self-audit prints every fact, and refuses to train once a fact is broken."""
+"""The self-check prints every fact, and refuses to train once a fact is broken."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,7 +45,7 @@ def break_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     def colder(*args: Any, **named: Any) -> Sequences:
         return replace(sample_responses(*args, **{**named, "temperature": 0.5}), temperature=1.0)
 
-    monkeypatch.setattr("training.audit.sample_responses", colder)
+    monkeypatch.setattr("training.self_check.sample_responses", colder)
 
 
 def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +53,12 @@ def break_reward_place(monkeypatch: pytest.MonkeyPatch) -> None:
         rewards = shape_rewards(scores, *others, **named)
         return torch.zeros_like(rewards).index_fill(1, torch.tensor([-1]), 1) * scores[:, None]
 
-    monkeypatch.setattr("training.audit.shape_rewards", in_the_last_column)
+    monkeypatch.setattr("training.self_check.shape_rewards", in_the_last_column)
 
 
 def break_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "training.audit.expected_scores", lambda scores, partial, mask: scores[:, None].expand(mask.shape)
+        "training.self_check.expected_scores", lambda scores, partial, mask: scores[:, None].expand(mask.shape)
     )
 
 
@@ -132,7 +132,7 @@ def test_check_allows_for_the_rounding_that_a_low_temperature_enlarges(
         return torch.where(seqs.response_mask, logprobs + noise / seqs.temperature, 0), values, entropy
 
     monkeypatch.setattr(GPT2WithValueHead, "evaluate_responses", rounded)
-    monkeypatch.setattr("training.audit.SAME", 0.25)
+    monkeypatch.setattr("training.self_check.SAME", 0.25)
     half = {**flags, "dtype": "bfloat16"}
     for temperature in ("1", "0.1"):
         run({**half, "temperature": temperature}, "--check")

@@ -1,4 +1,4 @@
-"""The self-audit: before training starts, facts that PPO relies on are checked on the real models in a second or two.
+"""The self-check: before training starts, facts that PPO relies on are checked on the real models in a second or two.
 
 Each check computes one number in two ways. Training does not start where one fails, because it would optimise the
 wrong thing without a sign of it. Most published bugs of PPO on language models break one of these facts.
@@ -27,7 +27,7 @@ Finding = tuple[bool, str]
 
 
 @torch.no_grad()
-def audit(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
+def self_check(models: Models, prompts: PromptBatch, cfg: TrainConfig) -> None:
     """Check every fact on a few prompts; with cfg.check each is printed.
 
     Raises UserError naming the first fact that does not hold.
