@@ -36,7 +36,7 @@ def test_the_critics_error_is_drawn_beside_the_spread_of_what_it_expects(
 
 
 def test_lines_and_points_are_explained_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = pd.read_csv(ROOT / "results" / "tiny_metrics.csv").assign(return_std=0.5)
+    table = pd.read_csv(ROOT / "results" / "tiny_metrics.csv")
     table.to_csv(tmp_path / "metrics.csv", index=False)
     held_out = pd.DataFrame(
         {"step": [0, 10], "score_mean": [0.1, 0.9], "kl_seq": [0.0, 7.0], "kl_seq_exact": [0.0, 2.0]}
