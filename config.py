@@ -111,7 +111,7 @@ class TrainConfig:
     reward_every: int = opt(
         1,
         "Tokens between scores of the unfinished response; each token is credited with the change it made. Larger is "
-        "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1.",
+        "cheaper and noisier and needs a higher gae_lambda: 4 with 0.8; 0 (all at the end) with 1, or with critic own.",
         AT_LEAST_0,
     )
     dataset: str = opt(
@@ -176,10 +176,13 @@ class TrainConfig:
         0.1, "Change of beta in a step, per relative error of the KL (0.2 counts at most).", POSITIVE
     )
     gamma: float = opt(1.0, "Discount per token.", UNIT, heading="PPO")
-    # Without reward_every this should be 1. Below 1 the final score reaches early tokens only through a critic that
-    # is still untrained, and the policy learns to stop early: 25 tokens at 0.95, 38 at 1 (results/lambda.csv)
+    # Without reward_every, and with the shared critic, this should be 1. Below 1 the final score reaches early tokens
+    # only through a value head that is still untrained, and the policy learns to stop early: 25 tokens at 0.95, 38 at 1
+    # (results/lambda.csv)
     gae_lambda: float = opt(
-        0.5, "GAE's lambda; 1 gives every token the full return. Set it to 1 with reward_every 0.", UNIT
+        0.5,
+        "GAE's lambda; 1 gives every token the full return. Set it to 1 with reward_every 0 and a shared critic.",
+        UNIT,
     )
     clip_range: float = opt(0.2, "PPO's epsilon: the ratio is clipped to 1 +- this.", POSITIVE)
     ent_coef: float = opt(0.0, "Weight of the entropy bonus.", AT_LEAST_0)

@@ -109,6 +109,8 @@ def main() -> None:
 
 def train_with(bug: Bug | None, flags: list[str]) -> None:
     """Train with a bug, without the self-check and without a picture of the curves."""
+    if bug is not None:
+        flags = [*flags, *bug.flags]
     settings = parse_config(TrainConfig, flags)
     torch.manual_seed(settings.seed)
     no_self_check = replaced(self_check, "self_check", lambda *_: None)

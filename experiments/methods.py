@@ -49,7 +49,10 @@ from runtime.cli import numbers, parse_config, parse_flags, run, words
 from runtime.files import read_table, write_atomic
 
 SHARED = ("seed", "device", "dtype", "rm_name", "reward_weights")  # settings that eval.py and tools.interpolate have
-OTHER_PROMPTS = ("dataset", "split", "text_column", "max_prompt_len", "min_prompt_len", "max_new_tokens")
+OF_THE_RUNS = (  # settings that curves and evaluation must have in common
+    *("dataset", "dataset_config", "split", "text_column", "max_prompt_len", "min_prompt_len", "max_new_tokens"),
+    *("ref_name", "target_label", "reward_on_prompt", "temperature", "top_k", "top_p"),
+)
 SEARCH, MEASURED = "search", "measured"  # what a run is for
 SETTINGS_HELP = "for all methods, and name=… for one"
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = in_order(runs)
     print(markdown(runs))
     if (runs.role == SEARCH).any():
-        print(f"\nThe search:\n\n{markdown_of_search(runs)}")
+        print(f"\nThe search:\n\n{markdown_of_search(runs, f'{cfg.choose_at:g}')}")
     draw_methods(runs[runs.role == MEASURED], path.with_suffix(".png"))
     if failed:
         raise UserError(f"{failed} runs failed, see above and log.txt in their folders")
@@ -130,11 +133,9 @@ def check_settings(cfg: MethodsConfig) -> None:
     if cfg.search_seed in numbers("seeds", cfg.seeds, int):
         raise UserError(f"search_seed={cfg.search_seed} is one of the seeds: a setting is found on another one")
     evaluation = parse_config(EvalConfig, words("evaluate", cfg.evaluate))
-    for setting in OTHER_PROMPTS:
+    for setting in OF_THE_RUNS:
         if getattr(evaluation, setting) is not None:
-            raise UserError(
-                f"evaluate: {setting} must be that of the runs: curves and evaluation have the same prompts"
-            )
+            raise UserError(f"evaluate: {setting} must be that of the runs, because their curves have it: leave it out")
     if cfg.frontier < 2:
         raise UserError(f"frontier={cfg.frontier} must be 2 or more: shares of the best gain need it")
     if f"{cfg.choose_at:g}" not in kls():
@@ -297,7 +298,7 @@ def markdown(runs: pd.DataFrame) -> str:
     titles = [title for title, _, _ in SHOWN.values()]
     lines = [markdown_row("method", "lr, β", "seeds", *titles, "episodes", "with the search")]
     lines.append(markdown_row(*["---"] * (5 + len(titles))))
-    for method, seeds in measured.groupby("method", sort=False):
+    for (method, _), seeds in measured.groupby(["method", "setting"], sort=False):
         setting = seeds.setting.iloc[-1].split()
         lr_and_beta = ", ".join(word.partition("=")[2] for word in setting[1:])
         of_search = runs[(runs.method == method) & (runs.role == SEARCH)].episodes.sum()
@@ -315,15 +316,15 @@ def cell(runs: pd.DataFrame, column: str) -> str:
     return mean_and_range(factor * runs[column], form)
 
 
-def markdown_of_search(runs: pd.DataFrame, column: str = "share_2") -> str:
+def markdown_of_search(runs: pd.DataFrame, kl: str) -> str:
     """A row for each method: the share of each setting that was tried, in the order of lr and beta."""
     search = runs[runs.role == SEARCH]
-    lines = [markdown_row("method", "lr, β: share of the best gain at 2 nats, %"), markdown_row("---", "---")]
+    lines = [markdown_row("method", f"lr, β: share of the best gain at {kl} nats, %"), markdown_row("---", "---")]
     for method, tried in search.groupby("method", sort=False):
         cells = []
         for row in tried.to_dict("records"):
             lr_and_beta = ", ".join(word.partition("=")[2] for word in row["setting"].split()[1:])
-            share = row.get(column, math.nan)
+            share = row.get(f"share_{kl}", math.nan)
             cells.append(f"{lr_and_beta}: {'–' if math.isnan(share) else f'{100 * share:.0f}'}")
         lines.append(markdown_row(f"`{method}`", "; ".join(cells)))
     return "\n".join(lines)

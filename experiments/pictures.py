@@ -158,7 +158,7 @@ def draw_methods(runs: pd.DataFrame, path: Path) -> None:
         best = {name: json.loads(one[name]) for name in ("optimal_curve", "best_of_n")}
         draw_best_possible(axis, {**best, "kl_certain": one.get("kl_certain", np.inf)}, end)
         base = best["best_of_n"][0]["score_mean"]  # the mean of many responses: what a share's gain is counted from
-    for number, (method, seeds) in enumerate(runs.groupby("method", sort=False)):
+    for number, ((method, _), seeds) in enumerate(runs.groupby(["method", "setting"], sort=False)):
         curves = pd.concat(pd.DataFrame(json.loads(curve)) for curve in seeds.curve)
         mean = curves.groupby("alpha")[["kl", "score"]].mean()
         style, mark = line_style(number), point_style(number)

@@ -1,4 +1,4 @@
-"""Planting: while training runs, a function stands in the place of one of the product's, which has no switch for it."""
+"""Planting: replaces a function of the product while training runs. The product has no switch for it."""
 
 import functools
 import inspect

@@ -36,11 +36,11 @@ from ppo import LARGEST_LOG_RATIO, NO_SCALER, Batch, Models, Rollout, UpdateStat
 from runtime import cli
 from runtime.cli import numbers, parse_config, was_launched
 from runtime.saved_run import SavedRun, resume_folder
-from training import parts, run_record
+from training import commands, parts, run_record
 from training.parts import Parts
 
 RESPONSES = 4  # per prompt, unless --responses says otherwise
-AT_END = ("--reward_every=0", "--gae_lambda=1")
+AT_END = ("--reward_every=0", "--gae_lambda=1", "--critic=shared")
 LEAST_STD = 1e-4  # of the scores of a group: all alike, they teach nothing
 
 
@@ -102,6 +102,8 @@ def train_by(chosen: Method, flags: Sequence[str]) -> None:
     parser.add_argument("--responses", nargs="?", const="")
     own, rest = parser.parse_known_args(flags)
     cfg = parse_config(TrainConfig, [*rest, *chosen.flags])
+    if parse_config(TrainConfig, [*chosen.flags, *rest]) != cfg:
+        raise UserError(f"{chosen.name} has settings of its own, {' '.join(chosen.flags)}: leave those flags out")
     given = None if own.responses is None else numbers("responses", own.responses, int)[0]
     responses = check_settings(chosen, given, cfg)
     torch.manual_seed(cfg.seed)
@@ -109,7 +111,14 @@ def train_by(chosen: Method, flags: Sequence[str]) -> None:
     def record(right: Function, **call: Any) -> dict[str, Any]:
         return {**right(**call), "method": chosen.name, "responses_per_prompt": responses}
 
-    with planted(*chosen.plant(responses), Substitute(run_record, "run_record", record)):
+    def resume_command(right: Function, **call: Any) -> str:
+        program = f"-m experiments.rivals {chosen.name}"
+        if chosen.responses is None:
+            program += f" --responses {responses}"
+        return str(right(**call)).replace("train.py", program, 1)
+
+    of_program = [Substitute(run_record, "run_record", record), Substitute(commands, "resume_command", resume_command)]
+    with planted(*chosen.plant(responses), *of_program):
         train.main(cfg)
 
 
@@ -126,6 +135,8 @@ def check_settings(chosen: Method, responses: int | None, cfg: TrainConfig) -> i
         raise UserError(f"batch_size={cfg.batch_size} has nothing to compare a response with: take 2 or more")
     if chosen.is_rival and was_launched():
         raise UserError(f"{chosen.name} runs in one process: start it without torchrun")
+    if chosen.name == "best_of_n" and (cfg.temperature, cfg.top_k, cfg.top_p) != (1.0, 0, 1.0):
+        raise UserError("best_of_n learns base's own distribution: leave temperature, top_k and top_p out")
     if cfg.minibatch_size % count and chosen.name.startswith("dpo"):
         raise UserError(f"minibatch_size={cfg.minibatch_size} splits a pair: take an even number")
     if cfg.resume:
@@ -191,7 +202,7 @@ def batch_of(rollout: Rollout, advantages: Tensor) -> tuple[RivalBatch, dict[str
         ref_states=rollout.ref_states,
         ref_logprobs=rollout.ref_logprobs,
     )
-    return batch, {"return_std": math.nan, "explained_var": math.nan}  # there is no critic to be told of
+    return batch, {"return_std": math.nan, "explained_var": math.nan}  # there is no critic to report
 
 
 def leave_one_out(rewards: Tensor, count: int) -> Tensor:
@@ -224,7 +235,7 @@ class OfflineRollout(Rollout):
 
 
 def rollout_of_base(right: Function, models: Models, prompts: PromptBatch, cfg: TrainConfig, **rest: Any) -> Rollout:
-    """In a training step base responds as well. The time told is that of base's responses."""
+    """In a training step base responds as well. seconds_* count base's responses only."""
     reported: Rollout = right(models=models, prompts=prompts, cfg=cfg, **rest)
     if not isinstance(prompts, Repeated):
         return reported
@@ -418,7 +429,7 @@ def dpo_online(count: int) -> Sequence[Substitute]:
 
     def preferences(right: Function, rollout: Rollout, cfg: TrainConfig, step: int) -> tuple[Batch, dict[str, float]]:
         own = taught(rollout)
-        first, second = own.scores.view(-1, 2).unbind(1)
+        first, second = own.paid_scores().view(-1, 2).unbind(1)
         sign = (first - second).sign()
         return batch_of(own, torch.stack([sign, -sign], 1).flatten())
 

@@ -120,7 +120,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config
     parser.set_defaults(**asdict(PRESETS[cls][preset]))
     values = vars(parser.parse_args(argv))
     # 2. What suits a Python reward
-    if cls is TrainConfig and values["reward_every"] and runs_python(values["rm_name"]):
+    if cls is TrainConfig and PRESETS[cls][preset].reward_every and runs_python(values["rm_name"]):
         parser.set_defaults(**PAID_AT_END)
         paid_at_end = vars(parser.parse_args(argv))
         if paid_at_end["critic"] == "shared":

@@ -79,6 +79,7 @@ def test_its_reward_is_that_of_the_page_on_rewards() -> None:
 def test_it_counts_the_bugs() -> None:
     assert f"has {len(BUGS)} such bugs" in PROSE
     assert f"each of the {len(BUGS)} bugs costs" in PROSE
+    assert f"from 0 to {len(BUGS) - 1}," in PROSE
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -43,6 +43,7 @@ class Diagnostics:
         length = sum(self.lengths) / len(self.lengths)
         first_length = self.first_row["response_len"]
         first_entropy = self.first_row["entropy"]
+        critic_setting = "--critic_lr" if self.cfg.critic == "own" else "--value_coef"
         price_in_loss = "" if self.cfg.kl_in_loss else "set --kl_in_loss true, "
         is_wrong = {
             "skipped": row["skipped"] > 0,
@@ -74,7 +75,7 @@ class Diagnostics:
             "length": f"responses have {length:.0f} tokens, {first_length:.0f} at the start: the policy "
             f"learns to stop early; {price_in_loss}raise --kl_coef, take fewer steps, or score --reward_on_prompt",
             "critic": f"the critic explains nothing (explained_var {value_fit:.1f} over {WINDOW} steps), which makes "
-            "advantages noisy; raise --value_coef or --batch_size",
+            f"advantages noisy; raise {critic_setting} or --batch_size",
             "credit": f"the score is paid on the last token, and gae_lambda={self.cfg.gae_lambda} hides it from the "
             f"others; set --gae_lambda 1, or --critic own, or --reward_every 1 and batch_size {MIN_ROWS_TO_PREDICT} or "
             "more",

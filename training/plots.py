@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ ERROR_STD = "error_std"  # of what the critic expects; computed here
 WORDS = {
     "kl_seq": "sampled tokens",
     "kl_seq_exact": "exact",
-    "return_std": "its spread",
-    ERROR_STD: "the critic's error",
+    "return_std": "its standard deviation",
+    ERROR_STD: "that of the critic's error",
 }
 HELD_OUT: dict[str, Any] = {"color": "black", "marker": "D", "markersize": 5, "linestyle": ""}
 
@@ -46,7 +47,10 @@ def plot_curves(metrics_csv: Path, picture: Path, label: str | None) -> None:
     names = read_table(metrics_csv, "step").columns
     columns_of = panels(label, [name for name in names if name.startswith(PART) and name != "reward_mean"])
     drawn = [column for columns in columns_of.values() for column in columns if column != ERROR_STD]
+    drawn.remove("return_std")  # which runs of older versions lack
     table = read_table(metrics_csv, "step", *drawn, "explained_var").set_index("step")
+    if "return_std" not in table:
+        table["return_std"] = math.nan
     # explained_var = 1 - (error_std / return_std)^2, which falls without bound once all rewards are nearly alike
     table[ERROR_STD] = table["return_std"] * (1 - table["explained_var"]).pow(0.5)
     figure = blank_figure(16 if PARTS in columns_of else 12, 6.4)

@@ -254,9 +254,10 @@ def announce(cfg: TrainConfig, parts: Parts, step: int, checkpoint: Path | None)
     print(f"{len(parts.prompts.prompts):,} prompts of {cfg.dataset}; the run is kept in {cfg.ckpt_dir}/")
     if runs_python(cfg.rm_name) and not cfg.reward_every:
         critic = "a critic of its own, " if cfg.critic == "own" else ""
+        falling = f" (from 1, over {cfg.lambda_warmup_steps} steps)" if cfg.lambda_warmup_steps else ""
         print(
             f"a Python reward judges finished responses: it is paid on their last token, with {critic}gae_lambda "
-            f"{cfg.gae_lambda:g} and lr {cfg.lr:g}"
+            f"{cfg.gae_lambda:g}{falling} and lr {cfg.lr:g}"
         )
     scale = parts.models.score_scale
     if scale != UNSCALED:

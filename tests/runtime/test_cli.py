@@ -188,6 +188,10 @@ TEXTS = {  # settings that are no path
     "bug",
     "seeds",
     "grid",
+    "methods",
+    "lrs",
+    "betas",
+    "responses",
     "dataset_config",
     "label_names",
 }

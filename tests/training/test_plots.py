@@ -32,7 +32,10 @@ def test_the_critics_error_is_drawn_beside_the_spread_of_what_it_expects(
     assert of_batches[0] == pytest.approx(spread)
     assert of_batches[1] == pytest.approx(ratio * spread, nan_ok=True)
     assert axis.get_ylim()[0] == 0
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["its spread", "the critic's error"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "its standard deviation",
+        "that of the critic's error",
+    ]
 
 
 def test_lines_and_points_are_explained_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,6 +294,7 @@ def test_settings_for_rewards_that_are_paid_at_the_end() -> None:
     partial_scores = parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--reward_every", "4"])
     assert (partial_scores.reward_every, partial_scores.gae_lambda) == (4, TrainConfig.gae_lambda)
     assert partial_scores.critic == "shared"
+    assert parse_config(TrainConfig, ["--rm_name", "rewards.py:f", "--reward_every", "0"]) == ours
     classifier = parse_config(TrainConfig, ["--rm_name", "some/classifier"])
     assert classifier.reward_every == TrainConfig.reward_every
     tiny = parse_config(TrainConfig, ["--preset", "tiny", "--rm_name", "rewards.py:f"])
