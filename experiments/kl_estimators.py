@@ -9,6 +9,7 @@ number: its gradient is its sum over the response times grad log pi(y). In the l
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def markdown(table: pd.DataFrame) -> str:
         markdown_row(*["---"] * 7),
     ]
     for row in table.to_dict("records"):
-        cosine = "no direction" if row["cosine"] != row["cosine"] else f"{row['cosine']:+.2f}"
+        cosine = "no direction" if math.isnan(row["cosine"]) else f"{row['cosine']:+.2f}"
         figures = [f"{row['mean']:+.2f}", f"{row['deviation']:.2f}", cosine, f"{100 * row['bias']:.0f}"]
         lines.append(markdown_row(row["estimator"], row["place"], *figures, f"{row['noise']:.1f}"))
     return "\n".join(lines)
