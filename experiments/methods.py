@@ -10,7 +10,8 @@ best gain at --choose_at nats is trained with the seeds and measured; where no p
 farthest. A share is read off the line of weights between base and policy, and beyond (tools.interpolate). The search's
 runs stand in the table as well. With one step size and one beta there is no search.
 
-Finished runs are kept and interrupted ones are resumed, so the same command again does what is left.
+A run that the table has is not repeated, on whatever machine the table was made, and an interrupted one is resumed: the
+same command again does what is left.
 """
 
 import itertools
@@ -53,6 +54,7 @@ OF_THE_RUNS = (  # settings that curves and evaluation must have in common
     *("dataset", "dataset_config", "split", "text_column", "max_prompt_len", "min_prompt_len", "max_new_tokens"),
     *("ref_name", "target_label", "reward_on_prompt", "temperature", "top_k", "top_p"),
 )
+SAME_BASE = 0.05  # how far two mean scores of base may be apart: machines and precisions sample otherwise
 SEARCH, MEASURED = "search", "measured"  # what a run is for
 SETTINGS_HELP = "for all methods, and name=… for one"
 SHOWN = {  # column of the table -> its name, its factor, and how it is written
@@ -91,6 +93,11 @@ class MethodsConfig:
     n_samples: int = opt(128, "Held-out prompts.", heading="What is measured, and where it is kept")
     alphas: str = opt("0.5,0.75,1,1.5,2", "Points of the line between base, at 0, and policy, at 1.")
     frontier: int = opt(16, "Base responses per prompt, for the best possible score.")
+    best_gain: str | None = opt(
+        None,
+        "Read the best gain off this table of tools.interpolate, whose prompts must be the same: nothing is drawn.",
+        path="read",
+    )
     jobs: int = opt(1, "Runs at a time; with more than one, seconds mean nothing.")
     folder: str = opt("methods", "Where the runs are kept.", path="written")
     csv: str = opt("results/methods_tiny.csv", "The table; _steps.csv and .png are written beside it.", path="written")
@@ -138,6 +145,8 @@ def check_settings(cfg: MethodsConfig) -> None:
             raise UserError(f"evaluate: {setting} must be that of the runs, because their curves have it: leave it out")
     if cfg.frontier < 2:
         raise UserError(f"frontier={cfg.frontier} must be 2 or more: shares of the best gain need it")
+    if cfg.best_gain is not None:
+        BestGain.read(cfg.best_gain)
     if f"{cfg.choose_at:g}" not in kls():
         raise UserError(f"choose_at={cfg.choose_at:g} is no column of the table: take {', '.join(kls())}")
 
@@ -209,10 +218,11 @@ def run_all(cfg: MethodsConfig, method: str, role: str, jobs: Sequence[Job]) -> 
         }
 
     table = Path(cfg.csv)
-    failed = run_jobs(jobs, table, measure, cfg.jobs)
-    rows = read_table(table, "setting", "seed").to_dict("records")
-    by_run = {(row["setting"], row["seed"]): row for row in rows if row.get("n", 0) > 0}  # those that did not fail
-    done = [job for job in jobs if (job.setting, job.seed) in by_run]
+    earlier = rows_by_run(table)
+    left = [job for job in jobs if not is_measured(earlier.get((job.setting, job.seed), {}), job)]
+    failed = run_jobs(left, table, measure, cfg.jobs)
+    by_run = rows_by_run(table)
+    done = [job for job in left if by_run.get((job.setting, job.seed), {}).get("n", 0) > 0]  # those that did not fail
     if not done:
         return failed
     curves = interpolate(cfg, Path(cfg.folder) / f"{method}_{role}.csv", done)
@@ -222,12 +232,24 @@ def run_all(cfg: MethodsConfig, method: str, role: str, jobs: Sequence[Job]) -> 
     return failed
 
 
+def rows_by_run(table: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of the table by setting and seed."""
+    rows = read_table(table, "setting", "seed").to_dict("records") if table.exists() else []
+    return {(row["setting"], row["seed"]): row for row in rows}
+
+
+def is_measured(row: dict[str, Any], job: Job) -> bool:
+    """Whether a row of the table has the curve of this very run."""
+    commands = (shlex.join(job.train), shlex.join(job.evaluate))
+    return isinstance(row.get("curve"), str) and (row.get("command"), row.get("judged")) == commands
+
+
 def interpolate(cfg: MethodsConfig, path: Path, jobs: Sequence[Job]) -> pd.DataFrame:
     """The curves of some runs, on the prompts of their evaluation (raises UserError)."""
     evaluation = parse_config(EvalConfig, words("evaluate", cfg.evaluate))
     settings = {
         "alphas": cfg.alphas,
-        "frontier": cfg.frontier,
+        "frontier": 0 if cfg.best_gain else cfg.frontier,
         "n_samples": cfg.n_samples,
         "judge": "none",
         **{name: getattr(evaluation, name) for name in SHARED if getattr(evaluation, name) is not None},
@@ -236,7 +258,50 @@ def interpolate(cfg: MethodsConfig, path: Path, jobs: Sequence[Job]) -> pd.DataF
     folders = [str(job.folder) for job in jobs]
     command = ["python", "-m", "tools.interpolate", *folders, "--curve", "--each", *flags]
     run_once([*command, f"--csv={path}"], path)
-    return read_table(path, "run", "kl", "optimal_share")
+    curves = read_table(path, "run", "kl", "score", "base_score", "optimal_share")
+    if cfg.best_gain is not None:
+        return BestGain.read(cfg.best_gain).with_shares(curves)
+    return curves
+
+
+@dataclass(frozen=True)
+class BestGain:
+    """The best gain of the mean score at some KLs, in rising order, that other runs on the same prompts were held to.
+
+    kl and gain are arrays of the same length; base_score is the mean score of base's responses.
+    """
+
+    path: str
+    kl: np.ndarray
+    gain: np.ndarray
+    base_score: float
+
+    @classmethod
+    def read(cls, path: str) -> "BestGain":
+        """Read a table of tools.interpolate (raises UserError)."""
+        table = read_table(Path(path), "kl", "score", "base_score", "optimal_share")
+        points = table.dropna(subset="optimal_share").sort_values("kl")
+        if not len(points):
+            raise UserError(f"best_gain={path} has no shares of the best gain: name a table made with --frontier")
+        gain = (points.score - points.base_score) / points.optimal_share
+        return cls(path, points.kl.to_numpy(), gain.to_numpy(), float(points.base_score.mean()))
+
+    def with_shares(self, curves: pd.DataFrame) -> pd.DataFrame:
+        """Fill in the share of the best gain, NaN beyond the KLs that are known (raises UserError)."""
+        base_score = curves.base_score.mean()
+        if abs(base_score - self.base_score) > SAME_BASE:
+            raise UserError(
+                f"best_gain={self.path} has other prompts or another reward: base has {self.base_score:.3f} there and "
+                f"{base_score:.3f} here"
+            )
+        best = np.interp(curves.kl, self.kl, self.gain, math.nan, math.nan)
+        return curves.assign(optimal_share=(curves.score - curves.base_score) / best)
+
+    def columns(self) -> dict[str, Any]:
+        """What eval.py --frontier would say of the best possible, for the picture."""
+        curve = {"kl": [0.0, *self.kl], "score_mean": [self.base_score, *(self.base_score + self.gain)]}
+        base = [{"n": 1, "kl": 0.0, "score_mean": self.base_score}]
+        return {"optimal_curve": to_json(curve), "best_of_n": to_json(base), "kl_certain": float(self.kl[-1])}
 
 
 def run_once(command: Sequence[str], path: Path) -> None:
@@ -263,8 +328,7 @@ def shares(curve: pd.DataFrame) -> dict[str, Any]:
 
 def best_setting(cfg: MethodsConfig, jobs: Sequence[Job]) -> int | None:
     """Which of the search's runs has the largest share at choose_at, or the largest KL; None where all have failed."""
-    rows = read_table(Path(cfg.csv), "setting", "seed").to_dict("records")
-    by_run = {(row["setting"], row["seed"]): row for row in rows}
+    by_run = rows_by_run(Path(cfg.csv))
     found = [by_run[job.setting, job.seed] for job in jobs]
     for column in (f"share_{cfg.choose_at:g}", "kl"):
         values = np.array([row.get(column, math.nan) for row in found], dtype=float)
@@ -274,13 +338,18 @@ def best_setting(cfg: MethodsConfig, jobs: Sequence[Job]) -> int | None:
 
 
 def add_best_possible(cfg: MethodsConfig) -> None:
-    """Evaluate the first run that is measured with many responses of base, for the best possible in the picture."""
+    """Give the first run that is measured the best possible, for the picture: from a table or many draws of base."""
     table = Path(cfg.csv)
     runs, _ = read_runs(table)
     measured = runs[runs.role == MEASURED] if len(runs) else runs
     if not len(measured):
         return
     row = measured.sort_values(["setting", "seed"]).iloc[0].to_dict()  # always the same one
+    if row.get("optimal_curve") not in (None, "null"):
+        return
+    if cfg.best_gain is not None:
+        store(table, {**row, **BestGain.read(cfg.best_gain).columns()}, Path(cfg.folder))
+        return
     path = Path(cfg.folder) / "best_possible.csv"
     # the last of two flags counts
     run_once([*shlex.split(row["judged"]), f"--out_csv={path}", f"--frontier={4 * cfg.frontier}"], path)

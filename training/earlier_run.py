@@ -126,6 +126,11 @@ def check_same_inputs(saved: SavedRun, record: dict[str, Any]) -> None:
     record is what a start now would write into config.json. A run of an older version has no fingerprints, and then
     nothing is compared.
     """
+    if (method := saved.record.get("method")) != record.get("method"):
+        raise UserError(
+            f"resume: the run was trained by another method, {method}, and not by PPO as train.py has it: resume it "
+            f"with python -m experiments.rivals {method}, or say --allow_changes"
+        )
     for name, commit in saved.record.get("hub_commits", {}).items():
         if commit and commit != record["hub_commits"][name] and saved.record[name] == record[name]:
             raise UserError(

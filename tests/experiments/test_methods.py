@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import eval as evaluation
 from experiments import methods, runner
 from experiments.methods import (
+    BestGain,
     MethodsConfig,
     best_setting,
     in_order,
@@ -84,6 +86,22 @@ def test_shares_are_read_off_the_curve_and_not_beyond_it() -> None:
     assert found["share_2"] == pytest.approx(0.7)
     assert math.isnan(found["share_4"])
     assert json.loads(found["curve"])["kl"] == [0.01, 0.5, 1.5, 3]
+
+
+def test_the_best_gain_is_read_off_a_table_of_the_same_prompts(tmp_path: Path) -> None:
+    table = pd.DataFrame({"kl": [2.0, 1.0], "score": [0.7, 0.4], "base_score": 0.1, "optimal_share": [0.5, 0.6]})
+    path = tmp_path / "curves.csv"
+    table.to_csv(path, index=False)
+    best = BestGain.read(str(path))
+    assert best.gain == pytest.approx([0.5, 1.2]), "0.3 is 60 % of it, 0.6 is 50 %"
+    curves = pd.DataFrame({"kl": [0.5, 1.5, 3.0], "score": 0.44, "base_score": 0.1})
+    assert best.with_shares(curves).optimal_share.tolist() == pytest.approx([math.nan, 0.4, math.nan], nan_ok=True)
+    assert json.loads(best.columns()["optimal_curve"]) == {"kl": [0, 1, 2], "score_mean": [0.1, 0.6, 1.3]}
+    with pytest.raises(UserError, match=r"other prompts or another reward: base has 0\.100 there and 0\.200 here"):
+        best.with_shares(curves.assign(base_score=0.2))
+    table.assign(optimal_share=math.nan).to_csv(path, index=False)
+    with pytest.raises(UserError, match="has no shares of the best gain"):
+        BestGain.read(str(path))
 
 
 def test_the_best_setting_is_the_one_of_the_largest_share(tmp_path: Path) -> None:
@@ -163,6 +181,7 @@ def test_methods_are_searched_measured_kept_and_drawn(
     assert "| 24 | 72 |" in printed, "episodes of a run, and with its search"
     monkeypatch.setattr(runner, "call", None)
     monkeypatch.setattr(methods, "call", None)
+    shutil.rmtree(tmp_path / "runs")  # as on another machine, which has the table alone
     main(words)
     again = capsys.readouterr().out
     assert again[again.index("| method |") :] == printed[printed.index("| method |") :], "nothing was left to do"

@@ -20,11 +20,13 @@ from test_convergence import BETA, LONGEST, PROMPT, RESPONSES, VOCAB, divergence
 from torch import Tensor
 
 import ppo
+import train
 from data import PromptStream
 from experiments.planting import Substitute, planted
 from experiments.rivals import METHODS, OfflineRollout, RepeatedPrompts, find_method, taught, train_by
 from model import GPT2WithValueHead, Sequences, sample_responses
 from ppo import Rollout, build_optimizer, ppo_update
+from runtime.cli import parse_config
 
 ROWS, GROUP, PRICE, CLIP = 8, 4, 0.3, 0.2
 RIVALS = [name for name, method in METHODS.items() if method.is_rival]
@@ -477,6 +479,8 @@ def test_a_run_is_resumed_by_its_own_method_only(flags: dict[str, str], no_pictu
         train_by(find_method("grpo"), [*few, "--resume"])
     with pytest.raises(UserError, match="is no run of rloo with 2 per prompt"):
         train_by(find_method("rloo"), [*few, "--responses", "2", "--resume"])
+    with pytest.raises(UserError, match=r"trained by another method, rloo, .* -m experiments\.rivals rloo"):
+        train.main(parse_config(TrainConfig, [*few[:-3], "2", *few[-2:], "--resume"]))
 
 
 def test_rivals_run_in_one_process(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
