@@ -43,9 +43,11 @@ def write_card(run_dir: Path, policy_dir: Path) -> None:
     """Write the card of a policy of the run in run_dir, with the course of the run so far and no results yet."""
     record = SavedRun(run_dir).record
     metrics = _table(run_dir / "metrics.csv")
+    method = method_of(record)
     decoding = ("temperature", "top_k", "top_p", "max_new_tokens", "max_prompt_len")
     blanks = {
         "title": title_of(record),
+        "method": "proximal policy optimisation (PPO)" if method == "ppo" else f"`{method}`",
         "base": _link(record["policy_name"]),
         "reference": _link(record["ref_name"] or record["policy_name"]),
         "dataset": _link(record["dataset"], "datasets/"),
@@ -63,7 +65,7 @@ def write_card(run_dir: Path, policy_dir: Path) -> None:
         datasets=[dataset] if dataset else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "ppo", "rlhf"],
+        tags=["gpt2", method, "rlhf"],
     )
     write_atomic(policy_dir / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
@@ -109,9 +111,15 @@ def public_name(name: str) -> str:
 
 
 def title_of(record: dict[str, Any]) -> str:
-    """What the card calls the model, by its base: gpt2-ppo."""
+    """What the card calls the model, by its base and method: gpt2-ppo."""
     base = public_name(record["policy_name"]).split("/")[-1]
-    return re.sub(r"[^\w.-]+", "-", base) + "-ppo"
+    return re.sub(r"[^\w.-]+", "-", base) + f"-{method_of(record)}"
+
+
+def method_of(record: dict[str, Any]) -> str:
+    """ppo, or the method that experiments.rivals planted in its place, such as rloo."""
+    method: str = record.get("method", "ppo")
+    return "ppo" if method.startswith("ppo") else method
 
 
 def _link(name: str, kind: str = "") -> str:

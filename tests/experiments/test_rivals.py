@@ -408,6 +408,9 @@ def test_a_run_has_the_form_of_every_run(name: str, flags: dict[str, str], no_pi
     assert record["method"] == name
     assert record["responses_per_prompt"] == (METHODS[name].responses or 4)
     assert (folder / "policy_lm" / "model.safetensors").is_file()
+    card = (folder / "policy_lm" / "README.md").read_text()
+    assert ("fine-tuned by proximal policy optimisation" in card) == name.startswith("ppo")
+    assert ("- ppo\n" in card) == name.startswith("ppo"), "its tag"
     evaluations = pd.read_csv(folder / "eval.csv")
     assert evaluations.kl_seq_exact.iloc[0] == pytest.approx(0, abs=1e-4)
     assert evaluations.kl_seq_exact.iloc[1] > 1e-4, "the policy responds to held-out prompts, and has moved"
