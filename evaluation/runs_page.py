@@ -188,11 +188,16 @@ def draw_curves(axis: Any, runs: Sequence[ComparedRun], column: str) -> None:
 
 def plane_image(runs: Sequence[ComparedRun]) -> str:
     """Score against KL as an image, or why there is none."""
-    if all(run.path is None and not run.evaluations for run in runs):
+    if not were_evaluated(runs):
         return '<p class="soft">None of these runs has been evaluated: python eval.py --policy_path RUN/policy_lm</p>'
     figure, (axis,) = new_figure(1, size=(5.8, 3.9))
     draw_plane(axis, runs)
     return f'<div class="plane">{as_image(figure, "Reward against KL")}</div>'
+
+
+def were_evaluated(runs: Sequence[ComparedRun]) -> bool:
+    """Whether there is any point of score and KL on held-out prompts."""
+    return any(run.path is not None or run.evaluations for run in runs)
 
 
 def draw_plane(axis: Any, runs: Sequence[ComparedRun]) -> None:
@@ -225,8 +230,11 @@ def picture(runs: Sequence[ComparedRun]) -> Any:
     figure, (*axes, plane) = new_figure(len(CURVES) + 1, rows=2, size=(13, 7))
     for axis, column in zip(axes, CURVES, strict=True):
         draw_curves(axis, runs, column)
-    draw_plane(plane, runs)
-    plane.set_title("reward against KL, held-out prompts", fontsize=10)
+    if were_evaluated(runs):
+        draw_plane(plane, runs)
+        plane.set_title("reward against KL, held-out prompts", fontsize=10)
+    else:
+        plane.set_axis_off()
     add_legends(figure)
     groups = groups_of(runs)
     lines = [

@@ -57,10 +57,13 @@ OF_THE_RUNS = (  # settings that curves and evaluation must have in common
 SAME_BASE = 0.05  # how far two mean scores of base may be apart: machines and precisions sample otherwise
 SEARCH, MEASURED = "search", "measured"  # what a run is for
 SETTINGS_HELP = "for all methods, and name=… for one"
-SHOWN = {  # column of the table -> its name, its factor, and how it is written
+Columns = dict[str, tuple[str, float, str]]  # column of the table -> its name, its factor, and how it is written
+SHARES: Columns = {
     "share_1": ("of the best gain at 1 nat, %", 100, "{:.0f}"),
     "share_2": ("at 2", 100, "{:.0f}"),
     "share_4": ("at 4", 100, "{:.0f}"),
+}
+AS_TRAINED: Columns = {
     "score": ("mean score", 1, "{:+.2f}"),
     "kl": ("KL, nats", 1, "{:.2f}"),
     "judge_positive": ("second judge: positive, %", 100, "{:.0f}"),
@@ -153,7 +156,7 @@ def check_settings(cfg: MethodsConfig) -> None:
 
 def kls() -> list[str]:
     """The KLs at which the table has a share."""
-    return [column.removeprefix("share_") for column in SHOWN if column.startswith("share_")]
+    return [column.removeprefix("share_") for column in SHARES]
 
 
 def of_method(cfg: MethodsConfig, setting: str, method: str) -> list[str]:
@@ -362,40 +365,53 @@ def add_best_possible(cfg: MethodsConfig) -> None:
 
 
 def markdown(runs: pd.DataFrame) -> str:
-    """A row for each method: means over seeds (lowest to highest)."""
+    """Two tables with a row for each method: shares at equal KL, and the policies as trained."""
     measured = runs[runs.role == MEASURED]
-    titles = [title for title, _, _ in SHOWN.values()]
-    lines = [markdown_row("method", "lr, β", "seeds", *titles, "episodes", "with the search")]
-    lines.append(markdown_row(*["---"] * (5 + len(titles))))
-    for (method, _), seeds in measured.groupby(["method", "setting"], sort=False):
-        setting = seeds.setting.iloc[-1].split()
-        lr_and_beta = ", ".join(word.partition("=")[2] for word in setting[1:])
+    by_method = list(measured.groupby(["method", "setting"], sort=False))
+    shares = [heading("method", "lr, β", "seeds", *titles(SHARES), "episodes", "with the search")]
+    policies = [heading("method", *titles(AS_TRAINED))]
+    for (method, setting), seeds in by_method:
+        name = f"`{method}`"
+        episodes = seeds.episodes.iloc[0]
         of_search = runs[(runs.method == method) & (runs.role == SEARCH)].episodes.sum()
-        counts = [f"{seeds.episodes.iloc[0]:,.0f}", f"{seeds.episodes.iloc[0] + of_search:,.0f}"]
-        cells = [cell(seeds, column) for column in SHOWN]
-        lines.append(markdown_row(f"`{method}`", lr_and_beta, str(len(seeds)), *cells, *counts))
-    return "\n".join(lines)
+        counts = [f"{episodes:,.0f}", f"{episodes + of_search:,.0f}"]
+        shares.append(markdown_row(name, lr_and_beta(setting), str(len(seeds)), *cells(seeds, SHARES), *counts))
+        policies.append(markdown_row(name, *cells(seeds, AS_TRAINED)))
+    return "\n".join([*shares, "\nThe policies as trained:\n", *policies])
 
 
-def cell(runs: pd.DataFrame, column: str) -> str:
-    """What a column says of the runs of one method: a dash where one of them has no such figure."""
-    _, factor, form = SHOWN[column]
-    if column not in runs or runs[column].isna().any():
-        return "–"
-    return mean_and_range(factor * runs[column], form)
+def heading(*words: str) -> str:
+    """The first two rows of a table in Markdown."""
+    return f"{markdown_row(*words)}\n{markdown_row(*['---'] * len(words))}"
+
+
+def titles(columns: Columns) -> list[str]:
+    """What columns are called."""
+    return [title for title, _, _ in columns.values()]
+
+
+def lr_and_beta(setting: str) -> str:
+    """The values in the name of a setting."""
+    return ", ".join(word.partition("=")[2] for word in setting.split()[1:])
+
+
+def cells(runs: pd.DataFrame, columns: Columns) -> list[str]:
+    """What columns say of the runs of one method: means (lowest to highest), a dash where a run has no such figure."""
+    return [
+        mean_and_range(factor * runs[column], form) if column in runs and runs[column].notna().all() else "–"
+        for column, (_, factor, form) in columns.items()
+    ]
 
 
 def markdown_of_search(runs: pd.DataFrame, kl: str) -> str:
     """A row for each method: the share of each setting that was tried, in the order of lr and beta."""
     search = runs[runs.role == SEARCH]
-    lines = [markdown_row("method", f"lr, β: share of the best gain at {kl} nats, %"), markdown_row("---", "---")]
+    lines = [heading("method", f"lr, β: share of the best gain at {kl} nats, %")]
     for method, tried in search.groupby("method", sort=False):
-        cells = []
-        for row in tried.to_dict("records"):
-            lr_and_beta = ", ".join(word.partition("=")[2] for word in row["setting"].split()[1:])
-            share = row.get(f"share_{kl}", math.nan)
-            cells.append(f"{lr_and_beta}: {'–' if math.isnan(share) else f'{100 * share:.0f}'}")
-        lines.append(markdown_row(f"`{method}`", "; ".join(cells)))
+        shares = tried[f"share_{kl}"]
+        values = ["–" if math.isnan(share) else f"{100 * share:.0f}" for share in shares]
+        pairs = [f"{lr_and_beta(setting)}: {value}" for setting, value in zip(tried.setting, values, strict=True)]
+        lines.append(markdown_row(f"`{method}`", "; ".join(pairs)))
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from conftest import run_eval
 from safetensors.torch import load_file, save_file
 
 from evaluation.pictures import CURVES, new_figure
-from evaluation.runs_page import differing, draw_plane
+from evaluation.runs_page import differing, draw_plane, picture
 from tools.compare import find_evaluations, main, read_run, what_to_mind
 
 
@@ -87,6 +87,15 @@ def test_points_are_at_the_figures_of_eval(runs: list[Path]) -> None:
     assert drawn["o"][:2] == [[[summary["kl_seq_exact"], summary["policy"]["score_mean"]]], []], "one for the legend"
     assert drawn["."] == [[[0, 0], [0.1, 0.5]], [[0, 0], [0.2, 0.5]], []]
     assert "possible, at least" in axis.get_legend_handles_labels()[1]
+
+
+def test_without_evaluations_the_picture_has_no_empty_plane(runs: list[Path]) -> None:
+    (runs[1] / "eval.csv").unlink()
+    figure = picture([read_run(runs[1], [], "b")])
+    *curves, plane = figure.axes
+    assert all(axis.axison for axis in curves)
+    assert not plane.axison
+    assert picture([read_run(runs[0], [], "a")]).axes[-1].axison
 
 
 def test_a_summary_belongs_to_the_run_that_it_is_in_or_names(
