@@ -348,7 +348,7 @@ def add_best_possible(cfg: MethodsConfig) -> None:
     if not len(measured):
         return
     row = measured.sort_values(["setting", "seed"]).iloc[0].to_dict()  # always the same one
-    if row.get("optimal_curve") not in (None, "null"):
+    if isinstance(row.get("optimal_curve"), str):  # else NaN: null is read as missing
         return
     if cfg.best_gain is not None:
         store(table, {**row, **BestGain.read(cfg.best_gain).columns()}, Path(cfg.folder))

@@ -170,7 +170,7 @@ def test_methods_are_searched_measured_kept_and_drawn(
     table = pd.read_csv(tmp_path / "table.csv")
     assert table.role.tolist() == ["search", "search", "measured"]
     assert table.seed.tolist() == [100, 100, 0]
-    assert table.optimal_curve.iloc[2] != "null", "of the first run that is measured, for the picture"
+    assert isinstance(table.optimal_curve.iloc[2], str), "of the first run that is measured, for the picture"
     assert (table.episodes == 24).all()
     assert table[["seconds_per_step", "memory_mb", "curve", "perplexity_ratio"]].notna().all(axis=None)
     for _, row in table.iterrows():
