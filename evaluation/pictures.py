@@ -128,6 +128,8 @@ def draw_best_possible(axis: Any, summary: dict[str, Any], farthest: float = mat
     if len(uncertain):
         joined = pd.concat([certain[-1:], uncertain])  # no gap between the two lines
         axis.plot(joined.kl, joined.score_mean, ":", color=BEST, label="possible, at least")
+    if len(best_of_n) == 1:  # base, at 0 nats
+        return
     label = f"best of {', '.join(map(str, best_of_n.n))}"  # numbers beside the points would hide policies
     axis.plot(best_of_n.kl, best_of_n.score_mean, "o-", color=GREY, markersize=4, linewidth=1, label=label)
 

@@ -228,7 +228,8 @@ def run_all(cfg: MethodsConfig, method: str, role: str, jobs: Sequence[Job]) -> 
     done = [job for job in left if by_run.get((job.setting, job.seed), {}).get("n", 0) > 0]  # those that did not fail
     if not done:
         return failed
-    curves = interpolate(cfg, Path(cfg.folder) / f"{method}_{role}.csv", done)
+    evaluated = {str(job.folder): by_run[job.setting, job.seed] for job in done}
+    curves = interpolate(cfg, Path(cfg.folder) / f"{method}_{role}.csv", evaluated)
     for job in done:
         own = curves[curves.run == str(job.folder)].sort_values("kl")
         store(table, {**by_run[job.setting, job.seed], **shares(own)}, job.folder)
@@ -247,8 +248,11 @@ def is_measured(row: dict[str, Any], job: Job) -> bool:
     return isinstance(row.get("curve"), str) and (row.get("command"), row.get("judged")) == commands
 
 
-def interpolate(cfg: MethodsConfig, path: Path, jobs: Sequence[Job]) -> pd.DataFrame:
-    """The curves of some runs, on the prompts of their evaluation (raises UserError)."""
+def interpolate(cfg: MethodsConfig, path: Path, evaluated: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The curves of some runs, on the prompts of their evaluation (raises UserError).
+
+    evaluated has the folder of each run with its row of the table, whose figures are those of alpha 1.
+    """
     evaluation = parse_config(EvalConfig, words("evaluate", cfg.evaluate))
     settings = {
         "alphas": cfg.alphas,
@@ -258,10 +262,12 @@ def interpolate(cfg: MethodsConfig, path: Path, jobs: Sequence[Job]) -> pd.DataF
         **{name: getattr(evaluation, name) for name in SHARED if getattr(evaluation, name) is not None},
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    folders = [str(job.folder) for job in jobs]
-    command = ["python", "-m", "tools.interpolate", *folders, "--curve", "--each", *flags]
+    command = ["python", "-m", "tools.interpolate", *evaluated, "--curve", "--each", *flags]
     run_once([*command, f"--csv={path}"], path)
-    curves = read_table(path, "run", "kl", "score", "base_score", "optimal_share")
+    curves = read_table(path, "run", "alpha", "kl", "score", "base_score", "optimal_share")
+    if 1 not in numbers("alphas", cfg.alphas, float):
+        as_trained = pd.DataFrame([{"run": folder, "alpha": 1.0, **row} for folder, row in evaluated.items()])
+        curves = pd.concat([curves, as_trained[["run", "alpha", "kl", "score", "base_score"]]])
     if cfg.best_gain is not None:
         return BestGain.read(cfg.best_gain).with_shares(curves)
     return curves

@@ -158,13 +158,15 @@ def draw_methods(runs: pd.DataFrame, path: Path) -> None:
         best = {name: json.loads(one[name]) for name in ("optimal_curve", "best_of_n")}
         draw_best_possible(axis, {**best, "kl_certain": one.get("kl_certain", np.inf)}, end)
         base = best["best_of_n"][0]["score_mean"]  # the mean of many responses: what a share's gain is counted from
-    for number, ((method, _), seeds) in enumerate(runs.groupby(["method", "setting"], sort=False)):
+    settings = runs.groupby("method").setting.nunique()
+    for number, ((method, setting), seeds) in enumerate(runs.groupby(["method", "setting"], sort=False)):
         curves = pd.concat(pd.DataFrame(json.loads(curve)) for curve in seeds.curve)
         mean = curves.groupby("alpha")[["kl", "score"]].mean()
         style, mark = line_style(number), point_style(number)
         axis.plot([0, *mean.kl], [base, *mean.score], **style, linewidth=1.2)
         axis.plot(seeds.kl, seeds.score, linestyle="", markersize=7, **mark)
-        axis.plot([], [], label=str(method), **style | mark)
+        name = str(method) if settings[method] == 1 else " ".join(str(setting).split()[:2])  # with its step size
+        axis.plot([], [], label=name, **style | mark)
     axis.plot(0, base, "s", color="black", label="base", clip_on=False)
     axis.set(xlabel="KL to base, nats per response", ylabel="mean score", xlim=(0, end))
     axis.set_title("lines: mean over seeds of the weights between base and policy, and beyond; marks: each policy")

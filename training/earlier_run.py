@@ -128,8 +128,8 @@ def check_same_inputs(saved: SavedRun, record: dict[str, Any]) -> None:
     """
     if (method := saved.record.get("method")) != record.get("method"):
         raise UserError(
-            f"resume: the run was trained by another method, {method}, and not by PPO as train.py has it: resume it "
-            f"with python -m experiments.rivals {method}, or say --allow_changes"
+            f"resume: the run was started by experiments.rivals as {method}: resume it with python -m "
+            f"experiments.rivals {method}, or say --allow_changes"
         )
     for name, commit in saved.record.get("hub_commits", {}).items():
         if commit and commit != record["hub_commits"][name] and saved.record[name] == record[name]:

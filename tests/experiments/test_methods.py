@@ -104,6 +104,20 @@ def test_the_best_gain_is_read_off_a_table_of_the_same_prompts(tmp_path: Path) -
         BestGain.read(str(path))
 
 
+def test_the_policy_as_trained_is_a_point_of_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best, path = tmp_path / "best.csv", tmp_path / "curves.csv"
+    pd.DataFrame({"kl": [0.5, 4.0], "score": 1.0, "base_score": 0.0, "optimal_share": 1.0}).to_csv(best, index=False)
+    runs = ["a", "a", "b", "b"]
+    measured = {"run": runs, "alpha": 2 * [0.5, 2.0], "kl": 2 * [1.0, 3.0], "score": 2 * [0.2, 0.6], "base_score": 0.0}
+    pd.DataFrame({**measured, "optimal_share": math.nan}).to_csv(path, index=False)
+    monkeypatch.setattr(methods, "run_once", lambda command, path: None)
+    evaluated = {name: {"kl": 2.0, "score": score, "base_score": 0.0} for name, score in (("a", 0.5), ("b", 0.3))}
+    for alphas, middle in (("0.5,2", {"a": 0.5, "b": 0.3}), ("0.5,1,2", {"a": 0.4, "b": 0.4})):
+        curves = methods.interpolate(MethodsConfig(alphas=alphas, best_gain=str(best)), path, evaluated)
+        for name, share in middle.items():
+            assert shares(curves[curves.run == name].sort_values("kl"))["share_2"] == pytest.approx(share)
+
+
 def test_the_best_setting_is_the_one_of_the_largest_share(tmp_path: Path) -> None:
     cfg = MethodsConfig(csv=str(tmp_path / "a.csv"))
     jobs = [job_of(cfg, "rloo", lr, "0.1", 100) for lr in ("1", "2", "3")]

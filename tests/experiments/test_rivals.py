@@ -482,7 +482,7 @@ def test_a_run_is_resumed_by_its_own_method_only(flags: dict[str, str], no_pictu
         train_by(find_method("grpo"), [*few, "--resume"])
     with pytest.raises(UserError, match="is no run of rloo with 2 per prompt"):
         train_by(find_method("rloo"), [*few, "--responses", "2", "--resume"])
-    with pytest.raises(UserError, match=r"trained by another method, rloo, .* -m experiments\.rivals rloo"):
+    with pytest.raises(UserError, match=r"started by experiments.rivals as rloo: .* -m experiments\.rivals rloo"):
         train.main(parse_config(TrainConfig, [*few[:-3], "2", *few[-2:], "--resume"]))
 
 
